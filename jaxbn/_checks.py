@@ -1,0 +1,205 @@
+"""What every function refuses: a sentence naming the argument, what was given and the mend."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend import core as extend_core
+
+
+class Axes(NamedTuple):
+  """How an array's axes divide into those of the channels and those summed over.
+
+  Both are sorted; `features` are the channels' axes, `reduced` all others.
+  """
+
+  features: tuple[int, ...]
+  reduced: tuple[int, ...]
+
+  def shape(self, x: jax.Array) -> tuple[int, ...]:
+    """The shape of one statistic of x: its sizes along the channel axes."""
+    return tuple(x.shape[a] for a in self.features)
+
+  def expand(self, statistic: jax.Array) -> jax.Array:
+    """A statistic with the summed axes put back as ones, so that it broadcasts against x."""
+    return jnp.expand_dims(statistic, self.reduced)
+
+
+def concrete(value: Any) -> bool:
+  """Whether a value can be looked at now, that is, no transformation is tracing it."""
+  return not isinstance(value, jax.core.Tracer)
+
+
+def inexact(x: Any, name: str = "x") -> jax.Array:
+  """x as an array, if its elements are real or complex floating-point numbers."""
+  x = jnp.asarray(x)
+  if not jnp.issubdtype(x.dtype, jnp.inexact):
+    raise TypeError(
+      f"{name} has dtype {x.dtype}; batch normalization needs a floating-point or complex dtype: "
+      f"convert it first, for instance {name}.astype(jnp.float32)."
+    )
+  return x
+
+
+def split_axes(ndim: int, axis: int | Sequence[int]) -> Axes:
+  """The channel axes as asked for by `axis` (negative counts from the end), and the others."""
+  given = tuple(axis) if isinstance(axis, Iterable) else (axis,)
+  features = []
+  for a in given:
+    try:
+      a = operator.index(a)
+    except TypeError:
+      raise TypeError(f"axis={axis!r}: the channels' axes are integers, one or several.") from None
+    if not -ndim <= a < ndim:
+      raise ValueError(
+        f"axis={axis!r} is out of range for x with {ndim} axes: "
+        f"each must be at least {-ndim} and less than {ndim}."
+      )
+    features.append(a % ndim)
+  if len(set(features)) != len(features):
+    raise ValueError(f"axis={axis!r} names one axis of x (which has {ndim}) twice: name it once.")
+  return Axes(tuple(sorted(features)), tuple(i for i in range(ndim) if i not in features))
+
+
+def nonempty(x: jax.Array, axes: Axes) -> None:
+  """Refuses a batch without elements: it has no statistics."""
+  if any(x.shape[a] == 0 for a in axes.reduced):
+    raise ValueError(
+      f"x of shape {x.shape} is an empty batch: it has no element to take statistics of. "
+      "Skip it, or pad it and mask the padding."
+    )
+
+
+def channels(name: str, value: Any, shape: tuple[int, ...], x: jax.Array, axes: Axes) -> jax.Array:
+  """A per-channel value as an array, if its shape is that of x's channels."""
+  value = jnp.asarray(value)
+  if value.shape != shape:
+    raise ValueError(
+      f"{name} has shape {value.shape}, but x of shape {x.shape} has channels of shape {shape} "
+      f"on axis {axes.features}: pass {name} of that shape, or name the channels' axis."
+    )
+  return value
+
+
+def broadcastable(name: str, value: Any, x: jax.Array) -> jax.Array:
+  """A mask or weights as an array with x's number of axes, if it broadcasts against x."""
+  value = jnp.asarray(value)
+  aligned = (1,) * (x.ndim - value.ndim) + value.shape
+  if value.ndim > x.ndim or any(m not in (1, n) for m, n in zip(aligned, x.shape, strict=True)):
+    hint = ""
+    if value.ndim < x.ndim and value.shape == x.shape[: value.ndim]:
+      new_axes = ", None" * (x.ndim - value.ndim)
+      hint = f" It has the leading axes of x: pass {name}[...{new_axes}]."
+    raise ValueError(
+      f"{name} of shape {value.shape} does not broadcast against x of shape {x.shape}: "
+      f"NumPy's rules align the last axes, and each must be 1 or x's.{hint}"
+    )
+  return value.reshape(aligned)
+
+
+def boolean_mask(mask: Any, x: jax.Array) -> jax.Array:
+  """The mask, aligned with x, if it is boolean."""
+  mask = jnp.asarray(mask)
+  if mask.dtype != jnp.bool_:
+    raise TypeError(
+      f"mask has dtype {mask.dtype}; a mask is boolean: pass mask != 0, "
+      "or pass it as weights if its values are to count."
+    )
+  return broadcastable("mask", mask, x)
+
+
+def nonnegative_weights(weights: Any, x: jax.Array) -> jax.Array:
+  """The weights, aligned with x: real, and not negative where that can be seen."""
+  weights = jnp.asarray(weights)
+  if jnp.iscomplexobj(weights):
+    raise TypeError(f"weights have dtype {weights.dtype}; they are real numbers, not negative.")
+  if concrete(weights) and bool(jnp.any(~(weights >= 0) | jnp.isinf(weights))):
+    raise ValueError(
+      "weights hold a negative or a non-finite number; each is how often its element counts, "
+      "0 to leave it out: pass finite weights >= 0."
+    )
+  return broadcastable("weights", weights, x)
+
+
+def epsilon_in_range(epsilon: Any) -> None:
+  """Refuses an epsilon that is negative or not finite."""
+  if concrete(epsilon) and not (np.ndim(epsilon) == 0 and 0 <= float(epsilon) < float("inf")):
+    raise ValueError(
+      f"epsilon={epsilon!r} is out of range: it is added to the variance and must be finite and "
+      "not negative; 1e-5 is usual, and 0 makes constant channels NaN."
+    )
+
+
+def momentum_in_range(momentum: Any, debias: bool) -> None:
+  """Refuses a momentum outside [0, 1], and what `debias` cannot do."""
+  if momentum is None:
+    if debias:
+      raise ValueError(
+        "debias=True with momentum=None: a cumulative average has no bias to remove: "
+        "leave debias out, or give a momentum below 1."
+      )
+  elif concrete(momentum) and not (np.ndim(momentum) == 0 and 0 <= float(momentum) <= 1):
+    raise ValueError(
+      f"momentum={momentum!r} is out of range: it is the share of the old value that is kept, "
+      "from 0 to 1 (0.99 is usual; PyTorch's momentum is 1 minus it), or None for a cumulative "
+      "average."
+    )
+  elif debias and concrete(momentum) and float(momentum) == 1:
+    raise ValueError(
+      "debias=True with momentum=1.0: statistics that never change cannot be debiased: "
+      "give a momentum below 1."
+    )
+
+
+def static_bool(name: str, value: Any) -> bool:
+  """A flag that decides what is traced, so that it must be known when tracing."""
+  if not concrete(value) or not isinstance(value, bool | np.bool_):
+    raise TypeError(
+      f"{name}={value!r}: a Python bool is needed, for it decides which program is traced: "
+      f"pass {name}=True or False, mark it static under jit, or choose with jax.lax.cond outside."
+    )
+  return bool(value)
+
+
+def axis_size(axis_name: Any) -> int:
+  """The size of a bound axis (of several: the product); refuses names that are not bound."""
+  names = axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
+  size = 1
+  for name in names:
+    try:
+      size *= lax.axis_size(name)
+    except NameError:
+      bound = ", ".join(map(repr, _bound_axis_names())) or "none"
+      raise ValueError(
+        f"axis_name={axis_name!r} is not bound here (bound: {bound}): call inside jax.pmap, "
+        f"jax.vmap or jax.shard_map with the axis {name!r}, or leave axis_name out; under jit with "
+        "sharded arrays the statistics are those of the whole batch without it."
+      ) from None
+  return size
+
+
+def _bound_axis_names() -> list[Any]:
+  # For the error message only, so a JAX without this function costs no more than the names.
+  names = getattr(extend_core, "unsafe_get_axis_names_DO_NOT_USE", list)
+  return list(names())
+
+
+def partition(axis_index_groups: Any, size: int, axis_name: Any) -> tuple[tuple[int, ...], ...]:
+  """The groups as tuples, if they hold each index of the axis exactly once."""
+  try:
+    groups = tuple(tuple(operator.index(i) for i in group) for group in axis_index_groups)
+  except TypeError:
+    groups = ()
+  if sorted(i for group in groups for i in group) != list(range(size)) or not all(groups):
+    raise ValueError(
+      f"axis_index_groups={axis_index_groups!r} do not partition the axis {axis_name!r} of size "
+      f"{size}: each index from 0 to {size - 1} must be in exactly one group, "
+      "for example [[0, 1], [2, 3]] for size 4."
+    )
+  return groups

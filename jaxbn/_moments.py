@@ -1,0 +1,421 @@
+r"""Measure and share: the moments of an array, of two together, of one cut over devices.
+
+The one delicate computation is the variance. Writing s for the standard deviation, u for the unit
+roundoff of the accumulator (6e-8 in float32) and p for a pivot, one pass over the data gives
+
+    d = x - p,   mean = p + E[d],   var = E[|d|^2] - |E[d]|^2
+
+and the subtraction in var loses digits only as far as p is from the mean: the relative error of
+var is about u * (1 + ((mean - p) / s)^2) times a constant of order one (Chan, Golub & LeVeque 1983,
+"Algorithms for computing the sample variance", section 3). With p = 0, which is what most libraries
+compute, that is 6 at |mean|/s = 1e4. Here p is an element of the data, which costs nothing: the
+distance is then of order s for almost every element, and by Samuelson's inequality never above
+s * sqrt(n - 1) for n elements. x - p is itself exact where x and p are within a factor of two of
+each other (Sterbenz), that is, where the mean is large against s.
+
+What no choice of p can mend is the rounding of the result: a mean of m is stored with an error of
+u * |m|, so that outputs are off by up to u * |m| / s standard deviations (6e-4 at 1e4).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.flatten_util import ravel_pytree
+
+from jaxbn import _checks
+
+if TYPE_CHECKING:
+  import chex
+
+_INT32_MAX = 2**31 - 1
+_LOW_BITS = 12  # of a count, see _count_parts
+
+
+class Moments(NamedTuple):
+  """What is known of a set of elements, per channel: how many, their mean, their variance.
+
+  A commutative monoid under `merge`, exact up to rounding, whose identity has count zero
+  (`empty_moments`).
+
+  Attributes:
+    count: number of elements, or sum of their weights. int32 for plain and masked elements: exact
+      up to 2**31 - 1, where it stops; a NumPy number where it is known without looking at the data.
+      Floating point for weights, and for more than 2**31 - 1 elements where that is known; to
+      merge more than that, start from a floating-point count. Shape () where all channels share it,
+      else one that broadcasts against mean.
+    mean: mean per channel, of the channels' shape. float32 at least; complex for complex elements.
+    var: E[|x - mean|^2] (divided by the count, not the count less one), real, of the same shape.
+  """
+
+  count: chex.Numeric
+  mean: chex.Array
+  var: chex.Array
+
+
+def empty_moments(shape: int | Sequence[int], dtype: Any = jnp.float32) -> Moments:
+  """The moments of no elements: the identity of `merge`.
+
+  Args:
+    shape: the channels' shape; an integer n means (n,).
+    dtype: dtype of the mean, real or complex.
+
+  Returns:
+    Moments with count 0 (int32), mean 0 and var 0.
+
+  >>> import jaxbn
+  >>> jaxbn.empty_moments(3).mean.tolist()
+  [0.0, 0.0, 0.0]
+  """
+  shape = (shape,) if isinstance(shape, int) else tuple(shape)
+  mean = jnp.zeros(shape, dtype)
+  return Moments(np.int32(0), mean, jnp.zeros(shape, mean.real.dtype))
+
+
+def moments(
+  x: chex.Array,
+  axis: int | Sequence[int] = -1,
+  *,
+  mask: chex.Array | None = None,
+  weights: chex.Array | None = None,
+  use_fast_variance: bool = True,
+  pivot: chex.Array | None = None,
+) -> Moments:
+  r"""Count, mean and variance of x per channel.
+
+  For the valid elements x_i of a channel with weights w_i (1 unless given):
+
+      count = sum_i w_i
+      mean  = sum_i w_i x_i / count
+      var   = sum_i w_i |x_i - mean|^2 / count
+
+  (Ioffe & Szegedy 2015, Algorithm 1, lines 1 and 2). They are accumulated in float32 at least.
+  The accuracy is derived at the head of this file: var is right to a few units in the last place
+  times the squared distance, in standard deviations, of the mean from the pivot.
+
+  Args:
+    x: real or complex array of any rank.
+    axis: the axis or axes of the channels; all others are summed over.
+    mask: boolean, broadcasts against x; where False, the element does not exist: it may be NaN or
+      infinite and reaches no statistic and no gradient.
+    weights: real, not negative, broadcasts against x: how often each element counts. One with
+      weight 0 is left out as by a mask, and its weight then gets no gradient from it.
+    use_fast_variance: one pass over x. If False, two: the variance is then taken around the mean
+      found, which matters only where the pivot happens to be an extreme outlier.
+    pivot: value per channel near which the elements are expected; default, the first valid one.
+      It changes rounding only, and takes no part in gradients.
+
+  Returns:
+    Moments. A channel without a valid element has count 0, mean 0 and var 0. Finite elements whose
+    squared deviations overflow (beyond about 1e19 in float32; float16 and bfloat16's common range
+    are safe) give var = inf.
+
+  Raises:
+    TypeError: integer x; a mask that is not boolean; complex weights.
+    ValueError: an axis out of range or twice; an empty batch; a mask or weights that do not
+      broadcast; negative weights, where their values can be seen; a pivot of another shape.
+
+  >>> import jax.numpy as jnp, jaxbn
+  >>> m = jaxbn.moments(jnp.array([[1.0, 10.0], [3.0, 10.0]]))
+  >>> int(m.count), m.mean.tolist(), m.var.tolist()
+  (2, [2.0, 10.0], [1.0, 0.0])
+  """
+  x = _checks.inexact(x)
+  axes = _checks.split_axes(x.ndim, axis)
+  _checks.nonempty(x, axes)
+  x = x.astype(accumulation_dtype(x.dtype))
+  valid = valid_elements(x, mask, weights)
+  weight = None
+  if weights is not None:
+    aligned = _checks.nonnegative_weights(weights, x).astype(x.real.dtype)
+    weight = _zero_unless(valid, aligned)
+  count = _count(x, axes, valid if weight is None else weight)
+  if pivot is None:
+    pivot = _first_valid(x, axes, valid)
+  else:
+    pivot = _checks.channels("pivot", pivot, axes.shape(x), x, axes)
+    pivot = axes.expand(lax.stop_gradient(pivot).astype(x.dtype))
+
+  def mean_of(values: jax.Array) -> jax.Array:
+    if weight is not None:
+      values = values * weight
+    return jnp.sum(values, axes.reduced) / _divisor(count, x.real.dtype)
+
+  d = _zero_unless(valid, x - pivot)
+  mean_d = mean_of(d)
+  if use_fast_variance:
+    var = _variance(mean_of(abs_square(d)), mean_d)
+  else:
+    # Around the mean of d, not of x: d holds all of x's digits, the mean of x is rounded.
+    var = mean_of(abs_square(_zero_unless(valid, d - axes.expand(mean_d))))
+  mean = lax.squeeze(pivot, axes.reduced) + mean_d
+  return Moments(count, mean, var)
+
+
+def merge(a: Moments, b: Moments) -> Moments:
+  r"""The moments of two disjoint sets of elements together.
+
+      count = n_a + n_b,   delta = mean_b - mean_a
+      mean  = mean_a + delta * n_b / count
+      var   = var_a n_a/count + var_b n_b/count + |delta|^2 n_a n_b / count^2
+
+  (Chan, Golub & LeVeque 1983, equation 2.1). Nothing cancels: all terms of var are positive.
+
+  Args:
+    a: moments of one set.
+    b: moments of another, of the same channels' shape.
+
+  Returns:
+    Moments of the union. With count zero on one side, exactly the other side.
+
+  Raises:
+    ValueError: different channels' shapes.
+
+  >>> import jax.numpy as jnp, jaxbn
+  >>> x = jnp.array([[0.0], [2.0], [7.0]])
+  >>> both = jaxbn.merge(jaxbn.moments(x[:2]), jaxbn.moments(x[2:]))
+  >>> int(both.count), both.mean.tolist()
+  (3, [3.0])
+  """
+  if jnp.shape(a.mean) != jnp.shape(b.mean):
+    raise ValueError(
+      f"the moments to merge have channels of shape {jnp.shape(a.mean)} and {jnp.shape(b.mean)}: "
+      "only moments of the same channels can be merged."
+    )
+  real = jnp.promote_types(a.var.dtype, b.var.dtype)
+  n_a, n_b = jnp.asarray(a.count, real), jnp.asarray(b.count, real)
+  n = _divisor(n_a + n_b, real)
+  share_a, share_b = n_a / n, n_b / n
+  delta = b.mean - a.mean
+  mean = a.mean + delta * share_b
+  var = a.var * share_a + b.var * share_b + abs_square(delta) * (share_a * share_b)
+  return Moments(_add_counts(a.count, b.count), mean, var)
+
+
+def sync(
+  moments: Moments,
+  axis_name: Any,
+  axis_index_groups: Sequence[Sequence[int]] | None = None,
+  *,
+  pivot: chex.Array | None = None,
+) -> Moments:
+  r"""The moments of the elements of all devices along a named axis, from each device's own.
+
+  With n_i, mean_i, var_i those of device i, N = sum_i n_i, and d_i = mean_i - p:
+
+      mean = p + sum_i n_i d_i / N
+      var  = sum_i n_i (var_i + |d_i|^2) / N - |sum_i n_i d_i / N|^2
+
+  so that devices with more valid elements weigh more and a device with none does not count:
+  these are the statistics of all valid elements together, not a mean of means. Given `pivot`, p is
+  that, and one all-reduce does it, of two values per channel (and the counts, where they depend on
+  a mask); the last subtraction then costs u (mean - p)^2 / var of relative accuracy. Without it p
+  is the mean itself, found by one more small all-reduce, and nothing cancels.
+
+  Args:
+    moments: this device's. A count that is a Python or NumPy number must be the same on every
+      device, as it is where `moments` gives one.
+    axis_name: name (or tuple of names) of a bound axis of pmap, shard_map or vmap.
+    axis_index_groups: indices along that axis in groups, each sharing among itself only. Under
+      vmap, and shard_map with its checks on, where JAX has no grouped reduction, one over the
+      whole axis is used that is as many times larger as there are groups.
+    pivot: the same on all devices, such as the running mean; where not finite, 0 is used.
+
+  Returns:
+    Moments, the same on every device of a group.
+
+  Raises:
+    ValueError: axis_name is not bound; the groups do not partition the axis; a pivot of another
+      shape.
+
+  >>> import jax, jax.numpy as jnp, jaxbn
+  >>> x = jnp.array([[[0.0], [2.0]], [[4.0], [6.0]]])  # two devices, two examples each
+  >>> share = lambda x: jaxbn.sync(jaxbn.moments(x), "batch")
+  >>> jax.vmap(share, axis_name="batch")(x).mean.tolist()
+  [[3.0], [3.0]]
+  """
+  size = _checks.axis_size(axis_name)
+  groups = None
+  if axis_index_groups is not None:
+    groups = _checks.partition(axis_index_groups, size, axis_name)
+  if pivot is not None and jnp.shape(pivot) != moments.mean.shape:
+    raise ValueError(
+      f"pivot has shape {jnp.shape(pivot)}, but the moments have channels of shape "
+      f"{moments.mean.shape}: pass one value per channel."
+    )
+  if pivot is None:
+    _, n, (weighted,) = _sum_over_axis(moments.count, [moments.mean], axis_name, groups)
+    pivot = weighted / n
+  pivot = lax.stop_gradient(jnp.asarray(pivot, moments.mean.dtype))
+  pivot = jnp.where(jnp.isfinite(pivot), pivot, 0)
+
+  # The mean of a device without elements is a placeholder: it lies at no distance.
+  d = jnp.where(jnp.asarray(moments.count) > 0, moments.mean - pivot, 0)
+  values = [d, moments.var + abs_square(d)]
+  count, n, (first, second) = _sum_over_axis(moments.count, values, axis_name, groups)
+  mean_d = first / n
+  var = _variance(second / n, mean_d)
+  return Moments(count, jnp.where(jnp.asarray(count) > 0, pivot + mean_d, 0), var)
+
+
+def abs_square(x: jax.Array) -> jax.Array:
+  """|x|^2, real also where x is complex."""
+  if jnp.iscomplexobj(x):
+    return lax.square(x.real) + lax.square(x.imag)
+  return lax.square(x)
+
+
+def accumulation_dtype(dtype: Any) -> Any:
+  """The dtype in which sums over elements of `dtype` are taken: float32 at least."""
+  return jnp.float32 if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
+
+
+def valid_elements(
+  x: jax.Array, mask: chex.Array | None, weights: chex.Array | None
+) -> jax.Array | None:
+  """Which elements of x exist, aligned with x; None where all do. A weight of 0 is a mask."""
+  valid = None if mask is None else _checks.boolean_mask(mask, x)
+  if weights is None:
+    return valid
+  counts = _checks.nonnegative_weights(weights, x) > 0
+  return counts if valid is None else valid & counts
+
+
+def _variance(mean_square: jax.Array, mean: jax.Array) -> jax.Array:
+  """E[|d|^2] - |E[d]|^2, and where rounding leaves nothing of it, the size of that rounding.
+
+  A variance below u |E[d]|^2 is lost. Zero in its place would multiply the output by up to
+  1/sqrt(epsilon); its upper bound makes the output too small instead, by a few standard deviations.
+  """
+  square = abs_square(mean)
+  unresolved = jnp.finfo(square.dtype).eps * square
+  return jnp.maximum(mean_square - square, lax.stop_gradient(unresolved))
+
+
+def _zero_unless(valid: jax.Array | None, x: jax.Array) -> jax.Array:
+  # A select, not a product: 0 * NaN is NaN, in the value and in the gradient.
+  return x if valid is None else jnp.where(valid, x, 0)
+
+
+def _divisor(count: chex.Numeric, dtype: Any) -> jax.Array:
+  """The count to divide by: 1 where there is nothing to divide."""
+  count = jnp.asarray(count, dtype)
+  return jnp.where(count > 0, count, 1)
+
+
+def _first_valid(x: jax.Array, axes: _checks.Axes, valid: jax.Array | None) -> jax.Array:
+  """The first valid element of each channel (0 where there is none), broadcasting against x."""
+  x = lax.stop_gradient(x)
+  if valid is None:
+    return x[tuple(slice(0, 1) if a in axes.reduced else slice(None) for a in range(x.ndim))]
+  reduced_shape = tuple(valid.shape[a] for a in axes.reduced)
+  by_position = valid.transpose(axes.reduced + axes.features)
+  by_position = by_position.reshape((math.prod(reduced_shape), *axes.shape(valid)))
+  positions = jnp.unravel_index(jnp.argmax(by_position, axis=0), (1, *reduced_shape))[1:]
+  index = dict(zip(axes.reduced, positions, strict=True))
+  channels = jnp.meshgrid(*(jnp.arange(n) for n in axes.shape(x)), indexing="ij", sparse=True)
+  index.update(zip(axes.features, channels, strict=True))
+  first = x.at[tuple(index[a] for a in range(x.ndim))].get(mode="promise_in_bounds")
+  return axes.expand(jnp.where(by_position.any(axis=0), first, 0))
+
+
+def _count(x: jax.Array, axes: _checks.Axes, counted: jax.Array | None) -> chex.Numeric:
+  """The number of valid elements (or the sum of weights) per channel, of the smallest shape."""
+  whole = math.prod(x.shape[a] for a in axes.reduced)
+  if counted is None:
+    return np.int32(whole) if whole <= _INT32_MAX else np.float32(whole)
+  # Counting the mask as it is, not broadcast, is exact and costs little.
+  repeats = whole // math.prod(counted.shape[a] for a in axes.reduced)
+  integer = counted.dtype == jnp.bool_ and whole <= _INT32_MAX
+  dtype = jnp.int32 if integer else x.real.dtype
+  count = jnp.sum(counted, axes.reduced, dtype=dtype) * jnp.asarray(repeats, dtype)
+  return count.reshape(()) if count.size == 1 else count
+
+
+def _known(count: chex.Numeric) -> bool:
+  """Whether a count follows from shapes alone, and so is the same on every device."""
+  return isinstance(count, int | float | np.generic | np.ndarray)
+
+
+def _is_integer(count: chex.Numeric) -> bool:
+  return jnp.issubdtype(jnp.result_type(count), jnp.integer)
+
+
+def _multiply_known(count: chex.Numeric, times: int) -> chex.Numeric:
+  if _is_integer(count) and np.max(count, initial=0) * times <= _INT32_MAX:
+    return np.asarray(count, np.int32) * np.int32(times)
+  return np.asarray(count, np.float32) * np.float32(times)
+
+
+def _add_counts(a: chex.Numeric, b: chex.Numeric) -> chex.Numeric:
+  """a + b, which stops at the largest int32 rather than wrapping around."""
+  if not (_is_integer(a) and _is_integer(b)):
+    return jnp.asarray(a) + jnp.asarray(b)
+  if _known(a) and _known(b) and np.max(np.add(a, b, dtype=np.int64), initial=0) <= _INT32_MAX:
+    return np.add(a, b, dtype=np.int32)
+  a, b = jnp.asarray(a, jnp.int32), jnp.asarray(b, jnp.int32)
+  return jnp.where(a > _INT32_MAX - b, _INT32_MAX, a + b)
+
+
+def _sum_over_axis(
+  count: chex.Numeric,
+  values: list[jax.Array],
+  axis_name: Any,
+  groups: tuple[tuple[int, ...], ...] | None,
+) -> tuple[chex.Numeric, jax.Array, list[jax.Array]]:
+  """The count of all devices, the weight of it, and the weighted sums of values: one all-reduce."""
+  real = values[0].real.dtype
+  sizes = {_checks.axis_size(axis_name)} if groups is None else {len(g) for g in groups}
+  if _known(count) and len(sizes) == 1:  # every device weighs the same: there are no counts to send
+    (size,) = sizes
+    return _multiply_known(count, size), jnp.asarray(size, real), _psum(values, axis_name, groups)
+  n = jnp.asarray(count, real)
+  if not _is_integer(count):
+    n, *sums = _psum([n, *(n * v for v in values)], axis_name, groups)
+    return n, _divisor(n, real), sums
+  # An integer travels among floating-point numbers as its high and low bits, so that sums of them
+  # are exact in float32 (on up to 4096 devices, to 2**36) and one reduction carries everything.
+  count = jnp.asarray(count, jnp.int32)
+  high, low = count >> _LOW_BITS, count & (2**_LOW_BITS - 1)
+  parts = [high.astype(real), low.astype(real), *(n * v for v in values)]
+  high, low, *sums = _psum(parts, axis_name, groups)
+  n = high * 2**_LOW_BITS + low
+  exact = high.astype(jnp.int32) * 2**_LOW_BITS + low.astype(jnp.int32)
+  return jnp.where(n < 2.0**31, exact, _INT32_MAX), _divisor(n, real), sums
+
+
+def _psum(
+  values: list[jax.Array], axis_name: Any, groups: tuple[tuple[int, ...], ...] | None
+) -> list[jax.Array]:
+  """The sums of several arrays over the devices of one's group, by a single all-reduce."""
+  flat, unflatten = ravel_pytree(values)
+  return unflatten(_psum_in_groups(flat, axis_name, groups))
+
+
+def _psum_in_groups(
+  x: jax.Array, axis_name: Any, groups: tuple[tuple[int, ...], ...] | None
+) -> jax.Array:
+  if groups is None:
+    return lax.psum(x, axis_name)
+  # vmap has no grouped psum, and says so only when a jit inside it is batched: ask the mesh.
+  if _names(axis_name) <= set(jax.sharding.get_abstract_mesh().manual_axes):
+    try:
+      return lax.psum(x, axis_name, axis_index_groups=groups)
+    except NotImplementedError:  # shard_map with its checks on
+      pass
+  group_of = np.zeros(sum(map(len, groups)), np.int32)
+  for g, members in enumerate(groups):
+    group_of[list(members)] = g
+  mine = jnp.asarray(group_of)[lax.axis_index(axis_name)]
+  rows = jnp.where(jnp.arange(len(groups))[:, None] == mine, x, 0)
+  return lax.psum(rows, axis_name)[mine]
+
+
+def _names(axis_name: Any) -> set[Any]:
+  return set(axis_name) if isinstance(axis_name, tuple | list) else {axis_name}

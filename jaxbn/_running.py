@@ -1,0 +1,173 @@
+"""Track: the running statistics of one layer, from those of its batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxbn import _checks
+from jaxbn._moments import Moments
+
+if TYPE_CHECKING:
+  import chex
+
+
+class RunningStats(NamedTuple):
+  """The state of one layer: what evaluation normalizes by.
+
+  Attributes:
+    mean: running mean, of the channels' shape.
+    var: running variance, real, of the same shape.
+    count: how many updates each channel has had, int32, of the same shape; only where `debias` or a
+      cumulative average needs it, else None, so that the leaves are those of Flax.
+  """
+
+  mean: chex.Array
+  var: chex.Array
+  count: chex.Array | None = None  # type: ignore[assignment]  # tuple's method gives way
+
+
+def init(
+  shape: int | Sequence[int],
+  *,
+  momentum: float | None = 0.99,
+  debias: bool = False,
+  dtype: Any = jnp.float32,
+) -> RunningStats:
+  """Running statistics before the first batch: mean 0, variance 1, as in Flax.
+
+  Args:
+    shape: the channels' shape; an integer n means (n,).
+    momentum: as it will be given to `update`; None (cumulative) adds the leaf `count`.
+    debias: as it will be given to `update`; True adds the leaf `count`.
+    dtype: dtype of mean, real or complex; var has its real part's.
+
+  Returns:
+    RunningStats.
+
+  Raises:
+    ValueError: momentum out of range, or debias where it cannot be.
+
+  >>> import jaxbn
+  >>> jaxbn.init(2)
+  RunningStats(mean=Array([0., 0.], dtype=float32), var=Array([1., 1.], dtype=float32), count=None)
+  """
+  _checks.momentum_in_range(momentum, debias)
+  shape = (shape,) if isinstance(shape, int) else tuple(shape)
+  mean = jnp.zeros(shape, dtype)
+  count = jnp.zeros(shape, jnp.int32) if needs_count(momentum, debias) else None
+  return RunningStats(mean, jnp.ones(shape, mean.real.dtype), count)
+
+
+def update(
+  state: RunningStats,
+  moments: Moments,
+  *,
+  momentum: chex.Numeric | None = 0.99,
+  debias: bool = False,
+  unbiased: bool = False,
+  skip_nonfinite: bool = False,
+) -> RunningStats:
+  r"""The running statistics after one more batch.
+
+  For each of mean and var, with g the gain of the t-th update of a channel:
+
+      new = (1 - g) old + g batch
+
+      exponential     g = 1 - momentum                        (Flax)
+      debias=True     g = (1 - momentum) / (1 - momentum^t)   (Kingma & Ba 2015, section 3)
+      momentum=None   g = 1 / t, the plain average over the batches (PyTorch's cumulative one)
+
+  The debiased form keeps the corrected average itself, not the raw one: its first update replaces
+  the initial values by the batch's, and any reader of `mean` and `var` has them right at any time.
+
+  Args:
+    state: from `init` with the same momentum and debias.
+    moments: the batch's (of all devices). A channel whose count is zero stays as it was.
+    momentum: the share of the old value that is kept, from 0 to 1; None for a cumulative average.
+    debias: remove the weight of the initial values.
+    unbiased: multiply the batch's variance by n / (n - 1), n its count, as PyTorch does; a channel
+      with n <= 1 keeps the factor 1.
+    skip_nonfinite: a channel whose batch mean or variance is not finite stays as it was.
+
+  Returns:
+    RunningStats with the same leaves. Single and double precision promote as in Flax (a real mean
+    becomes complex with a complex batch); half-precision statistics stay half-precision.
+
+  Raises:
+    ValueError: different channels' shapes; momentum out of range; debias or momentum=None with a
+      state that has no count.
+
+  >>> import jax.numpy as jnp, jaxbn
+  >>> batch = jaxbn.moments(jnp.array([[1.0], [3.0]]))
+  >>> jaxbn.update(jaxbn.init(1), batch, momentum=0.75).mean.tolist()
+  [0.5]
+  """
+  _check_state(state, moments, momentum, debias)
+  count = None if state.count is None else jnp.asarray(state.count) + 1
+  keep, gain = _shares(count, momentum, debias, moments.var.dtype)
+  mean, var = moments.mean, moments.var
+  if unbiased:
+    n = jnp.asarray(moments.count, var.dtype)
+    var = var * jnp.where(n > 1, n / jnp.where(n > 1, n - 1, 1), 1)
+  usable = jnp.asarray(moments.count) > 0
+  if skip_nonfinite:
+    usable = usable & jnp.isfinite(mean) & jnp.isfinite(var)
+
+  def blend(old: jax.Array, batch: jax.Array) -> jax.Array:
+    # Selected twice: an unusable value must reach neither the result nor a gradient.
+    new = keep * old + gain * jnp.where(usable, batch, 0)
+    return jnp.where(usable, new.astype(_state_dtype(old.dtype, new.dtype)), old)
+
+  new_count = None if count is None else jnp.where(usable, count, count - 1)
+  return RunningStats(blend(state.mean, mean), blend(state.var, var), new_count)
+
+
+def needs_count(momentum: chex.Numeric | None, debias: bool) -> bool:
+  """Whether these options need the leaf `count`."""
+  return debias or momentum is None
+
+
+def _shares(
+  count: jax.Array | None, momentum: Any, debias: bool, dtype: Any
+) -> tuple[chex.Numeric, chex.Numeric]:
+  """How much of the old value is kept, and how much of the batch's is added: they sum to one."""
+  if count is None or not needs_count(momentum, debias):
+    return momentum, 1 - momentum
+  t = count.astype(dtype)
+  if momentum is None:
+    return 1 - 1 / t, 1 / t
+  # 1 - momentum^t without cancellation where momentum is near 1.
+  log: Any = jnp.log(momentum) if isinstance(momentum, jax.Array) else _log(momentum)
+  gain = (1 - momentum) / -jnp.expm1(t * log)
+  return 1 - gain, gain
+
+
+def _log(momentum: float) -> float:
+  return math.log(momentum) if momentum > 0 else -math.inf
+
+
+def _state_dtype(old: Any, new: Any) -> Any:
+  return old if jnp.finfo(old).bits < 32 else jnp.promote_types(old, new)
+
+
+def _check_state(
+  state: RunningStats, moments: Moments, momentum: chex.Numeric | None, debias: bool
+) -> None:
+  _checks.momentum_in_range(momentum, debias)
+  if jnp.shape(state.mean) != jnp.shape(moments.mean):
+    raise ValueError(
+      f"state has channels of shape {jnp.shape(state.mean)}, but the batch's moments "
+      f"{jnp.shape(moments.mean)}: make the state with jaxbn.init{jnp.shape(moments.mean)}."
+    )
+  if needs_count(momentum, debias) and state.count is None:
+    option = "momentum=None" if momentum is None else "debias=True"
+    raise ValueError(
+      f"{option} needs the number of updates so far, which state lacks (state.count is None): make "
+      f"it with jaxbn.init(..., {option}), or add a count to a state that has been trained, for "
+      "instance state._replace(count=jnp.full(state.mean.shape, updates, jnp.int32))."
+    )

@@ -1,0 +1,162 @@
+"""Flax Linen layers: they hold parameters and state, and call `jaxbn.batch_norm`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.typing import Dtype, Initializer
+
+from jaxbn import _checks
+from jaxbn._batch_norm import batch_norm
+from jaxbn._running import RunningStats, init, needs_count
+
+
+class BatchNorm(nn.Module):
+  r"""Batch normalization (Ioffe & Szegedy 2015): a drop-in for `flax.linen.BatchNorm`.
+
+      y = (x - mean) / sqrt(var + epsilon) * scale + bias
+
+  with the batch's statistics in training and the running ones, kept in the collection
+  `batch_stats`, in evaluation. Arguments, defaults, names, shapes and dtypes are Flax's, so that
+  its checkpoints load; `jaxbn.batch_norm` says what is computed, how accurately, and what errors
+  are raised. What differs from Flax: the statistics stay accurate where the mean is large; with a
+  mask and an axis_name they are those of all valid elements of all devices; masked positions may
+  hold NaN; integer input is refused. Initialization never changes the statistics, and needs no
+  bound axis.
+
+  Attributes:
+    use_running_average: True in evaluation, False in training; here or at the call.
+    axis: the axis or axes of the channels.
+    momentum: share of the old running value that is kept; None for a cumulative average.
+    epsilon: added to the variance.
+    dtype: of the result (default: what input and parameters promote to).
+    param_dtype: of scale and bias.
+    use_bias: whether there is a bias (beta).
+    use_scale: whether there is a scale (gamma).
+    bias_init: initializer of bias.
+    scale_init: initializer of scale.
+    axis_name: the axis of pmap, shard_map or vmap whose members share statistics. Under jit with
+      sharded arrays none is needed.
+    axis_index_groups: indices along it in groups, each sharing among itself only.
+    use_fast_variance: one pass over the input; False takes two, and two small all-reduces.
+    force_float32_reductions: if False, `batch_stats` has param_dtype. Sums are taken in float32 at
+      least either way.
+    debias: running statistics without the weight of their initial values: right for evaluation from
+      the first steps on. Adds the leaf `count` to `batch_stats`.
+    unbiased: track the variance times n / (n - 1), as PyTorch does.
+    skip_nonfinite: a batch whose statistics are not finite leaves the running ones as they were.
+    detach_stats: no gradient through the batch's statistics (for demonstration).
+    masked_value: what the output holds where the mask is False; None: the formula's value.
+
+  >>> import jax, jax.numpy as jnp, jaxbn.linen
+  >>> layer = jaxbn.linen.BatchNorm(use_running_average=False)
+  >>> x = jnp.arange(12.0).reshape(4, 3)
+  >>> variables = layer.init(jax.random.key(0), x)
+  >>> jax.tree.map(jnp.shape, variables)
+  {'batch_stats': {'mean': (3,), 'var': (3,)}, 'params': {'bias': (3,), 'scale': (3,)}}
+  >>> y, updates = layer.apply(variables, x, mutable=["batch_stats"])
+  >>> print(updates["batch_stats"]["mean"])
+  [0.045 0.055 0.065]
+  """
+
+  use_running_average: bool | None = None
+  axis: int | Sequence[int] = -1
+  momentum: float | None = 0.99
+  epsilon: float = 1e-5
+  dtype: Dtype | None = None
+  param_dtype: Dtype = jnp.float32
+  use_bias: bool = True
+  use_scale: bool = True
+  bias_init: Initializer = nn.initializers.zeros
+  scale_init: Initializer = nn.initializers.ones
+  axis_name: Any = None
+  axis_index_groups: Any = None
+  use_fast_variance: bool = True
+  force_float32_reductions: bool = True
+  debias: bool = False
+  unbiased: bool = False
+  skip_nonfinite: bool = False
+  detach_stats: bool = False
+  masked_value: float | None = None
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Any,
+    use_running_average: bool | None = None,
+    *,
+    mask: jax.Array | None = None,
+    weights: jax.Array | None = None,
+  ) -> jax.Array:
+    """Normalizes x.
+
+    Args:
+      x: real or complex array of any rank.
+      use_running_average: True in evaluation, False in training, if not said in the constructor.
+      mask: binary, broadcasts against x: which elements exist. As in Flax any dtype will do; what
+        is not zero is True.
+      weights: real, not negative, broadcasts against x: how often each element counts.
+
+    Returns:
+      y, of x's shape.
+    """
+    use_running_average = nn.merge_param(
+      "use_running_average", self.use_running_average, use_running_average
+    )
+    x = _checks.inexact(x)
+    shape = _checks.split_axes(x.ndim, self.axis).shape(x)
+    state = self._running_stats(shape)
+    initializing = self.is_initializing()
+    y, new_state = batch_norm(
+      x,
+      self.param("scale", self.scale_init, shape, self.param_dtype) if self.use_scale else None,
+      self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None,
+      RunningStats(*(None if leaf is None else leaf.value for leaf in state)),
+      use_running_average=use_running_average,
+      axis=self.axis,
+      momentum=self.momentum,
+      epsilon=self.epsilon,
+      mask=None if mask is None else jnp.asarray(mask, bool),
+      weights=weights,
+      masked_value=None if mask is None and weights is None else self.masked_value,
+      axis_name=None if initializing else self.axis_name,
+      axis_index_groups=None if initializing else self.axis_index_groups,
+      use_fast_variance=self.use_fast_variance,
+      debias=self.debias,
+      unbiased=self.unbiased,
+      skip_nonfinite=self.skip_nonfinite,
+      detach_stats=self.detach_stats,
+      dtype=self.dtype,
+    )
+    if new_state is not None and not initializing and not use_running_average:
+      for variable, value in zip(state, new_state, strict=True):
+        if variable is not None:
+          variable.value = value
+    return y
+
+  def _running_stats(self, shape: tuple[int, ...]) -> RunningStats:
+    """The layer's variables, in the place of the values that they hold."""
+    dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
+    trained = self.has_variable("batch_stats", "mean")
+    if trained and needs_count(self.momentum, self.debias):
+      _require_count(self.has_variable("batch_stats", "count"), self.path)
+    start = init(shape, momentum=self.momentum, debias=self.debias, dtype=dtype)
+    return RunningStats(
+      *(
+        None if value is None else self.variable("batch_stats", name, lambda v=value: v)
+        for name, value in start._asdict().items()
+      )
+    )
+
+
+def _require_count(present: bool, path: tuple[str, ...]) -> None:
+  if not present:
+    raise ValueError(
+      f"batch_stats of {'/'.join(path) or 'the layer'} has a mean but no count, which debias=True "
+      "and momentum=None need: it was saved without that option. Add the leaf, for instance "
+      "count=jnp.full(mean.shape, updates_so_far, jnp.int32), or leave the option out."
+    )

@@ -1,0 +1,231 @@
+"""Flax NNX layers: they hold parameters and state, and call `jaxbn.batch_norm`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import errors, nnx
+from flax.nnx.nn import dtypes
+from flax.typing import Dtype, Initializer, PromoteDtypeFn
+
+from jaxbn import _checks
+from jaxbn._batch_norm import batch_norm
+from jaxbn._running import RunningStats, init
+
+
+class BatchNorm(nnx.Module):
+  r"""Batch normalization (Ioffe & Szegedy 2015): a drop-in for `flax.nnx.BatchNorm`.
+
+      y = (x - mean) / sqrt(var + epsilon) * scale + bias
+
+  with the batch's statistics after `train()` and the running ones after `eval()`. Arguments,
+  defaults, variable types and names are Flax's; outputs are bit-equal to `jaxbn.linen.BatchNorm`'s.
+  `jaxbn.batch_norm` says what is computed, how accurately, and what errors are raised. What differs
+  from Flax: see `jaxbn.linen.BatchNorm`; and with dtype=bfloat16 the statistics and parameters are
+  not rounded to it before they are used, only the result is. A promote_dtype of your own is called,
+  and what it returns is used, as in Flax.
+
+  Args:
+    num_features: number of channels (with several axes, the product).
+    use_running_average: True in evaluation, False in training; the call's comes first.
+    axis: the axis or axes of the channels.
+    momentum: share of the old running value that is kept; None for a cumulative average.
+    epsilon: added to the variance.
+    dtype: of the result (default: what input, parameters and statistics promote to).
+    param_dtype: of scale and bias.
+    use_bias: whether there is a bias (beta).
+    use_scale: whether there is a scale (gamma).
+    bias_init: initializer of bias.
+    scale_init: initializer of scale.
+    axis_name: the axis of pmap, shard_map or vmap whose members share statistics. Under jit with
+      sharded arrays none is needed.
+    axis_index_groups: indices along it in groups, each sharing among itself only.
+    use_fast_variance: one pass over the input; False takes two, and two small all-reduces.
+    promote_dtype: function from (inputs, mean, var, scale, bias) and dtype to the promoted tuple.
+    rngs: rng key.
+    bias_metadata: metadata of bias.
+    scale_metadata: metadata of scale.
+    debias: running statistics without the weight of their initial values. Adds the BatchStat
+      `count`.
+    unbiased: track the variance times n / (n - 1), as PyTorch does.
+    skip_nonfinite: a batch whose statistics are not finite leaves the running ones as they were.
+    detach_stats: no gradient through the batch's statistics (for demonstration).
+    masked_value: what the output holds where the mask is False; None: the formula's value.
+
+  >>> import jax.numpy as jnp, jaxbn.nnx
+  >>> from flax import nnx
+  >>> layer = jaxbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+  >>> y = layer(jnp.arange(12.0).reshape(4, 3))
+  >>> print(layer.mean[...])
+  [0.045 0.055 0.065]
+  >>> layer.eval()
+  >>> layer(jnp.zeros((1, 3))).shape
+  (1, 3)
+  """
+
+  def __init__(
+    self,
+    num_features: int,
+    *,
+    use_running_average: bool | None = False,
+    axis: int | Sequence[int] = -1,
+    momentum: float | None = 0.99,
+    epsilon: float = 1e-5,
+    dtype: Dtype | None = None,
+    param_dtype: Dtype = jnp.float32,
+    use_bias: bool = True,
+    use_scale: bool = True,
+    bias_init: Initializer = nnx.initializers.zeros,
+    scale_init: Initializer = nnx.initializers.ones,
+    axis_name: Any = None,
+    axis_index_groups: Any = None,
+    use_fast_variance: bool = True,
+    promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+    rngs: nnx.Rngs,
+    bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+    scale_metadata: Mapping[str, Any] = MappingProxyType({}),
+    debias: bool = False,
+    unbiased: bool = False,
+    skip_nonfinite: bool = False,
+    detach_stats: bool = False,
+    masked_value: float | None = None,
+  ):
+    shape = (num_features,)
+    start = init(shape, momentum=momentum, debias=debias)
+    self.mean = nnx.BatchStat(start.mean)
+    self.var = nnx.BatchStat(start.var)
+    if start.count is not None:
+      self.count = nnx.BatchStat(start.count)
+
+    def parameter(wanted: bool, initializer: Initializer, metadata: Mapping[str, Any]) -> Any:
+      if not wanted:
+        return nnx.data(None)
+      return nnx.Param(initializer(rngs.params(), shape, param_dtype), **metadata)
+
+    self.scale = parameter(use_scale, scale_init, scale_metadata)
+    self.bias = parameter(use_bias, bias_init, bias_metadata)
+
+    self.num_features = num_features
+    self.use_running_average = use_running_average
+    self.axis = axis if isinstance(axis, int) else tuple(axis)
+    self.momentum = momentum
+    self.epsilon = epsilon
+    self.dtype = dtype
+    self.param_dtype = param_dtype
+    self.use_bias = use_bias
+    self.use_scale = use_scale
+    self.axis_name = axis_name
+    self.axis_index_groups = nnx.static(axis_index_groups)
+    self.use_fast_variance = use_fast_variance
+    self.promote_dtype = promote_dtype
+    self.debias = debias
+    self.unbiased = unbiased
+    self.skip_nonfinite = skip_nonfinite
+    self.detach_stats = detach_stats
+    self.masked_value = masked_value
+
+  def __call__(
+    self,
+    x: Any,
+    use_running_average: bool | None = None,
+    *,
+    mask: jax.Array | None = None,
+    weights: jax.Array | None = None,
+  ) -> jax.Array:
+    """Normalizes x.
+
+    Args:
+      x: real or complex array of any rank.
+      use_running_average: True in evaluation, False in training; before the constructor's.
+      mask: binary, broadcasts against x: which elements exist. As in Linen any dtype will do; what
+        is not zero is True.
+      weights: real, not negative, broadcasts against x: how often each element counts.
+
+    Returns:
+      y, of x's shape.
+    """
+    if use_running_average is None:
+      use_running_average = self.use_running_average
+    if use_running_average is None:
+      raise ValueError(
+        "use_running_average was given neither to the constructor nor to the call: pass it to one, "
+        "or choose with train() and eval()."
+      )
+    x = _checks.inexact(x)
+    x, scale, bias, state, dtype = self._promoted(x)
+    y, new_state = batch_norm(
+      x,
+      scale,
+      bias,
+      state,
+      use_running_average=use_running_average,
+      axis=self.axis,
+      momentum=self.momentum,
+      epsilon=self.epsilon,
+      mask=None if mask is None else jnp.asarray(mask, bool),
+      weights=weights,
+      masked_value=None if mask is None and weights is None else self.masked_value,
+      axis_name=self.axis_name,
+      axis_index_groups=self.axis_index_groups,
+      use_fast_variance=self.use_fast_variance,
+      debias=self.debias,
+      unbiased=self.unbiased,
+      skip_nonfinite=self.skip_nonfinite,
+      detach_stats=self.detach_stats,
+      dtype=dtype,
+    )
+    if not use_running_average:
+      self._store(new_state)
+    return y
+
+  def set_view(self, use_running_average: bool | None = None) -> None:
+    """What `nnx.view` calls to make a view with another mode.
+
+    Args:
+      use_running_average: True in evaluation, False in training, None to leave it.
+    """
+    if use_running_average is not None:
+      self.use_running_average = use_running_average
+
+  def _promoted(self, x: jax.Array) -> tuple[jax.Array, Any, Any, RunningStats, Any]:
+    """Input, parameters, state and the result's dtype, after `promote_dtype`."""
+    shape = _checks.split_axes(x.ndim, self.axis).shape(x)
+
+    def value(variable: nnx.Variable | None) -> Any:
+      if variable is None:
+        return None
+      v = variable[...]
+      return v if len(shape) == 1 or v.size != jnp.zeros(shape).size else v.reshape(shape)
+
+    mean, var, scale, bias = map(value, (self.mean, self.var, self.scale, self.bias))
+    count = value(getattr(self, "count", None))
+    dtype = self.dtype
+    if self.promote_dtype is not dtypes.promote_dtype:
+      x, mean, var, scale, bias = self.promote_dtype((x, mean, var, scale, bias), dtype=dtype)
+    elif dtype is None:
+      # Flax's own casts everything to the common dtype first. The core works in float32 at least
+      # and rounds once, at the end, so it only needs to know that dtype.
+      dtype = jnp.result_type(*(a for a in (x, mean, var, scale, bias) if a is not None))
+    return x, scale, bias, RunningStats(mean, var, count), dtype
+
+  def _store(self, state: RunningStats | None) -> None:
+    assert state is not None
+    for name, value in state._asdict().items():
+      if value is None:
+        continue
+      variable = getattr(self, name)
+      # As in Flax the running statistics are no path for gradients.
+      value = jax.lax.stop_gradient(value).reshape((self.num_features,))
+      try:
+        variable.set_value(value)
+      except errors.TraceContextError as error:
+        raise errors.TraceContextError(
+          "the running statistics of this BatchNorm cannot be updated inside a JAX transformation "
+          "that it was not passed through: use the nnx one (nnx.jit, nnx.grad, ...) with the model "
+          "as an argument, or nnx.split it outside and nnx.merge it inside and return the new "
+          "state, or evaluate with model.eval()."
+        ) from error
