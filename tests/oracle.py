@@ -107,7 +107,8 @@ def running(batches, momentum=0.99, debias=False, unbiased=False):
   if momentum is None:
     mean, var = 0 * mean, 0 * var
   first_var = var
-  for t, batch in enumerate(batches, 1):
+  t = len(batches)
+  for batch in batches:
     n = batch.count
     batch_var = batch.var * n / (n - 1) if unbiased else batch.var
     if momentum is None:
