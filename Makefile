@@ -1,6 +1,7 @@
-# make train   the main job: a small ResNet on handwritten digits, over all local devices
-# make test    everything that CI runs: ruff, the type checker, pytest
-# Both create .venv and install what they need, at most once.
+# make train       the main job: a small ResNet on handwritten digits, over all local devices
+# make test        everything that CI runs: ruff, the type checker, pytest
+# make exactness   the README's comparison with Flax
+# All create .venv and install what they need, at most once.
 
 CONFIG ?= configs/digits.py
 ARGS ?=
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test lint types pytest format clean
+.PHONY: train test exactness lint types pytest format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -31,6 +32,9 @@ pytest: $(INSTALLED)
 
 format: $(INSTALLED)
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+exactness: $(INSTALLED)
+	@$(BIN)/python -m benchmarks.exactness
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

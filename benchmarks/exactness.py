@@ -1,0 +1,159 @@
+"""What is exact in jaxbn and not in Flax's own layers: the README's table, measured.
+
+  python -m benchmarks.exactness
+
+Every row is an error against batch normalization in float64, in standard deviations, of the layer
+as it comes (float32, default arguments) in jaxbn and in the installed Flax, on the same data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from jaxbn import linen as bn
+
+DEVICES = 4
+EPSILON = 1e-5
+Layer = Callable[..., Any]
+
+
+def main() -> None:
+  """Prints the table."""
+  jax.config.update("jax_num_cpu_devices", DEVICES)
+  table = Table(title="Largest error of the output, in standard deviations", box=box.MARKDOWN)
+  table.add_column("case")
+  table.add_column(f"flax {flax.__version__}", justify="right")
+  table.add_column("jaxbn", justify="right")
+  for case, of_flax, of_jaxbn in rows():
+    table.add_row(case, f"{of_flax:.2g}", f"{of_jaxbn:.2g}")
+  Console(width=110).print(table)
+
+
+def rows() -> Iterator[tuple[str, float, float]]:
+  """Each case with Flax's error and jaxbn's."""
+  for case, measure in CASES.items():
+    yield case, measure(nn.BatchNorm), measure(bn.BatchNorm)
+
+
+def large_mean(ratio: float) -> Callable[[Layer], float]:
+  """A batch whose mean is `ratio` standard deviations from zero."""
+
+  def measure(layer: Layer) -> float:
+    x = (ratio + _rng().normal(size=(4096, 64))).astype(np.float32)
+    return _worst(_train(layer(use_running_average=False), x)[0] - _reference(x))
+
+  return measure
+
+
+def unequal_counts(layer: Layer) -> float:
+  """Four devices under pmap with 1, 2, 4 and 57 valid examples."""
+  return _masked_over_devices(layer, counts=(1, 2, 4, 57))
+
+
+def empty_device(layer: Layer) -> float:
+  """Four devices under pmap, the first without a valid example."""
+  return _masked_over_devices(layer, counts=(0, 64, 64, 64))
+
+
+def nan_in_padding(layer: Layer) -> float:
+  """NaN where the mask is False: the largest error of the gradient of scale, relative."""
+  x = _rng().normal(size=(64, 8)).astype(np.float32)
+  mask = np.arange(64)[:, None] < 40
+  model = layer(use_running_average=False)
+  variables = model.init(jax.random.key(0), x)
+
+  def loss(params: Any, x: jax.Array) -> jax.Array:
+    y, _ = model.apply({**variables, "params": params}, x, mask=mask, mutable=["batch_stats"])
+    return jnp.where(mask, y**3, 0).sum()
+
+  gradient = jax.grad(loss)(variables["params"], np.where(mask, x, np.nan))["scale"]
+  z = _reference(x[:40])
+  expected = 3 * (z**3).sum(0)
+  return _worst((np.asarray(gradient) - expected) / np.abs(expected).max())
+
+
+def evaluation_after(steps: int, **options: Any) -> Callable[[Layer], float]:
+  """Evaluation after a few training steps on batches of one distribution."""
+
+  def measure(layer: Layer) -> float:
+    rng = _rng()
+    model = layer(**(options if layer is bn.BatchNorm else {}))
+    batches = [(3 + 2 * rng.normal(size=(256, 16))).astype(np.float32) for _ in range(steps)]
+    variables = model.init(jax.random.key(0), batches[0], use_running_average=False)
+    for x in batches:
+      _, updates = model.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
+      variables = {**variables, **updates}
+    y = model.apply(variables, batches[-1], use_running_average=True)
+    return _worst(np.asarray(y) - (batches[-1] - 3) / 2)
+
+  return measure
+
+
+def after_a_nan_batch(layer: Layer) -> float:
+  """Running mean after 20 good batches and one of NaN: its error, in standard deviations."""
+  options = {"skip_nonfinite": True} if layer is bn.BatchNorm else {}
+  model = layer(use_running_average=False, momentum=0.5, **options)
+  x = _rng().normal(size=(256, 8)).astype(np.float32)
+  variables = model.init(jax.random.key(0), x)
+  for batch in [x] * 20 + [np.full_like(x, np.nan)]:
+    _, updates = model.apply(variables, batch, mutable=["batch_stats"])
+    variables = {**variables, **updates}
+  return _worst(variables["batch_stats"]["mean"] - x.astype(np.float64).mean(0))
+
+
+CASES: dict[str, Callable[[Layer], float]] = {
+  "|mean| / std = 1e3": large_mean(1e3),
+  "|mean| / std = 1e4": large_mean(1e4),
+  "mask under pmap: 1, 2, 4 and 57 valid examples on 4 devices": unequal_counts,
+  "mask under pmap: one device has no valid example": empty_device,
+  "NaN in masked positions: gradient of scale, relative": nan_in_padding,
+  "evaluation after 20 steps (jaxbn: debias=True)": evaluation_after(20, debias=True),
+  "running mean after one NaN batch (jaxbn: skip_nonfinite=True)": after_a_nan_batch,
+}
+
+
+def _rng() -> np.random.Generator:
+  return np.random.default_rng(0)
+
+
+def _reference(x: np.ndarray) -> np.ndarray:
+  wide = x.astype(np.float64)
+  return (wide - wide.mean(0)) / np.sqrt(wide.var(0) + EPSILON)
+
+
+def _worst(error: Any) -> float:
+  return float(np.abs(error).max())
+
+
+def _train(model: Any, x: np.ndarray, **kwargs: Any) -> Any:
+  variables = model.init(jax.random.key(0), x)
+  return model.apply(variables, x, mutable=["batch_stats"], **kwargs)
+
+
+def _masked_over_devices(layer: Layer, counts: tuple[int, ...]) -> float:
+  """Error over the valid examples of devices that hold `counts` of them."""
+  offsets = np.arange(DEVICES)[:, None, None]  # so that the devices' means differ
+  x = (_rng().normal(size=(DEVICES, 64, 8)) + 0.5 * offsets).astype(np.float32)
+  mask = np.arange(64) < np.array(counts)[:, None]
+  model = layer(use_running_average=False, axis_name="batch")
+  variables = model.init(jax.random.key(0), x[0])
+
+  def step(x: jax.Array, mask: jax.Array) -> jax.Array:
+    return model.apply(variables, x, mask=mask[:, None], mutable=["batch_stats"])[0]
+
+  y = jax.pmap(step, axis_name="batch")(x, mask)
+  return _worst(np.asarray(y)[mask] - _reference(x[mask]))
+
+
+if __name__ == "__main__":
+  main()
