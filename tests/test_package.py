@@ -1,0 +1,84 @@
+"""The package as a whole: what it imports, what it shows, what it documents."""
+
+import ast
+import inspect
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import jaxbn
+import jaxbn.linen
+import jaxbn.nnx
+
+ROOT = pathlib.Path(jaxbn.__file__).parent
+STEPS = {"_moments", "_running", "_normalize"}
+# What each file may import of ours: one way, no circle.
+ALLOWED = {
+  "_checks": set(),
+  "_moments": {"_checks"},
+  "_running": {"_checks", "_moments"},
+  "_normalize": {"_checks", "_moments"},
+  "_batch_norm": {"_checks"} | STEPS,
+  "linen": {"_checks", "_batch_norm", "_running"},
+  "nnx": {"_checks", "_batch_norm", "_running"},
+  "__init__": {"_batch_norm"} | STEPS,
+}
+
+
+def imported(path):
+  """The top-level packages and the modules of ours that a file imports at run time."""
+  packages, ours = set(), set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.ImportFrom) and node.module.startswith("jaxbn"):
+      rest = node.module.split(".")[1:]
+      ours |= set(rest) if rest else {a.name for a in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      packages.add(node.module.split(".")[0])
+    elif isinstance(node, ast.Import):
+      packages |= {a.name.split(".")[0] for a in node.names}
+  return packages, ours
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: p.stem)
+def test_imports_point_one_way(path):
+  packages, ours = imported(path)
+  assert ours <= ALLOWED[path.stem]
+  third_party = packages - set(sys.stdlib_module_names)
+  layers = {"flax"} if path.stem in ("linen", "nnx") else set()
+  assert third_party <= {"jax", "numpy", "chex"} | layers
+
+
+def test_importing_jaxbn_imports_neither_flax_nor_chex():
+  code = "import sys, jaxbn; assert not {'flax', 'chex'} & set(sys.modules)"
+  subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_layers_come_on_first_use():
+  code = "import jaxbn; jaxbn.linen.BatchNorm; jaxbn.nnx.BatchNorm"
+  subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+  with pytest.raises(AttributeError, match="no attribute 'batchnorm'"):
+    _ = jaxbn.batchnorm
+
+
+PUBLIC = [getattr(jaxbn, name) for name in jaxbn.__all__] + [
+  jaxbn.linen.BatchNorm,
+  jaxbn.nnx.BatchNorm,
+]
+
+
+@pytest.mark.parametrize("thing", PUBLIC, ids=lambda t: t.__name__)
+def test_public_docstrings_name_every_argument(thing):
+  doc = inspect.getdoc(thing)
+  if inspect.isclass(thing) and hasattr(thing, "_fields"):
+    names = thing._fields
+  else:
+    function = thing.__init__ if inspect.isclass(thing) else thing
+    names = set(inspect.signature(function).parameters) - {"self", "parent", "name"}
+    assert ">>>" in doc
+  for name in names:
+    assert name in doc, name
