@@ -294,8 +294,11 @@ def _variance(mean_square: jax.Array, mean: jax.Array) -> jax.Array:
   1/sqrt(epsilon); its upper bound makes the output too small instead, by a few standard deviations.
   """
   square = abs_square(mean)
-  unresolved = jnp.finfo(square.dtype).eps * square
-  return jnp.maximum(mean_square - square, lax.stop_gradient(unresolved))
+  # Where the squares overflow the variance does; the difference of two infinities would be NaN.
+  var = jnp.where(jnp.isinf(mean_square), mean_square, mean_square - square)
+  unresolved = lax.stop_gradient(jnp.finfo(square.dtype).eps * square)
+  # Not jnp.maximum: its gradient at a tie, as in constant channels, is halved.
+  return jnp.where(var < unresolved, unresolved, var)
 
 
 def _zero_unless(valid: jax.Array | None, x: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -111,7 +112,8 @@ class BatchNorm(nnx.Module):
 
     self.num_features = num_features
     self.use_running_average = use_running_average
-    self.axis = axis if isinstance(axis, int) else tuple(axis)
+    # NNX compares and hashes what is not data: lists become tuples.
+    self.axis = _tuples(axis)
     self.momentum = momentum
     self.epsilon = epsilon
     self.dtype = dtype
@@ -119,7 +121,7 @@ class BatchNorm(nnx.Module):
     self.use_bias = use_bias
     self.use_scale = use_scale
     self.axis_name = axis_name
-    self.axis_index_groups = nnx.static(axis_index_groups)
+    self.axis_index_groups = _tuples(axis_index_groups)
     self.use_fast_variance = use_fast_variance
     self.promote_dtype = promote_dtype
     self.debias = debias
@@ -156,7 +158,7 @@ class BatchNorm(nnx.Module):
         "or choose with train() and eval()."
       )
     x = _checks.inexact(x)
-    x, scale, bias, state, dtype = self._promoted(x)
+    x, scale, bias, state, dtype = self._promoted(x, use_running_average)
     y, new_state = batch_norm(
       x,
       scale,
@@ -191,7 +193,9 @@ class BatchNorm(nnx.Module):
     if use_running_average is not None:
       self.use_running_average = use_running_average
 
-  def _promoted(self, x: jax.Array) -> tuple[jax.Array, Any, Any, RunningStats, Any]:
+  def _promoted(
+    self, x: jax.Array, use_running_average: bool
+  ) -> tuple[jax.Array, Any, Any, RunningStats, Any]:
     """Input, parameters, state and the result's dtype, after `promote_dtype`."""
     shape = _checks.split_axes(x.ndim, self.axis).shape(x)
 
@@ -199,18 +203,20 @@ class BatchNorm(nnx.Module):
       if variable is None:
         return None
       v = variable[...]
-      return v if len(shape) == 1 or v.size != jnp.zeros(shape).size else v.reshape(shape)
+      return v.reshape(shape) if v.size == math.prod(shape) else v  # if not, the core says so
 
     mean, var, scale, bias = map(value, (self.mean, self.var, self.scale, self.bias))
-    count = value(getattr(self, "count", None))
+    state = RunningStats(mean, var, value(getattr(self, "count", None)))
     dtype = self.dtype
     if self.promote_dtype is not dtypes.promote_dtype:
       x, mean, var, scale, bias = self.promote_dtype((x, mean, var, scale, bias), dtype=dtype)
+      if use_running_average:  # in training the statistics keep their precision, as in Flax
+        state = RunningStats(mean, var)
     elif dtype is None:
       # Flax's own casts everything to the common dtype first. The core works in float32 at least
       # and rounds once, at the end, so it only needs to know that dtype.
       dtype = jnp.result_type(*(a for a in (x, mean, var, scale, bias) if a is not None))
-    return x, scale, bias, RunningStats(mean, var, count), dtype
+    return x, scale, bias, state, dtype
 
   def _store(self, state: RunningStats | None) -> None:
     assert state is not None
@@ -229,3 +235,8 @@ class BatchNorm(nnx.Module):
           "as an argument, or nnx.split it outside and nnx.merge it inside and return the new "
           "state, or evaluate with model.eval()."
         ) from error
+
+
+def _tuples(value: Any) -> Any:
+  """Lists, however deep, as tuples."""
+  return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
