@@ -390,11 +390,11 @@ def test_too_long_cifar_file(tmp_path):
 
 
 def test_mislabelled_cifar_file(tmp_path):
-  path = sparse_cifar(tmp_path) / "test_batch.bin"
+  path = sparse_cifar(tmp_path) / "data_batch_2.bin"
   with open(path, "r+b") as file:
     file.seek(5 * 3073)
     file.write(b"\x0a")
-  with pytest.raises(ValueError, match=r"test_batch.bin is mislabelled: label 10 at position 5"):
+  with pytest.raises(ValueError, match=r"data_batch_2.bin is mislabelled: label 10 at position 5"):
     data.load("cifar10", str(tmp_path), download=False)
 
 
@@ -459,7 +459,9 @@ def test_truncated_tar(tmp_path, cifar_tar, share):
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-  """Serves a folder; under /short/ half of each file, under /endless/ never an end."""
+  """Serves a folder; under /short/ half of each file, under /endless/ 256 MiB."""
+
+  read_to_the_end = False
 
   def log_message(self, *args):
     pass
@@ -477,8 +479,9 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     else:
       self.end_headers()
       with contextlib.suppress(ConnectionError):
-        while True:
+        for _ in range(2**12):
           self.wfile.write(bytes(2**16))
+        Handler.read_to_the_end = True
 
 
 @pytest.fixture
@@ -555,6 +558,7 @@ def test_failed_download(tmp_path, monkeypatch, server, mirror, reason):
   with pytest.raises(FileNotFoundError, match=message):
     data.load("mnist", str(folder))
   assert not list(folder.iterdir())
+  assert not Handler.read_to_the_end
 
 
 def test_download_of_other_content(tmp_path, server):
