@@ -1,0 +1,176 @@
+"""The networks: an MLP, a VGG and a ResNet, each with the norm that its config names.
+
+All three are described by the same few numbers: stages, where stage `i` has
+`blocks[i]` blocks of width `widths[i]`. A block is one dense layer (MLP), one 3x3
+convolution (VGG) or one residual pair of 3x3 convolutions (ResNet), each followed by a
+norm. Any norm of `NORMS` fits any network of `MODELS`: a norm is a function of
+`(train, dtype, axis_name, momentum)` that gives a layer constructor taking `scale_init`.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from examples.settings import UserError, lookup
+from jaxbn import linen as bn
+
+Layer = Callable[..., Callable[[jax.Array], jax.Array]]
+
+
+class Affine(nn.Module):
+  """`x * scale + bias` per channel: what batch normalization leaves when it normalizes nothing.
+
+  Kept, so that networks with and without a norm have the same parameters, and so that a
+  residual branch can start at zero in both.
+  """
+
+  scale_init: nn.initializers.Initializer = nn.initializers.ones
+  dtype: Any = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale = self.param("scale", self.scale_init, x.shape[-1:], jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
+    return x * scale.astype(x.dtype) + bias.astype(x.dtype)
+
+
+def batch_norm(train: bool, dtype: Any, axis_name: str | None, momentum: float) -> Layer:
+  """Batch statistics over the whole global batch while training, running ones otherwise."""
+  return functools.partial(
+    bn.BatchNorm,
+    use_running_average=not train,
+    momentum=momentum,
+    dtype=dtype,
+    axis_name=axis_name if train else None,
+  )
+
+
+def no_norm(train: bool, dtype: Any, axis_name: str | None, momentum: float) -> Layer:
+  """Nothing but the affine map: the network to compare batch normalization with."""
+  del train, axis_name, momentum  # a norm without statistics has no use for them
+  return functools.partial(Affine, dtype=dtype)
+
+
+NORMS = {"batch": batch_norm, "none": no_norm}
+
+
+def space_to_depth(x: jax.Array, size: int) -> jax.Array:
+  """(B, H, W, C) to (B, H/size, W/size, C*size*size): what a strided first layer sees, cheaper."""
+  b, h, w, c = x.shape
+  x = x.reshape(b, h // size, size, w // size, size, c)
+  return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h // size, w // size, size * size * c)
+
+
+class Network(nn.Module):
+  """What the three networks share.
+
+  Attributes:
+    classes: number of classes.
+    widths, blocks: width and number of blocks of each stage.
+    patch: side of the square of pixels that `space_to_depth` folds into the channels.
+    norm: a name in `NORMS`.
+    momentum: share of the old running statistics kept at each step.
+    dtype: of the computation; parameters, statistics and logits stay float32.
+    axis_name: the device axis over which the norm is synchronized; None for one device.
+  """
+
+  classes: int
+  widths: Sequence[int]
+  blocks: Sequence[int]
+  patch: int = 1
+  norm: str = "batch"
+  momentum: float = 0.9
+  dtype: Any = jnp.float32
+  axis_name: str | None = None
+
+  @nn.compact
+  def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+    """(B, H, W, C) images to (B, classes) float32 logits."""
+    norm = NORMS[self.norm](train, self.dtype, self.axis_name, self.momentum)
+    x = space_to_depth(images.astype(self.dtype), self.patch)
+    x = self.features(x, norm)
+    return nn.Dense(self.classes, name="head")(x.astype(jnp.float32))
+
+  def features(self, x: jax.Array, norm: Layer) -> jax.Array:
+    """(B, h, w, c) to (B, features)."""
+    raise NotImplementedError
+
+  def conv(self, width: int, size: int = 3, stride: int = 1) -> nn.Conv:
+    """A convolution without bias: the norm that follows it brings one."""
+    return nn.Conv(width, (size, size), strides=stride, use_bias=False, dtype=self.dtype)
+
+
+class MLP(Network):
+  """Dense layers, each with its norm."""
+
+  def features(self, x: jax.Array, norm: Layer) -> jax.Array:
+    x = x.reshape(len(x), -1)
+    for width, blocks in zip(self.widths, self.blocks, strict=True):
+      for _ in range(blocks):
+        x = nn.relu(norm()(nn.Dense(width, use_bias=False, dtype=self.dtype)(x)))
+    return x
+
+
+class VGG(Network):
+  """3x3 convolutions, halving the image between stages (Simonyan & Zisserman, 2015)."""
+
+  def features(self, x: jax.Array, norm: Layer) -> jax.Array:
+    for stage, (width, blocks) in enumerate(zip(self.widths, self.blocks, strict=True)):
+      if stage > 0:
+        x = nn.max_pool(x, (2, 2), strides=(2, 2))
+      for _ in range(blocks):
+        x = nn.relu(norm()(self.conv(width)(x)))
+    return x.mean((1, 2))
+
+
+class ResNet(Network):
+  """Residual blocks (He et al., 2016), each starting as the identity (Goyal et al., 2017)."""
+
+  def features(self, x: jax.Array, norm: Layer) -> jax.Array:
+    x = nn.relu(norm()(self.conv(self.widths[0])(x)))
+    for stage, (width, blocks) in enumerate(zip(self.widths, self.blocks, strict=True)):
+      for block in range(blocks):
+        x = self.residual(x, norm, width, stride=2 if stage > 0 and block == 0 else 1)
+    return x.mean((1, 2))
+
+  def residual(self, x: jax.Array, norm: Layer, width: int, stride: int) -> jax.Array:
+    y = nn.relu(norm()(self.conv(width, stride=stride)(x)))
+    y = norm(scale_init=nn.initializers.zeros)(self.conv(width)(y))
+    if x.shape != y.shape:
+      x = norm()(self.conv(width, size=1, stride=stride)(x))
+    return nn.relu(x + y)
+
+
+MODELS: dict[str, type[Network]] = {"mlp": MLP, "vgg": VGG, "resnet": ResNet}
+
+
+def create(config: Any, image_shape: Sequence[int], classes: int, axis_name: str | None) -> Network:
+  """The network that `config` describes, for images of shape (H, W, C)."""
+  model = lookup(MODELS, config.model, "config.model")
+  lookup(NORMS, config.norm, "config.norm")
+  smallest = min(image_shape[:2])
+  if any(side % config.patch for side in image_shape[:2]):
+    raise UserError(
+      f"config.patch is {config.patch}, but must divide the sides of {config.dataset}'s "
+      f"{image_shape[0]}x{image_shape[1]} images; try --config.patch=2"
+    )
+  if model is VGG and smallest // config.patch < 2 ** (len(config.widths) - 1):
+    raise UserError(
+      f"config.widths has {len(config.widths)} stages and config.patch is {config.patch}, but a "
+      f"VGG halves {config.dataset}'s {image_shape[0]}x{image_shape[1]} images at every stage "
+      "after the first and runs out of pixels; give it fewer stages"
+    )
+  return model(
+    classes=classes,
+    widths=tuple(config.widths),
+    blocks=tuple(config.blocks),
+    patch=config.patch,
+    norm=config.norm,
+    momentum=config.norm_momentum,
+    dtype=jnp.dtype(config.dtype),
+    axis_name=axis_name,
+  )

@@ -1,0 +1,191 @@
+"""What a run shows and leaves behind: a progress bar, metrics.jsonl and TensorBoard.
+
+Every number is first a row of metrics.jsonl: a step, and what was measured at it. The
+others, and the curves of `examples.curves`, are views of those rows.
+"""
+
+import collections
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import tensorboardX
+from rich import progress
+from rich.console import Console
+
+from examples import optimizers, steps
+from examples.settings import UserError, write_atomically
+
+# Steps given to the devices before the oldest is waited for: enough that they never run
+# dry, few enough that Ctrl-C is answered at once and the progress bar tells the truth.
+IN_FLIGHT = 2
+
+
+def read_rows(directory: Path) -> list[dict[str, Any]]:
+  """The rows of metrics.jsonl, up to a line that a crash cut short."""
+  file = directory / "metrics.jsonl"
+  rows = []
+  for line in file.read_text().splitlines() if file.exists() else []:
+    try:
+      rows.append(json.loads(line))
+    except ValueError:
+      break
+  return rows
+
+
+def latest(rows: list[dict[str, Any]], key: str) -> Any:
+  """The last value measured under `key`; None where there is none."""
+  return next((row[key] for row in reversed(rows) if key in row), None)
+
+
+class Reporter:
+  """Reports on one run; use as a context.
+
+  Results of training steps stay on the devices and are fetched once per window of
+  `config.log_every` steps, so that reporting does not hold the devices up.
+
+  Attributes:
+    rows: everything measured so far.
+    compiling: seconds until the first step was done.
+    training: seconds of the steps after it, without evaluation and saving.
+    waiting: seconds of those in which the devices could have waited for input: it was late,
+      and when it came they had nothing left to do.
+  """
+
+  def __init__(self, directory: Path, config: Any, start: int, console: Console):
+    """Continues after `start` steps: rows of later ones will be measured again."""
+    self.rows = [row for row in read_rows(directory) if row["step"] <= start]
+    self.compiling = self.training = self.waiting = 0.0
+    self._config, self._console = config, console
+    self._schedule = optimizers.schedule(config)
+    file = directory / "metrics.jsonl"
+    write_atomically(file, "".join(json.dumps(row) + "\n" for row in self.rows))
+    self._file = file.open("a")
+    self._board = tensorboardX.SummaryWriter(
+      str(directory / "tensorboard"), purge_step=start + 1 if start else None
+    )
+    self._bar = _bar(console)
+    self._task = self._bar.add_task(
+      config.dataset, total=config.steps, completed=start, loss="", accuracy="", rate=""
+    )
+    self._unread: collections.deque[steps.Sums] = collections.deque()
+    self._window = steps.Sums(0.0, 0, 0)
+    self._untimed = 0  # examples of the window that the clock has not seen
+    self._clock = time.perf_counter()
+
+  def __enter__(self) -> "Reporter":
+    self._bar.start()
+    return self
+
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
+  ) -> None:
+    self._bar.stop()
+    self._file.close()
+    self._board.close()
+
+  def take(self, batches: Iterator[Any]) -> Any:
+    """The next batch; counts the time it takes, if the devices were idle at the end of it."""
+    start = time.perf_counter()
+    batch = next(batches)
+    idle = not self._unread or self._unread[-1].loss.is_ready()
+    if self.compiling and idle:
+      self.waiting += time.perf_counter() - start
+    return batch
+
+  def stepped(self, step: int, sums: steps.Sums) -> None:
+    """Notes the results of a training step, which the devices may still be working on."""
+    self._unread.append(sums)
+    if not self.compiling:
+      self._read(0)
+      self.compiling = time.perf_counter() - self._clock
+      self._untimed = self._window.count
+      self._clock = time.perf_counter()
+    self._read(IN_FLIGHT)
+    self._bar.update(self._task, completed=step)
+    if step % self._config.log_every == 0:
+      self.finish_window(step)
+
+  def finish_window(self, step: int) -> None:
+    """Writes what was measured since the last window, if anything; waits for the devices."""
+    self._read(0)
+    count = self._window.count
+    if not count:
+      return
+    seconds = time.perf_counter() - self._clock
+    loss, accuracy = self._window.loss / count, self._window.correct / count
+    if not math.isfinite(loss):
+      raise UserError(
+        f"the training loss became {loss} by step {step}, where config.learning_rate is "
+        f"{self._config.learning_rate}; start afresh with a lower one"
+      )
+    rate = (count - self._untimed) / seconds
+    self._write(
+      step,
+      train_loss=loss,
+      train_accuracy=accuracy,
+      learning_rate=float(self._schedule(step - 1)),
+      examples_per_second=rate,
+    )
+    self._bar.update(
+      self._task,
+      loss=f"loss {loss:.3f}",
+      accuracy=f"accuracy {accuracy:.1%}",
+      rate=f"{rate:,.0f} examples/s",
+    )
+    self.training += seconds
+    self._window, self._untimed = steps.Sums(0.0, 0, 0), 0
+    self._clock = time.perf_counter()
+
+  def tested(self, step: int, loss: float, accuracy: float, count: int) -> None:
+    """Writes a result on the test set, and a line for those who have no progress bar to watch."""
+    self._write(step, test_loss=loss, test_accuracy=accuracy, test_examples=count)
+    self._console.print(
+      f"step {step:>6} of {self._config.steps}: training loss "
+      f"{latest(self.rows, 'train_loss'):.4f}, test loss {loss:.4f}, "
+      f"test accuracy {accuracy:.2%}",
+      highlight=False,
+    )
+
+  @contextmanager
+  def pause(self, step: int) -> Iterator[None]:
+    """Does something other than training: ends the window, and stops the clock meanwhile."""
+    self.finish_window(step)
+    yield
+    self._clock = time.perf_counter()
+
+  def _read(self, leave: int) -> None:
+    """Adds up all but the `leave` newest results; waits for them."""
+    while len(self._unread) > leave:
+      self._window = steps.add(self._window, self._unread.popleft())
+
+  def _write(self, step: int, **measured: float) -> None:
+    row = {"step": step, **measured}
+    self.rows.append(row)
+    self._file.write(json.dumps(row) + "\n")
+    self._file.flush()
+    for name, value in measured.items():
+      self._board.add_scalar(name.replace("_", "/", 1), value, step)
+
+
+def _bar(console: Console) -> progress.Progress:
+  return progress.Progress(
+    progress.TextColumn("{task.description}"),
+    progress.BarColumn(bar_width=None),
+    progress.MofNCompleteColumn(),
+    *(progress.TextColumn(f"{{task.fields[{name}]}}") for name in ("loss", "accuracy", "rate")),
+    progress.TimeRemainingColumn(),
+    progress.TextColumn("left"),
+    console=console,
+    disable=not console.is_terminal,
+    expand=True,
+    refresh_per_second=4,  # drawing takes a core from the devices when they are the same cores
+  )

@@ -1,0 +1,171 @@
+"""The main job: train an image classifier with synchronized batch normalization.
+
+  python -m examples.train --config=configs/digits.py --config.batch_size=256
+
+Any key of the config may be changed on the command line. Results go to config.workdir;
+the same command run again continues there. Ctrl-C saves and stops; twice, it just stops.
+"""
+
+import contextlib
+import functools
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a file: its own folder is on the path, but not the repository
+  sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import jax
+from rich.console import Console
+
+from examples import (
+  checkpoints,
+  curves,
+  data,
+  interrupts,
+  models,
+  optimizers,
+  reporting,
+  settings,
+  steps,
+)
+from examples.settings import UserError
+
+DEFAULT_CONFIG = "configs/digits.py"
+VIRTUAL_DEVICES = 4  # where only a CPU is found
+
+
+def main(argv: Sequence[str]) -> int:
+  """Runs the job; returns the exit status: 0 done, 2 a user's mistake, 128 + a signal."""
+  if {"-h", "--help"} & set(argv):
+    print(__doc__)
+    return 0
+  try:
+    config = settings.from_command_line(argv, DEFAULT_CONFIG)
+    if jax.config.values["jax_num_cpu_devices"] < 0:  # not set by the user
+      jax.config.update("jax_num_cpu_devices", config.devices or VIRTUAL_DEVICES)
+    program = "-m examples.train" if __package__ else shlex.quote(argv[0])
+    return run(config, f"python {program} {shlex.join(argv[1:])}")
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print("Stopped without saving; what was saved before is kept.", file=sys.stderr)
+    return 130
+
+
+def run(config: Any, command: str = "the same command") -> int:
+  """Trains as `config` says, or goes on with it; `command` is what starts this run again."""
+  started = time.perf_counter()
+  console = Console(soft_wrap=True, highlight=False)
+
+  # Whatever can be wrong is found here, before any work.
+  devices = choose_devices(config.devices)
+  settings.check(config, len(devices))
+  optimizer = optimizers.create(config)
+  dataset, batches = load(config)
+  image_shape = dataset.train_images.shape[1:]
+  model = models.create(config, image_shape, len(dataset.class_names), steps.AXIS)
+  directory = Path(config.workdir)
+  settings.claim(directory, config)
+
+  with (
+    contextlib.closing(batches),
+    interrupts.requests() as interrupt,
+    checkpoints.Checkpoints(directory / "checkpoints", config.keep) as store,
+  ):
+    # Start from the seed, or from where the last run stopped.
+    step = store.latest() or 0
+    if step >= config.steps:
+      console.print(
+        f"{directory} is finished already: to start afresh, delete it or give another "
+        "--config.workdir."
+      )
+      show_result(console, config, reporting.read_rows(directory))
+      return 0
+    state = steps.init_state(model, optimizer, config.seed, image_shape)
+    if step:
+      state = store.restore(step, state, batches)
+      console.print(f"Resuming {directory} after step {step} of {config.steps}.")
+    state = steps.replicate(state, devices)
+
+    # The one body of each step, on every device.
+    train_step = steps.pmap_step(
+      functools.partial(
+        steps.train_step,
+        model=model,
+        optimizer=optimizer,
+        label_smoothing=config.label_smoothing,
+      ),
+      devices,
+      donate_state=True,
+    )
+    eval_step = steps.pmap_step(functools.partial(steps.eval_step, model=model), devices)
+
+    with reporting.Reporter(directory, config, step, console) as report:
+      while step < config.steps and not interrupt:
+        batch = steps.shard(report.take(batches), devices)
+        state, sums = train_step(state, batch)
+        step += 1
+        report.stepped(step, sums)
+        if step % config.eval_every == 0 or step == config.steps:
+          with report.pause(step):
+            tests = data.test_batches(dataset, config.eval_batch_size)
+            report.tested(step, *steps.evaluate(eval_step, state, tests, devices))
+        if step % config.save_every == 0:
+          with report.pause(step):
+            store.save(step, steps.unreplicate(state), batches)
+      report.finish_window(step)
+      store.save(step, steps.unreplicate(state), batches)
+
+  curves.draw(report.rows, directory / "curves.png", f"{config.model} on {config.dataset}")
+  if step < config.steps:
+    console.print(f"Interrupted: saved after step {step} of {config.steps}. To go on: {command}")
+    return 128 + (interrupt.signal or 0)
+  show_result(console, config, report.rows)
+  console.print(
+    f"It took {time.perf_counter() - started:.1f} s: {report.compiling:.1f} s until the first "
+    f"step was done, {report.training:.1f} s for the others, of which "
+    f"{report.waiting / max(report.training, 1e-9):.2%} waiting for input."
+  )
+  return 0
+
+
+def choose_devices(count: int) -> list[jax.Device]:
+  """The first `count` local devices; all of them for 0."""
+  devices = jax.local_devices()
+  if not 0 <= count <= len(devices):
+    raise UserError(
+      f"config.devices is {count}, but there are {len(devices)} devices "
+      f"({devices[0].platform}); choose 1 to {len(devices)}, or 0 for all"
+    )
+  return devices[: count or None]
+
+
+def load(config: Any) -> tuple[data.Dataset, Any]:
+  """The data set and the endless iterator over its training batches."""
+  try:
+    dataset = data.load(config.dataset, config.data_dir or None, download=config.download)
+    return dataset, data.train_batches(
+      dataset, config.batch_size, seed=config.seed, augment=config.augment
+    )
+  except (ValueError, OSError) as error:  # these say what is wrong with which file or argument
+    raise UserError(str(error)) from error
+
+
+def show_result(console: Console, config: Any, rows: list[dict[str, Any]]) -> None:
+  """Says how well the network does, and where the rest is."""
+  accuracy = reporting.latest(rows, "test_accuracy")
+  examples = reporting.latest(rows, "test_examples")
+  console.print(
+    f"Test accuracy {accuracy:.2%} on {examples} examples after {config.steps} steps of "
+    f"{config.batch_size}; curves, metrics, TensorBoard logs and checkpoints are in "
+    f"{config.workdir}."
+  )
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv))

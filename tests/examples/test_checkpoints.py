@@ -1,0 +1,79 @@
+"""Checkpoints: what is saved comes back bit for bit, or is refused."""
+
+import chex
+import grain
+import jax
+import numpy as np
+import pytest
+
+from examples import steps
+from examples.checkpoints import Checkpoints
+from examples.settings import UserError
+from tests.examples import helpers
+
+
+def batches():
+  return iter(grain.MapDataset.range(100).shuffle(seed=1).repeat().batch(4).to_iter_dataset())
+
+
+def state(value=0.0, **changes):
+  params = {"kernel": np.full((2, 3), value, np.float32), "bias": np.zeros(3, jax.numpy.bfloat16)}
+  opt_state = ({"trace": params}, ())
+  return steps.TrainState(np.int32(value), params | changes, {"mean": np.ones(3)}, opt_state)
+
+
+def test_state_and_input_position_come_back(tmp_path):
+  saved, taken = state(7.0), batches()
+  for _ in range(30):  # into the second epoch
+    next(taken)
+  with Checkpoints(tmp_path, keep=2) as store:
+    assert store.latest() is None
+    store.save(7, saved, taken)
+  following = [next(taken) for _ in range(3)]
+  resumed = batches()
+  with Checkpoints(tmp_path, keep=2) as store:
+    assert store.latest() == 7
+    restored = store.restore(7, state(), resumed)
+  assert isinstance(restored, steps.TrainState)
+  chex.assert_trees_all_equal(restored._asdict(), saved._asdict())
+  chex.assert_trees_all_equal_dtypes(restored._asdict(), saved._asdict())
+  np.testing.assert_array_equal([next(resumed) for _ in range(3)], following)
+
+
+def test_the_latest_are_kept_and_the_same_step_is_saved_once(tmp_path):
+  with Checkpoints(tmp_path, keep=2) as store:
+    for step in (1, 2, 3):
+      store.save(step, state(step), batches())
+    store.save(3, state(99.0), batches())
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "3"]
+  with Checkpoints(tmp_path, keep=2) as store:
+    assert store.restore(3, state(), batches()).step == 3
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"kernel": np.zeros((2, 4), np.float32)}, r"params.kernel is float32\[2, 3\] there and fl"),
+    ({"kernel": np.zeros((2, 3), np.float64)}, "params.kernel is float32.*and float64"),
+    ({"extra": np.zeros(3)}, r"params.extra is absent there and float64\[3\] here"),
+  ],
+)
+def test_another_shape_is_refused(tmp_path, changes, message):
+  with Checkpoints(tmp_path, keep=1) as store:
+    store.save(1, state(), batches())
+  with Checkpoints(tmp_path, keep=1) as store, pytest.raises(UserError, match=message):
+    store.restore(1, state(**changes), batches())
+
+
+def test_training_on_does_not_change_what_is_being_saved(tmp_path):
+  """The state is written while the next steps reuse its memory."""
+  job = helpers.Job(helpers.config(model="mlp"), 4)
+  step = steps.pmap_step(job.train_body, job.devices, donate_state=True)
+  live = steps.replicate(job.state, job.devices)
+  with Checkpoints(tmp_path, keep=1) as store:
+    store.save(0, steps.unreplicate(live), batches())
+    for i in range(5):
+      live, _ = step(live, steps.shard(helpers.batch(32, seed=i), job.devices))
+  with Checkpoints(tmp_path, keep=1) as store:
+    restored = store.restore(0, job.state, batches())
+  chex.assert_trees_all_equal(restored._asdict(), jax.device_get(job.state._asdict()))

@@ -1,0 +1,104 @@
+"""The reports: rows that add up, survive a resumption, and do not wait for the devices."""
+
+import io
+import json
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from examples import reporting, steps
+from examples.settings import UserError
+from tests.examples import helpers
+
+
+def sums(loss, correct=1, count=4):
+  return steps.Sums(jnp.array([loss]), jnp.array([correct]), jnp.array([count]))
+
+
+def reporter(directory, start=0, terminal=False, **changes):
+  console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
+  config = helpers.config(**{"log_every": 2, "steps": 6, **changes})
+  return reporting.Reporter(directory, config, start, console), console
+
+
+def test_rows_are_means_over_the_examples_of_a_window(tmp_path):
+  with reporter(tmp_path)[0] as report:
+    for step, loss in enumerate([4.0, 8.0, 12.0, 16.0, 20.0], start=1):
+      report.stepped(step, sums(loss))
+    report.finish_window(5)
+    report.finish_window(5)  # nothing is left: no row
+    report.tested(5, 0.25, 0.5, 10)
+  rows = reporting.read_rows(tmp_path)
+  assert rows == report.rows
+  assert [(r["step"], r["train_loss"]) for r in rows[:3]] == [(2, 1.5), (4, 3.5), (5, 5.0)]
+  assert rows[0]["train_accuracy"] == 0.25
+  assert rows[3] == {"step": 5, "test_loss": 0.25, "test_accuracy": 0.5, "test_examples": 10}
+  assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_rows_after_the_checkpoint_are_dropped(tmp_path):
+  lines = [json.dumps({"step": step, "train_loss": 1.0}) for step in (2, 4, 6)]
+  (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 8, "tr')
+  with reporter(tmp_path, start=4)[0] as report:
+    report.tested(6, 0.5, 0.5, 1)
+  assert [row["step"] for row in reporting.read_rows(tmp_path)] == [2, 4, 6]
+  assert "test_loss" in report.rows[-1]
+
+
+def test_waiting_counts_only_while_the_devices_are_idle(tmp_path):
+  class Busy:
+    """A result that the devices are still working on."""
+
+    def is_ready(self):
+      return False
+
+  def slow():
+    while True:
+      time.sleep(0.05)
+      yield None
+
+  with reporter(tmp_path)[0] as report:
+    report.take(slow())
+    assert report.waiting == 0.0  # before the first step is compiled, that is no wait
+    report.stepped(1, sums(1.0))
+    report.take(slow())
+    assert report.waiting == pytest.approx(0.05, rel=0.5)
+    before = report.waiting
+    report._unread.append(steps.Sums(Busy(), None, None))
+    report.take(slow())
+    assert report.waiting == before
+    report._unread.clear()
+
+
+def test_results_are_fetched_late(tmp_path):
+  """At most IN_FLIGHT results are unread between windows; nothing waits for the newest."""
+
+  class Result:
+    addressable_shards = property(lambda self: pytest.fail("waited for a step in flight"))
+
+  late = steps.Sums(Result(), Result(), Result())
+  with reporter(tmp_path, log_every=100)[0] as report:
+    report.stepped(1, sums(1.0))
+    for step in range(2, 2 + reporting.IN_FLIGHT):
+      report.stepped(step, late)
+    report._unread.clear()
+
+
+def test_progress_shows_loss_accuracy_speed_and_time_left(tmp_path):
+  report, console = reporter(tmp_path, terminal=True)
+  with report:
+    for step in (1, 2, 3, 4):
+      report.stepped(step, sums(4.0))
+  shown = console.file.getvalue()
+  for part in ("digits", "4/6", "loss 1.000", "accuracy 25.0%", "examples/s", "left"):
+    assert part in shown
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+  with reporter(tmp_path)[0] as report:
+    report.stepped(1, sums(np.nan))
+    with pytest.raises(UserError, match=r"loss became nan by step 2.*learning_rate is 0.1"):
+      report.stepped(2, sums(1.0))

@@ -1,0 +1,196 @@
+"""The steps: the same numbers however many devices share the work, and one compilation."""
+
+import functools
+import logging
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from examples import steps
+from tests.examples import helpers
+
+# Sums over a batch are taken in another order on another number of devices: a relative
+# error of some 2**-24 a sum, which a few steps at learning rate 0.1 may enlarge tenfold.
+REORDERED = {"rtol": 2e-5, "atol": 2e-6}
+
+
+def test_training_gives_the_same_numbers_on_1_2_and_4_devices():
+  states, losses = zip(*(helpers.Job(helpers.config(), n).train(4) for n in (1, 2, 4)), strict=True)
+  assert len(set(losses[0])) == 4
+  one, *others = (steps.unreplicate(state)._asdict() for state in states)
+  for other in others:
+    chex.assert_trees_all_close(other, one, **REORDERED)
+  np.testing.assert_allclose(losses[1:], [losses[0]] * 2, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def trained():
+  """A job on four devices, and its state after two steps."""
+  job = helpers.Job(helpers.config(model="mlp", blocks=(2,)), 4)
+  return job, job.train(2)[0]
+
+
+def test_every_device_has_the_same_state(trained):
+  _, state = trained
+  assert jax.tree.leaves(state.batch_stats)
+  for leaf in jax.tree.leaves(state):
+    copies = np.asarray(leaf)
+    assert len(copies) == 4
+    np.testing.assert_array_equal(copies, np.broadcast_to(copies[0], copies.shape))
+
+
+def test_statistics_are_those_of_the_global_batch():
+  """Devices with very different shares would disagree, were the norm not synchronized."""
+  job = helpers.Job(helpers.config(model="mlp", norm_momentum=0.0), 4)
+  batch = helpers.batch(32)
+  batch["image"] *= np.repeat([1.0, 2.0, 3.0, 4.0], 8).astype(np.float32)[:, None, None, None]
+  step = steps.pmap_step(job.train_body, job.devices)
+  state, _ = step(steps.replicate(job.state, job.devices), steps.shard(batch, job.devices))
+  first = batch["image"].reshape(32, -1) @ np.asarray(job.state.params["Dense_0"]["kernel"])
+  stats = steps.unreplicate(state).batch_stats["BatchNorm_0"]
+  np.testing.assert_allclose(stats["mean"], first.mean(0), rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(stats["var"], first.var(0), rtol=1e-4)
+
+
+def test_both_steps_compile_once(caplog):
+  job = helpers.Job(helpers.config(model="mlp"), 4)
+  chex.clear_trace_counter()
+
+  @chex.assert_max_traces(n=1)
+  def train_body(*args, **kwargs):
+    return job.train_body(*args, **kwargs)
+
+  @chex.assert_max_traces(n=1)
+  def eval_body(*args, **kwargs):
+    return job.eval_body(*args, **kwargs)
+
+  train = steps.pmap_step(train_body, job.devices, donate_state=True)
+  evaluate = steps.pmap_step(eval_body, job.devices)
+  state = steps.replicate(job.state, job.devices)
+  with caplog.at_level(logging.WARNING), jax.log_compiles():
+    for i in range(3):
+      batch = steps.shard(helpers.batch(32, seed=i), job.devices)
+      state, _ = train(state, batch)
+      evaluate(state, batch)
+  # One trace may still be compiled twice, for arguments that are placed differently.
+  compiled = [
+    r.getMessage() for r in caplog.records if "Finished XLA compilation" in r.getMessage()
+  ]
+  assert len(compiled) == 2, compiled
+
+
+def test_training_gives_its_old_state_away():
+  job = helpers.Job(helpers.config(model="mlp"), 4)
+  before = steps.replicate(job.state, job.devices)
+  step = steps.pmap_step(job.train_body, job.devices, donate_state=True)
+  step(before, steps.shard(helpers.batch(32), job.devices))
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+
+
+def test_unreplicate_copies():
+  state = steps.replicate({"x": np.arange(3.0)}, jax.local_devices()[:4])
+  copy = steps.unreplicate(state)["x"]
+  assert copy.base is None
+  np.testing.assert_array_equal(copy, [0.0, 1.0, 2.0])
+
+
+def test_shard_deals_out_in_order():
+  devices = jax.local_devices()[:4]
+  shares = steps.shard({"x": np.arange(8)}, devices)["x"]
+  np.testing.assert_array_equal(shares, np.arange(8).reshape(4, 2))
+  assert [s.device for s in shares.addressable_shards] == devices
+
+
+class Constant(nn.Module):
+  """Logits that are parameters: a network whose loss is known."""
+
+  classes: int = 3
+
+  @nn.compact
+  def __call__(self, images, train):
+    logits = self.param("logits", lambda key: jnp.array([2.0, 0.0, -1.0]))
+    return jnp.broadcast_to(logits, (len(images), 3))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_loss_is_the_mean_cross_entropy_with_smoothed_labels(smoothing):
+  model, optimizer = Constant(), optax.sgd(1.0)
+  state = steps.init_state(model, optimizer, 0, helpers.IMAGE_SHAPE)
+  batch = {"image": np.zeros((2, 8, 8, 1), np.float32), "label": np.array([0, 2], np.int32)}
+  step = functools.partial(
+    steps.train_step, model=model, optimizer=optimizer, label_smoothing=smoothing
+  )
+  new, sums = jax.jit(step)(state, batch)
+  logits = np.array([2.0, 0.0, -1.0])
+  log_p = logits - np.log(np.exp(logits).sum())
+  target = np.eye(3)[[0, 2]] * (1 - smoothing) + smoothing / 3
+  np.testing.assert_allclose(sums.loss, -(target * log_p).sum(), rtol=1e-6)
+  assert (int(sums.correct), int(sums.count), int(new.step)) == (1, 2, 1)
+  gradient = np.exp(log_p) - target.mean(0)
+  np.testing.assert_allclose(new.params["logits"], logits - gradient, rtol=1e-6)
+
+
+def padded_batches(examples, size):
+  """`examples` in batches of `size`, the last filled up with what must not count."""
+  total = len(examples["label"])
+  for start in range(0, total, size):
+    part = {key: values[start : start + size] for key, values in examples.items()}
+    missing = size - len(part["label"])
+    wild = helpers.batch(missing, seed=9)
+    wild = wild | {"image": np.full_like(wild["image"], 1e3), "mask": np.zeros(missing, bool)}
+    yield {key: np.concatenate([part[key], wild[key]]) for key in part}
+
+
+def test_evaluation_counts_every_example_once_whatever_the_batch_size(trained):
+  job, state = trained
+  examples = helpers.batch(50, seed=5)
+  step = steps.pmap_step(job.eval_body, job.devices)
+  results = [
+    steps.evaluate(step, state, padded_batches(examples, size), job.devices) for size in (20, 52)
+  ]
+  state = steps.unreplicate(state)
+  variables = {"params": state.params, "batch_stats": state.batch_stats}
+  logits = jax.jit(functools.partial(job.model.apply, train=False))(variables, examples["image"])
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, examples["label"])
+  correct = int((logits.argmax(-1) == examples["label"]).sum())
+  for loss, accuracy, count in results:
+    assert count == 50
+    assert accuracy == correct / 50
+    np.testing.assert_allclose(loss, losses.mean(), rtol=1e-5)
+
+
+def test_evaluation_uses_the_running_statistics():
+  """Alone or among others that are quite different, an example scores the same."""
+  job = helpers.Job(helpers.config(model="mlp"), 1, axis_name=None)
+  one, many = helpers.batch(1), helpers.batch(8, seed=1)
+  many["image"] *= 50
+  mixed = {key: np.concatenate([one[key], many[key]]) for key in one}
+  mixed["mask"][1:] = False
+  step = jax.jit(job.eval_body)
+  alone, among = step(job.state, one), step(job.state, mixed)
+  np.testing.assert_allclose(alone.loss, among.loss, rtol=1e-5)
+  assert int(among.count) == 1
+
+
+def test_bfloat16_computes_in_it_but_keeps_float32():
+  config = helpers.config(dtype="bfloat16")
+  job = helpers.Job(config, 1, axis_name=None)
+  state, sums = jax.eval_shape(job.train_body, job.state, helpers.batch(32))
+  kept = jax.tree.leaves((state.params, state.batch_stats, sums.loss))
+  assert {leaf.dtype for leaf in kept} == {jnp.dtype(jnp.float32)}
+  text = str(jax.make_jaxpr(job.train_body)(job.state, helpers.batch(32)))
+  convolutions = [line for line in text.splitlines() if "conv_general_dilated" in line]
+  assert convolutions
+  assert all("bf16[" in line.split("=")[0] for line in convolutions)
+
+
+def test_the_first_state_follows_from_the_seed():
+  states = [helpers.Job(helpers.config(model="mlp", seed=seed), 1).state for seed in (0, 0, 1)]
+  chex.assert_trees_all_equal(states[0]._asdict(), states[1]._asdict())
+  first, _, other = (state.params["Dense_0"]["kernel"] for state in states)
+  assert not np.allclose(first, other)

@@ -1,0 +1,169 @@
+"""The main job as a whole: resuming bit for bit, mistakes in one line, and the real thing."""
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import chex
+import jax
+import pytest
+
+from examples import checkpoints, data, reporting, settings, train
+from examples.settings import UserError
+from tests.examples import helpers
+
+# ml_collections loads config files by a method that Python will drop.
+OLD_IMPORT = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+
+def saved_state(config, step):
+  """The checkpoint of `step`, as the trainer would restore it."""
+  job = helpers.Job(config, 4)
+  batches = data.train_batches(data.load("digits"), config.batch_size, seed=config.seed)
+  with checkpoints.Checkpoints(Path(config.workdir) / "checkpoints", config.keep) as store:
+    restored = store.restore(step, job.state, batches)
+  position = batches.get_state()
+  batches.close()
+  return jax.device_get(restored)._asdict(), position
+
+
+def interrupt_at(step, monkeypatch):
+  """A Ctrl-C while the devices work on that step."""
+  stepped = reporting.Reporter.stepped
+
+  def stepped_and_interrupted(self, now, sums):
+    stepped(self, now, sums)
+    if now == step:
+      os.kill(os.getpid(), signal.SIGINT)
+
+  monkeypatch.setattr(reporting.Reporter, "stepped", stepped_and_interrupted)
+
+
+def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(tmp_path, monkeypatch, capsys):
+  # adamw has two moments to forget; an epoch is 2.2 steps, so the order of the input counts.
+  changes = {"model": "mlp", "optimizer": "adamw", "batch_size": 640, "save_every": 100}
+  whole, parts = (
+    helpers.config(workdir=str(tmp_path / name), **changes) for name in ("whole", "parts")
+  )
+  assert train.run(whole) == 0
+  with monkeypatch.context() as patch:
+    interrupt_at(5, patch)
+    assert train.run(parts, "make train") == 128 + signal.SIGINT
+  assert "saved after step 5 of 10. To go on: make train" in capsys.readouterr().out
+  assert train.run(parts) == 0
+
+  expected, position = saved_state(whole, 10)
+  assert expected["step"] == 10
+  resumed, resumed_position = saved_state(parts, 10)
+  chex.assert_trees_all_equal(resumed, expected)
+  assert position == resumed_position == {"next_index": 10}
+  results = [
+    [row for row in reporting.read_rows(Path(config.workdir)) if "test_loss" in row]
+    for config in (whole, parts)
+  ]
+  assert results[0] == results[1]
+  assert [row["step"] for row in results[0]] == [10]
+
+
+@OLD_IMPORT
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--config.batchsize=1"], "did you mean 'batch_size'"),
+    (["--config.batch_size=130"], "config.batch_size is 130, but must be a positive multiple"),
+    (["--config.model=resnt"], "did you mean 'resnet'"),
+    (["--config.norm=bach"], "did you mean 'batch'"),
+    (["--config.dataset=digit"], "did you mean 'digits'"),
+    (["--config.augment=shif"], "augment='shif'"),
+    (["--config.devices=-1"], "config.devices is -1, but there are 8 devices"),
+    (
+      ["--config.dataset=mnist", "--config.data_dir={tmp}/data", "--config.download=False"],
+      "train-images-idx3-ubyte.gz should hold images",
+    ),
+  ],
+)
+def test_mistakes_take_one_line_and_leave_nothing(arguments, message, tmp_path, capsys):
+  (tmp_path / "data").mkdir()
+  for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+    (tmp_path / "data" / f"{name}-ubyte.gz").write_bytes(b"neither gzip nor anything else")
+  workdir = tmp_path / "run"
+  given = [argument.format(tmp=tmp_path) for argument in arguments]
+  assert train.main(["train.py", f"--config.workdir={workdir}", *given]) == 2
+  out, err = capsys.readouterr()
+  assert (out, err.count("\n"), err[:7]) == ("", 1, "error: ")
+  assert message in err
+  assert not workdir.exists()
+
+
+def test_another_config_is_refused_in_the_same_directory(tmp_path):
+  settings.claim(tmp_path, helpers.config())
+  with pytest.raises(UserError, match="seed was 0 and is now 3"):
+    train.run(helpers.config(seed=3, workdir=str(tmp_path)))
+
+
+def start(*arguments, **options):
+  environment = {
+    k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")
+  }
+  return subprocess.Popen(
+    [sys.executable, "-m", "examples.train", *arguments], env=environment, **options
+  )
+
+
+def watch(process, terminal, until):
+  """What the process shows on its terminal; sends Ctrl-C once `until()` is true."""
+  shown, asked = b"", False
+  while True:
+    try:
+      part = os.read(terminal, 65536)
+    except OSError:  # how Linux says that the other side is closed
+      break
+    if not part:
+      break
+    shown += part
+    if not asked and until():
+      asked = True
+      process.send_signal(signal.SIGINT)
+  os.close(terminal)
+  return shown.decode()
+
+
+@OLD_IMPORT
+def test_the_main_job(tmp_path, capsys):
+  """The real thing, shortened: shows progress, stops when asked, goes on, ends well."""
+  command = [f"--config.workdir={tmp_path}", "--config.steps=240", "--config.eval_every=120"]
+
+  terminal, other_side = pty.openpty()
+  process = start(*command, stdout=other_side, stderr=other_side)
+  os.close(other_side)
+  shown = watch(process, terminal, lambda: bool(reporting.read_rows(tmp_path)))
+  assert process.wait(300) == 130, shown
+  assert "Interrupted: saved after step" in shown
+  assert f"--config.workdir={tmp_path}" in shown  # how to go on
+  for part in ("digits", "loss", "accuracy", "examples/s", "left"):
+    assert part in shown
+  (stopped,) = (int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+  assert 20 <= stopped < 240
+
+  process = start(*command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+  shown = process.communicate(timeout=300)[0]
+  assert process.returncode == 0, shown
+  assert f"after step {stopped} of 240" in shown
+  assert "waiting for input" in shown
+  rows = reporting.read_rows(tmp_path)
+  assert reporting.latest(rows, "test_accuracy") >= 0.98
+  assert reporting.latest(rows, "test_examples") == 360
+  trained = [row["step"] for row in rows if "train_loss" in row]
+  assert trained == sorted({*range(20, 241, 20), stopped})  # nothing twice, nothing lost
+  assert {path.name for path in tmp_path.iterdir()} == {
+    *("checkpoints", "config.json", "curves.png", "metrics.jsonl", "tensorboard")
+  }
+
+  again = settings.from_command_line(["train.py", *command], train.DEFAULT_CONFIG)
+  assert train.run(again) == 0
+  shown = capsys.readouterr().out
+  assert "is finished already" in shown
+  assert "Test accuracy" in shown
