@@ -9,9 +9,9 @@ import jax
 from jax import lax
 
 from jaxbn import _checks
-from jaxbn._moments import moments, sync, valid_elements
-from jaxbn._normalize import normalize
-from jaxbn._running import RunningStats, update
+from jaxbn._moments import accumulation_dtype, moments, sync, valid_elements
+from jaxbn._normalize import normalize, result_dtype
+from jaxbn._running import RunningStats, require_running_stats, update
 
 if TYPE_CHECKING:
   import chex
@@ -68,7 +68,8 @@ def batch_norm(
     momentum, debias, unbiased, skip_nonfinite: as in `update`.
     epsilon: added to the variance.
     mask, weights: as in `moments`: which elements exist, and how often each counts.
-    masked_value: what y holds in positions that do not exist, as in `normalize`.
+    masked_value: what y holds in positions that do not exist (masked, or of weight 0), as in
+      `normalize`.
     axis_name: name (or names) of the axis of pmap, shard_map or vmap whose members share
       statistics. Under jit with sharded arrays none is needed: the batch is the whole batch.
     axis_index_groups: as in `sync`.
@@ -92,7 +93,12 @@ def batch_norm(
   Array(True, dtype=bool)
   """
   x = _checks.inexact(x)
+  _checks.momentum_in_range(momentum, debias)
   _check_options(x, state, axis, axis_name, axis_index_groups)
+  dtype = result_dtype(dtype, x, scale, bias)
+  # Once, here: cast by each step, the two parts of x's gradient would be rounded before they are
+  # added, and they cancel.
+  x = x.astype(accumulation_dtype(x.dtype))
   valid = valid_elements(x, mask, weights)
 
   def apply(mean: chex.Array, var: chex.Array) -> jax.Array:
@@ -119,7 +125,7 @@ def batch_norm(
     pivot = state.mean if state is not None and use_fast_variance else None
     batch = sync(batch, axis_name, axis_index_groups, pivot=pivot)
   mean, var = batch.mean, batch.var
-  if detach_stats:
+  if _checks.static_bool("detach_stats", detach_stats):
     mean, var = lax.stop_gradient((mean, var))
   y = apply(mean, var)
   if state is None:
@@ -148,6 +154,7 @@ def _check_options(
       "which is None: pass axis_name too."
     )
   if state is not None:
+    require_running_stats(state)
     axes = _checks.split_axes(x.ndim, axis)
     _checks.channels("state.mean", state.mean, axes.shape(x), x, axes)
     _checks.channels("state.var", state.var, axes.shape(x), x, axes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -49,22 +49,32 @@ def inexact(x: Any, name: str = "x") -> jax.Array:
 
 def split_axes(ndim: int, axis: int | Sequence[int]) -> Axes:
   """The channel axes as asked for by `axis` (negative counts from the end), and the others."""
-  given = tuple(axis) if isinstance(axis, Iterable) else (axis,)
+  given: Sequence[Any] = (axis,) if np.ndim(axis) == 0 else tuple(axis)  # type: ignore[arg-type]
   features = []
   for a in given:
     try:
+      if isinstance(a, bool):
+        raise TypeError
       a = operator.index(a)
     except TypeError:
       raise TypeError(f"axis={axis!r}: the channels' axes are integers, one or several.") from None
     if not -ndim <= a < ndim:
-      raise ValueError(
-        f"axis={axis!r} is out of range for x with {ndim} axes: "
-        f"each must be at least {-ndim} and less than {ndim}."
-      )
+      allowed = f"each must be at least {-ndim} and less than {ndim}" if ndim else "it has none"
+      raise ValueError(f"axis={axis!r} is out of range for x with {ndim} axes: {allowed}.")
     features.append(a % ndim)
   if len(set(features)) != len(features):
     raise ValueError(f"axis={axis!r} names one axis of x (which has {ndim}) twice: name it once.")
   return Axes(tuple(sorted(features)), tuple(i for i in range(ndim) if i not in features))
+
+
+def channel_shape(shape: Any) -> tuple[int, ...]:
+  """A shape from an integer or a sequence of them."""
+  try:
+    return tuple(operator.index(n) for n in ((shape,) if np.ndim(shape) == 0 else shape))
+  except TypeError:
+    raise TypeError(
+      f"shape={shape!r}: the channels' shape is an integer or a sequence of integers."
+    ) from None
 
 
 def nonempty(x: jax.Array, axes: Axes) -> None:
@@ -116,10 +126,11 @@ def boolean_mask(mask: Any, x: jax.Array) -> jax.Array:
 
 def nonnegative_weights(weights: Any, x: jax.Array) -> jax.Array:
   """The weights, aligned with x: real, and not negative where that can be seen."""
-  weights = jnp.asarray(weights)
   if jnp.iscomplexobj(weights):
     raise TypeError(f"weights have dtype {weights.dtype}; they are real numbers, not negative.")
-  if concrete(weights) and bool(jnp.any(~(weights >= 0) | jnp.isinf(weights))):
+  # In NumPy: inside jit, operations of JAX are traced even where their arguments are known.
+  seen = np.asarray(weights) if concrete(weights) else np.zeros(())
+  if not np.all(np.isfinite(seen) & (seen >= 0)):
     raise ValueError(
       "weights hold a negative or a non-finite number; each is how often its element counts, "
       "0 to leave it out: pass finite weights >= 0."
@@ -127,9 +138,22 @@ def nonnegative_weights(weights: Any, x: jax.Array) -> jax.Array:
   return broadcastable("weights", weights, x)
 
 
+def scalar(name: str, value: Any) -> None:
+  """Refuses what is not one real number."""
+  if isinstance(value, bool) or not isinstance(
+    value, int | float | np.generic | np.ndarray | jax.Array
+  ):
+    raise TypeError(f"{name}={value!r} is not a number.")
+  if np.ndim(value) != 0:
+    raise ValueError(f"{name} has shape {np.shape(value)}; it is one number, a scalar.")
+  if jnp.iscomplexobj(value):
+    raise TypeError(f"{name}={value!r} is complex; a real number is needed.")
+
+
 def epsilon_in_range(epsilon: Any) -> None:
   """Refuses an epsilon that is negative or not finite."""
-  if concrete(epsilon) and not (np.ndim(epsilon) == 0 and 0 <= float(epsilon) < float("inf")):
+  scalar("epsilon", epsilon)
+  if concrete(epsilon) and not 0 <= float(epsilon) < float("inf"):
     raise ValueError(
       f"epsilon={epsilon!r} is out of range: it is added to the variance and must be finite and "
       "not negative; 1e-5 is usual, and 0 makes constant channels NaN."
@@ -138,19 +162,22 @@ def epsilon_in_range(epsilon: Any) -> None:
 
 def momentum_in_range(momentum: Any, debias: bool) -> None:
   """Refuses a momentum outside [0, 1], and what `debias` cannot do."""
+  static_bool("debias", debias)
   if momentum is None:
     if debias:
       raise ValueError(
         "debias=True with momentum=None: a cumulative average has no bias to remove: "
         "leave debias out, or give a momentum below 1."
       )
-  elif concrete(momentum) and not (np.ndim(momentum) == 0 and 0 <= float(momentum) <= 1):
+    return
+  scalar("momentum", momentum)
+  if concrete(momentum) and not 0 <= float(momentum) <= 1:
     raise ValueError(
       f"momentum={momentum!r} is out of range: it is the share of the old value that is kept, "
       "from 0 to 1 (0.99 is usual; PyTorch's momentum is 1 minus it), or None for a cumulative "
       "average."
     )
-  elif debias and concrete(momentum) and float(momentum) == 1:
+  if debias and concrete(momentum) and float(momentum) == 1:
     raise ValueError(
       "debias=True with momentum=1.0: statistics that never change cannot be debiased: "
       "give a momentum below 1."
@@ -169,6 +196,8 @@ def static_bool(name: str, value: Any) -> bool:
 
 def axis_size(axis_name: Any) -> int:
   """The size of a bound axis (of several: the product); refuses names that are not bound."""
+  if axis_name is None:
+    raise ValueError("axis_name is None: name the axis whose members share their moments.")
   names = axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
   size = 1
   for name in names:

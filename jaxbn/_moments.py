@@ -67,15 +67,16 @@ def empty_moments(shape: int | Sequence[int], dtype: Any = jnp.float32) -> Momen
     dtype: dtype of the mean, real or complex.
 
   Returns:
-    Moments with count 0 (int32), mean 0 and var 0.
+    Moments with count 0 (int32, shape ()), mean 0 and var 0. As the carry of a scan, its count must
+    have the shape and dtype of the batches': with weights or a mask per channel, replace it, for
+    instance `empty_moments(3)._replace(count=jnp.zeros(3))`.
 
   >>> import jaxbn
   >>> jaxbn.empty_moments(3).mean.tolist()
   [0.0, 0.0, 0.0]
   """
-  shape = (shape,) if isinstance(shape, int) else tuple(shape)
-  mean = jnp.zeros(shape, dtype)
-  return Moments(np.int32(0), mean, jnp.zeros(shape, mean.real.dtype))
+  mean = jnp.zeros(_checks.channel_shape(shape), dtype)
+  return Moments(np.int32(0), mean, jnp.zeros_like(mean.real))
 
 
 def moments(
@@ -109,7 +110,7 @@ def moments(
     use_fast_variance: one pass over x. If False, two: the variance is then taken around the mean
       found, which matters only where the pivot happens to be an extreme outlier.
     pivot: value per channel near which the elements are expected; default, the first valid one.
-      It changes rounding only, and takes no part in gradients.
+      It changes rounding only, and takes no part in gradients; where not finite, 0 is used.
 
   Returns:
     Moments. A channel without a valid element has count 0, mean 0 and var 0. Finite elements whose
@@ -117,7 +118,7 @@ def moments(
     are safe) give var = inf.
 
   Raises:
-    TypeError: integer x; a mask that is not boolean; complex weights.
+    TypeError: integer x; a mask that is not boolean; complex weights; a complex pivot for real x.
     ValueError: an axis out of range or twice; an empty batch; a mask or weights that do not
       broadcast; negative weights, where their values can be seen; a pivot of another shape.
 
@@ -129,6 +130,7 @@ def moments(
   x = _checks.inexact(x)
   axes = _checks.split_axes(x.ndim, axis)
   _checks.nonempty(x, axes)
+  _checks.static_bool("use_fast_variance", use_fast_variance)
   x = x.astype(accumulation_dtype(x.dtype))
   valid = valid_elements(x, mask, weights)
   weight = None
@@ -140,7 +142,7 @@ def moments(
     pivot = _first_valid(x, axes, valid)
   else:
     pivot = _checks.channels("pivot", pivot, axes.shape(x), x, axes)
-    pivot = axes.expand(lax.stop_gradient(pivot).astype(x.dtype))
+    pivot = axes.expand(_constant_pivot(pivot, x.dtype))
 
   def mean_of(values: jax.Array) -> jax.Array:
     if weight is not None:
@@ -175,6 +177,7 @@ def merge(a: Moments, b: Moments) -> Moments:
     Moments of the union. With count zero on one side, exactly the other side.
 
   Raises:
+    TypeError: an argument that is not Moments.
     ValueError: different channels' shapes.
 
   >>> import jax.numpy as jnp, jaxbn
@@ -183,6 +186,8 @@ def merge(a: Moments, b: Moments) -> Moments:
   >>> int(both.count), both.mean.tolist()
   (3, [3.0])
   """
+  _require_moments(a)
+  _require_moments(b)
   if jnp.shape(a.mean) != jnp.shape(b.mean):
     raise ValueError(
       f"the moments to merge have channels of shape {jnp.shape(a.mean)} and {jnp.shape(b.mean)}: "
@@ -192,8 +197,9 @@ def merge(a: Moments, b: Moments) -> Moments:
   n_a, n_b = jnp.asarray(a.count, real), jnp.asarray(b.count, real)
   n = _divisor(n_a + n_b, real)
   share_a, share_b = n_a / n, n_b / n
-  delta = b.mean - a.mean
-  mean = a.mean + delta * share_b
+  # A side without elements has no mean: it is neither at a distance nor, if huge, 0 times infinity.
+  delta = jnp.where((n_a > 0) & (n_b > 0), b.mean - a.mean, 0)
+  mean = jnp.where(n_a > 0, a.mean, b.mean) + delta * share_b
   var = a.var * share_a + b.var * share_b + abs_square(delta) * (share_a * share_b)
   return Moments(_add_counts(a.count, b.count), mean, var)
 
@@ -231,6 +237,7 @@ def sync(
     Moments, the same on every device of a group.
 
   Raises:
+    TypeError: moments that are not Moments; a complex pivot for real ones.
     ValueError: axis_name is not bound; the groups do not partition the axis; a pivot of another
       shape.
 
@@ -240,6 +247,7 @@ def sync(
   >>> jax.vmap(share, axis_name="batch")(x).mean.tolist()
   [[3.0], [3.0]]
   """
+  _require_moments(moments)
   size = _checks.axis_size(axis_name)
   groups = None
   if axis_index_groups is not None:
@@ -252,8 +260,7 @@ def sync(
   if pivot is None:
     _, n, (weighted,) = _sum_over_axis(moments.count, [moments.mean], axis_name, groups)
     pivot = weighted / n
-  pivot = lax.stop_gradient(jnp.asarray(pivot, moments.mean.dtype))
-  pivot = jnp.where(jnp.isfinite(pivot), pivot, 0)
+  pivot = _constant_pivot(pivot, moments.mean.dtype)
 
   # The mean of a device without elements is a placeholder: it lies at no distance.
   d = jnp.where(jnp.asarray(moments.count) > 0, moments.mean - pivot, 0)
@@ -301,6 +308,21 @@ def _variance(mean_square: jax.Array, mean: jax.Array) -> jax.Array:
   return jnp.where(var < unresolved, unresolved, var)
 
 
+def _constant_pivot(pivot: chex.Array, dtype: Any) -> jax.Array:
+  """A pivot as given: no path for gradients, and 0 where it is not finite."""
+  if jnp.iscomplexobj(pivot) and not jnp.issubdtype(dtype, jnp.complexfloating):
+    raise TypeError(f"pivot is complex, but x is not: {dtype}. Pass the real part.")
+  pivot = lax.stop_gradient(jnp.asarray(pivot, dtype))
+  return jnp.where(jnp.isfinite(pivot), pivot, 0)
+
+
+def _require_moments(value: Any) -> None:
+  if not isinstance(value, Moments):
+    raise TypeError(
+      f"a {type(value).__name__} was given; jaxbn.Moments are needed, such as jaxbn.moments(x)."
+    )
+
+
 def _zero_unless(valid: jax.Array | None, x: jax.Array) -> jax.Array:
   # A select, not a product: 0 * NaN is NaN, in the value and in the gradient.
   return x if valid is None else jnp.where(valid, x, 0)
@@ -315,6 +337,16 @@ def _divisor(count: chex.Numeric, dtype: Any) -> jax.Array:
 def _first_valid(x: jax.Array, axes: _checks.Axes, valid: jax.Array | None) -> jax.Array:
   """The first valid element of each channel (0 where there is none), broadcasting against x."""
   x = lax.stop_gradient(x)
+  sharding = jax.typeof(x).sharding
+  if sharding.mesh.explicit_axes:
+    # One element cannot keep the batch's sharding, nor does indexing give that up by itself.
+    kept = (sharding.spec[a] if a in axes.features else None for a in range(x.ndim))
+    local = jax.sharding.auto_axes(
+      lambda x, valid: _first_valid(x, axes, valid),
+      axes=sharding.mesh.explicit_axes,
+      out_sharding=jax.NamedSharding(sharding.mesh, jax.P(*kept)),
+    )
+    return local(x, valid)
   if valid is None:
     return x[tuple(slice(0, 1) if a in axes.reduced else slice(None) for a in range(x.ndim))]
   reduced_shape = tuple(valid.shape[a] for a in axes.reduced)
@@ -351,7 +383,7 @@ def _is_integer(count: chex.Numeric) -> bool:
 
 
 def _multiply_known(count: chex.Numeric, times: int) -> chex.Numeric:
-  if _is_integer(count) and np.max(count, initial=0) * times <= _INT32_MAX:
+  if _is_integer(count) and int(np.max(count, initial=0)) * times <= _INT32_MAX:
     return np.asarray(count, np.int32) * np.int32(times)
   return np.asarray(count, np.float32) * np.float32(times)
 
@@ -390,7 +422,8 @@ def _sum_over_axis(
   high, low, *sums = _psum(parts, axis_name, groups)
   n = high * 2**_LOW_BITS + low
   exact = high.astype(jnp.int32) * 2**_LOW_BITS + low.astype(jnp.int32)
-  return jnp.where(n < 2.0**31, exact, _INT32_MAX), _divisor(n, real), sums
+  fits = high + jnp.floor(low / 2**_LOW_BITS) < 2 ** (31 - _LOW_BITS)
+  return jnp.where(fits, exact, _INT32_MAX), _divisor(n, real), sums
 
 
 def _psum(

@@ -73,7 +73,15 @@ def normalize(
       f"masked_value={masked_value!r} is what masked positions hold, but there is no mask: "
       "pass mask too, or leave masked_value out."
     )
-  out_dtype = _result_dtype(dtype, x, scale, bias)
+  if masked_value is not None:
+    _checks.scalar("masked_value", masked_value)
+  out_dtype = result_dtype(dtype, x, scale, bias)
+  for name, value in {"x": x, "mean": mean, "scale": scale, "bias": bias}.items():
+    if jnp.iscomplexobj(value) and not jnp.issubdtype(out_dtype, jnp.complexfloating):
+      raise TypeError(
+        f"{name} is {jnp.asarray(value).dtype}, but y has dtype={out_dtype}, which cannot hold "
+        "complex numbers: pass dtype=jnp.complex64, or take the real part first."
+      )
 
   def per_channel(name: str, value: chex.Array) -> jax.Array:
     return axes.expand(_checks.channels(name, value, axes.shape(x), x, axes))
@@ -82,38 +90,28 @@ def normalize(
   multiplier = lax.rsqrt(var.real + jnp.asarray(epsilon, var.real.dtype))
   if scale is not None:
     multiplier = multiplier * per_channel("scale", scale)
+  shift = None if bias is None else per_channel("bias", bias)
+
+  def formula(x: jax.Array) -> jax.Array:
+    y = (x - mean) * multiplier
+    return (y if shift is None else y + shift).astype(out_dtype)
+
   wide = x.astype(accumulation_dtype(x.dtype))
-  if mask is not None:
-    valid = _checks.boolean_mask(mask, x)
-    wide = _harmless(wide, valid, mean, multiplier, masked_value)
-  y = (wide - mean) * multiplier
-  if bias is not None:
-    y = y + per_channel("bias", bias)
-  if masked_value is not None:
-    y = jnp.where(valid, y, masked_value)
-  return y.astype(out_dtype)
-
-
-def _harmless(
-  x: jax.Array,
-  valid: jax.Array,
-  mean: jax.Array,
-  multiplier: jax.Array,
-  masked_value: float | None,
-) -> jax.Array:
-  """x with the mean in masked positions from which a NaN could reach y or a gradient.
-
-  The gradient of scale sums y's cotangent times (x - mean) over all positions, and 0 * NaN is NaN.
-  """
-  keep = valid
+  if mask is None:
+    return formula(wide)
+  # In masked positions the mean stands in for what could carry a NaN into y or a gradient: that of
+  # scale sums y's cotangent times (x - mean) over all positions, and 0 * NaN is NaN.
+  valid = keep = _checks.boolean_mask(mask, x)
   if masked_value is None:
-    keep = valid | jnp.isfinite(lax.stop_gradient((x - mean) * multiplier))
-  return jnp.where(keep, x, mean.astype(x.dtype))
+    keep = valid | jnp.isfinite(lax.stop_gradient(formula(wide)))
+  y = formula(jnp.where(keep, wide, mean.astype(wide.dtype)))
+  return y if masked_value is None else jnp.where(valid, y, jnp.asarray(masked_value, out_dtype))
 
 
-def _result_dtype(dtype: Any, *arrays: chex.Array | None) -> Any:
+def result_dtype(dtype: Any, *arrays: chex.Array | None) -> Any:
+  """The dtype of y: as asked for, or what x, scale and bias promote to."""
   if dtype is None:
-    return jnp.result_type(*(a for a in arrays if a is not None))
+    return jnp.result_type(*(jnp.asarray(a) for a in arrays if a is not None))
   if not jnp.issubdtype(dtype, jnp.inexact):
     raise TypeError(f"dtype={dtype!r} is not a floating-point or complex dtype, as y needs.")
   return jnp.dtype(dtype)

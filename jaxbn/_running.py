@@ -57,10 +57,9 @@ def init(
   RunningStats(mean=Array([0., 0.], dtype=float32), var=Array([1., 1.], dtype=float32), count=None)
   """
   _checks.momentum_in_range(momentum, debias)
-  shape = (shape,) if isinstance(shape, int) else tuple(shape)
-  mean = jnp.zeros(shape, dtype)
-  count = jnp.zeros(shape, jnp.int32) if needs_count(momentum, debias) else None
-  return RunningStats(mean, jnp.ones(shape, mean.real.dtype), count)
+  mean = jnp.zeros(_checks.channel_shape(shape), dtype)
+  count = jnp.zeros_like(mean, jnp.int32) if needs_count(momentum, debias) else None
+  return RunningStats(mean, jnp.ones_like(mean.real), count)
 
 
 def update(
@@ -89,7 +88,7 @@ def update(
     state: from `init` with the same momentum and debias.
     moments: the batch's (of all devices). A channel whose count is zero stays as it was.
     momentum: the share of the old value that is kept, from 0 to 1; None for a cumulative average.
-    debias: remove the weight of the initial values.
+    debias: remove the weight of the initial values. A traced momentum must then be below 1.
     unbiased: multiply the batch's variance by n / (n - 1), n its count, as PyTorch does; a channel
       with n <= 1 keeps the factor 1.
     skip_nonfinite: a channel whose batch mean or variance is not finite stays as it was.
@@ -107,6 +106,8 @@ def update(
   >>> jaxbn.update(jaxbn.init(1), batch, momentum=0.75).mean.tolist()
   [0.5]
   """
+  for name, flag in {"unbiased": unbiased, "skip_nonfinite": skip_nonfinite}.items():
+    _checks.static_bool(name, flag)
   _check_state(state, moments, momentum, debias)
   count = None if state.count is None else jnp.asarray(state.count) + 1
   keep, gain = _shares(count, momentum, debias, moments.var.dtype)
@@ -120,11 +121,22 @@ def update(
 
   def blend(old: jax.Array, batch: jax.Array) -> jax.Array:
     # Selected twice: an unusable value must reach neither the result nor a gradient.
-    new = keep * old + gain * jnp.where(usable, batch, 0)
+    # And in the wider of the two precisions: in bfloat16 0.99 is 0.988.
+    wide = old.astype(jnp.promote_types(old.dtype, batch.dtype))
+    new = keep * wide + gain * jnp.where(usable, batch, 0)
     return jnp.where(usable, new.astype(_state_dtype(old.dtype, new.dtype)), old)
 
   new_count = None if count is None else jnp.where(usable, count, count - 1)
   return RunningStats(blend(state.mean, mean), blend(state.var, var), new_count)
+
+
+def require_running_stats(state: Any) -> None:
+  """Refuses a state that is not RunningStats."""
+  if not isinstance(state, RunningStats):
+    raise TypeError(
+      f"state is a {type(state).__name__}; a jaxbn.RunningStats is needed: make it with "
+      "jaxbn.init(...), or, from Flax's collection, jaxbn.RunningStats(mean=..., var=...)."
+    )
 
 
 def needs_count(momentum: chex.Numeric | None, debias: bool) -> bool:
@@ -136,6 +148,8 @@ def _shares(
   count: jax.Array | None, momentum: Any, debias: bool, dtype: Any
 ) -> tuple[chex.Numeric, chex.Numeric]:
   """How much of the old value is kept, and how much of the batch's is added: they sum to one."""
+  if momentum is not None and not isinstance(momentum, jax.Array):
+    momentum = float(momentum)  # a NumPy number would impose its own precision
   if count is None or not needs_count(momentum, debias):
     return momentum, 1 - momentum
   t = count.astype(dtype)
@@ -152,12 +166,14 @@ def _log(momentum: float) -> float:
 
 
 def _state_dtype(old: Any, new: Any) -> Any:
-  return old if jnp.finfo(old).bits < 32 else jnp.promote_types(old, new)
+  half = jnp.finfo(old).bits < 32 and not jnp.issubdtype(new, jnp.complexfloating)
+  return old if half else jnp.promote_types(old, new)
 
 
 def _check_state(
   state: RunningStats, moments: Moments, momentum: chex.Numeric | None, debias: bool
 ) -> None:
+  require_running_stats(state)
   _checks.momentum_in_range(momentum, debias)
   if jnp.shape(state.mean) != jnp.shape(moments.mean):
     raise ValueError(
