@@ -11,6 +11,6 @@ def get_config() -> ml_collections.ConfigDict:
   config.widths = (16, 32)
   config.blocks = (1, 1)
   config.batch_size = 128
-  config.steps = 600
+  config.steps = 400
   config.eval_batch_size = 360
   return config

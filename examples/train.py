@@ -121,7 +121,10 @@ def run(config: Any, command: str = "the same command") -> int:
       report.finish_window(step)
       store.save(step, steps.unreplicate(state), batches)
 
-  curves.draw(report.rows, directory / "curves.png", f"{config.model} on {config.dataset}")
+  title = f"{config.model} on {config.dataset}"
+  if config.label_smoothing:
+    title += f" (training labels smoothed by {config.label_smoothing})"
+  curves.draw(report.rows, directory / "curves.png", title)
   if step < config.steps:
     console.print(f"Interrupted: saved after step {step} of {config.steps}. To go on: {command}")
     return 128 + (interrupt.signal or 0)

@@ -65,7 +65,7 @@ def test_waiting_counts_only_while_the_devices_are_idle(tmp_path):
     assert report.waiting == 0.0  # before the first step is compiled, that is no wait
     report.stepped(1, sums(1.0))
     report.take(slow())
-    assert report.waiting == pytest.approx(0.05, rel=0.5)
+    assert report.waiting >= 0.05
     before = report.waiting
     report._unread.append(steps.Sums(Busy(), None, None))
     report.take(slow())
