@@ -111,12 +111,13 @@ class BatchNorm(nn.Module):
     shape = _checks.split_axes(x.ndim, self.axis).shape(x)
     state = self._running_stats(shape)
     initializing = self.is_initializing()
+    shapes_only = initializing and not x.size  # an empty batch has no statistics
     y, new_state = batch_norm(
       x,
-      self.param("scale", self.scale_init, shape, self.param_dtype) if self.use_scale else None,
-      self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None,
+      self._parameter("scale", self.scale_init, shape) if self.use_scale else None,
+      self._parameter("bias", self.bias_init, shape) if self.use_bias else None,
       RunningStats(*(None if leaf is None else leaf.value for leaf in state)),
-      use_running_average=use_running_average,
+      use_running_average=shapes_only or use_running_average,
       axis=self.axis,
       momentum=self.momentum,
       epsilon=self.epsilon,
@@ -137,6 +138,11 @@ class BatchNorm(nn.Module):
         if variable is not None:
           variable.value = value
     return y
+
+  def _parameter(self, name: str, initializer: Initializer, shape: tuple[int, ...]) -> jax.Array:
+    value = self.param(name, initializer, shape, self.param_dtype)
+    # As in Flax, whatever dtype it was loaded with.
+    return value if self.force_float32_reductions else jnp.asarray(value, self.param_dtype)
 
   def _running_stats(self, shape: tuple[int, ...]) -> RunningStats:
     """The layer's variables, in the place of the values that they hold."""

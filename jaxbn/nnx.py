@@ -198,12 +198,18 @@ class BatchNorm(nnx.Module):
   ) -> tuple[jax.Array, Any, Any, RunningStats, Any]:
     """Input, parameters, state and the result's dtype, after `promote_dtype`."""
     shape = _checks.split_axes(x.ndim, self.axis).shape(x)
+    if math.prod(shape) != self.num_features:
+      raise ValueError(
+        f"x of shape {x.shape} has channels of shape {shape} on axis={self.axis}, but this layer "
+        f"was made with num_features={self.num_features}: pass num_features={math.prod(shape)} to "
+        "the constructor, or name the channels' axis."
+      )
 
     def value(variable: nnx.Variable | None) -> Any:
       if variable is None:
         return None
       v = variable[...]
-      return v.reshape(shape) if v.size == math.prod(shape) else v  # if not, the core says so
+      return v.reshape(shape) if v.shape == (self.num_features,) else v
 
     mean, var, scale, bias = map(value, (self.mean, self.var, self.scale, self.bias))
     state = RunningStats(mean, var, value(getattr(self, "count", None)))
@@ -232,8 +238,8 @@ class BatchNorm(nnx.Module):
         raise errors.TraceContextError(
           "the running statistics of this BatchNorm cannot be updated inside a JAX transformation "
           "that it was not passed through: use the nnx one (nnx.jit, nnx.grad, ...) with the model "
-          "as an argument, or nnx.split it outside and nnx.merge it inside and return the new "
-          "state, or evaluate with model.eval()."
+          "as an argument; or nnx.split it outside, nnx.merge(..., copy=True) it inside and return "
+          "the new state; or evaluate with model.eval()."
         ) from error
 
 
