@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
 
-from jaxbn import _checks
-from jaxbn._batch_norm import batch_norm
+from jaxbn import _checks, _layers
 from jaxbn._running import RunningStats, init, needs_count
 
 
@@ -25,8 +24,8 @@ class BatchNorm(nn.Module):
   its checkpoints load; `jaxbn.batch_norm` says what is computed, how accurately, and what errors
   are raised. What differs from Flax: the statistics stay accurate where the mean is large; with a
   mask and an axis_name they are those of all valid elements of all devices; masked positions may
-  hold NaN; integer input is refused. Initialization never changes the statistics, and needs no
-  bound axis.
+  hold NaN; integer input is refused; half-precision statistics stay half-precision. Initialization
+  never changes the statistics, and needs no bound axis.
 
   Attributes:
     use_running_average: True in evaluation, False in training; here or at the call.
@@ -43,8 +42,8 @@ class BatchNorm(nn.Module):
       sharded arrays none is needed.
     axis_index_groups: indices along it in groups, each sharing among itself only.
     use_fast_variance: one pass over the input; False takes two, and two small all-reduces.
-    force_float32_reductions: if False, `batch_stats` has param_dtype. Sums are taken in float32 at
-      least either way.
+    force_float32_reductions: if False, `batch_stats` has param_dtype, and parameters loaded with
+      another dtype are cast to it. Sums are taken in float32 at least either way.
     debias: running statistics without the weight of their initial values: right for evaluation from
       the first steps on. Adds the leaf `count` to `batch_stats`.
     unbiased: track the variance times n / (n - 1), as PyTorch does.
@@ -112,25 +111,17 @@ class BatchNorm(nn.Module):
     state = self._running_stats(shape)
     initializing = self.is_initializing()
     shapes_only = initializing and not x.size  # an empty batch has no statistics
-    y, new_state = batch_norm(
+    y, new_state = _layers.call(
+      self,
       x,
       self._parameter("scale", self.scale_init, shape) if self.use_scale else None,
       self._parameter("bias", self.bias_init, shape) if self.use_bias else None,
       RunningStats(*(None if leaf is None else leaf.value for leaf in state)),
-      use_running_average=shapes_only or use_running_average,
-      axis=self.axis,
-      momentum=self.momentum,
-      epsilon=self.epsilon,
-      mask=None if mask is None else jnp.asarray(mask, bool),
+      mask=mask,
       weights=weights,
-      masked_value=None if mask is None and weights is None else self.masked_value,
+      use_running_average=shapes_only or use_running_average,
       axis_name=None if initializing else self.axis_name,
       axis_index_groups=None if initializing else self.axis_index_groups,
-      use_fast_variance=self.use_fast_variance,
-      debias=self.debias,
-      unbiased=self.unbiased,
-      skip_nonfinite=self.skip_nonfinite,
-      detach_stats=self.detach_stats,
       dtype=self.dtype,
     )
     if new_state is not None and not initializing and not use_running_average:

@@ -13,8 +13,7 @@ from flax import errors, nnx
 from flax.nnx.nn import dtypes
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 
-from jaxbn import _checks
-from jaxbn._batch_norm import batch_norm
+from jaxbn import _checks, _layers
 from jaxbn._running import RunningStats, init
 
 
@@ -159,25 +158,17 @@ class BatchNorm(nnx.Module):
       )
     x = _checks.inexact(x)
     x, scale, bias, state, dtype = self._promoted(x, use_running_average)
-    y, new_state = batch_norm(
+    y, new_state = _layers.call(
+      self,
       x,
       scale,
       bias,
       state,
-      use_running_average=use_running_average,
-      axis=self.axis,
-      momentum=self.momentum,
-      epsilon=self.epsilon,
-      mask=None if mask is None else jnp.asarray(mask, bool),
+      mask=mask,
       weights=weights,
-      masked_value=None if mask is None and weights is None else self.masked_value,
+      use_running_average=use_running_average,
       axis_name=self.axis_name,
       axis_index_groups=self.axis_index_groups,
-      use_fast_variance=self.use_fast_variance,
-      debias=self.debias,
-      unbiased=self.unbiased,
-      skip_nonfinite=self.skip_nonfinite,
-      detach_stats=self.detach_stats,
       dtype=dtype,
     )
     if not use_running_average:

@@ -21,8 +21,9 @@ ALLOWED = {
   "_running": {"_checks", "_moments"},
   "_normalize": {"_checks", "_moments"},
   "_batch_norm": {"_checks"} | STEPS,
-  "linen": {"_checks", "_batch_norm", "_running"},
-  "nnx": {"_checks", "_batch_norm", "_running"},
+  "_layers": {"_batch_norm", "_running"},
+  "linen": {"_checks", "_layers", "_running"},
+  "nnx": {"_checks", "_layers", "_running"},
   "__init__": {"_batch_norm"} | STEPS,
 }
 

@@ -1,0 +1,49 @@
+"""What the Flax layers of both kinds do alike: hand their fields to `batch_norm`.
+
+An option added here is in both. Flax itself is not imported: the layers are.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxbn._batch_norm import batch_norm
+from jaxbn._running import RunningStats
+
+if TYPE_CHECKING:
+  import chex
+
+# The fields that have the name and the meaning of an argument of batch_norm.
+_OPTIONS = (
+  "axis",
+  "momentum",
+  "epsilon",
+  "use_fast_variance",
+  "debias",
+  "unbiased",
+  "skip_nonfinite",
+  "detach_stats",
+)
+
+
+def call(
+  layer: Any,
+  x: jax.Array,
+  scale: chex.Array | None,
+  bias: chex.Array | None,
+  state: RunningStats,
+  *,
+  mask: chex.Array | None,
+  weights: chex.Array | None,
+  **arguments: Any,
+) -> tuple[jax.Array, RunningStats | None]:
+  """`batch_norm` with the layer's options and those arguments on which the two kinds differ."""
+  options = {name: getattr(layer, name) for name in _OPTIONS}
+  if mask is not None or weights is not None:
+    options["masked_value"] = layer.masked_value
+  if mask is not None:
+    options["mask"] = jnp.asarray(mask, bool)  # any dtype will do in Flax
+  return batch_norm(x, scale, bias, state, weights=weights, **options, **arguments)
