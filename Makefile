@@ -47,5 +47,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  echo "Installing into $(VENV) (once, about a minute) ..."; \
 	  $$python -m venv $(VENV) || { echo "make: $$python cannot create $(VENV)." >&2; exit 1; }; \
 	  $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[examples,test]' \
-	    || { echo "make: pip could not install the packages: a network (or a package index) is missing." >&2; exit 1; }; \
+	    2>$(VENV)/install.log || { echo "make: pip could not install the packages, most likely for want of a network: $(VENV)/install.log says why." >&2; exit 1; }; \
 	  touch $(INSTALLED)

@@ -114,8 +114,7 @@ def moments(
 
   Returns:
     Moments. A channel without a valid element has count 0, mean 0 and var 0. Finite elements whose
-    squared deviations overflow (beyond about 1e19 in float32; float16 and bfloat16's common range
-    are safe) give var = inf.
+    squared deviations overflow (beyond about 1e19 in float32; no float16 does) give var = inf.
 
   Raises:
     TypeError: integer x; a mask that is not boolean; complex weights; a complex pivot for real x.

@@ -86,8 +86,10 @@ def normalize(
   def per_channel(name: str, value: chex.Array) -> jax.Array:
     return axes.expand(_checks.channels(name, value, axes.shape(x), x, axes))
 
-  mean, var = per_channel("mean", mean), per_channel("var", var)
-  multiplier = lax.rsqrt(var.real + jnp.asarray(epsilon, var.real.dtype))
+  mean, var = per_channel("mean", mean), per_channel("var", var).real
+  # Half-precision running statistics too are added to epsilon in single precision.
+  var = var.astype(jnp.promote_types(var.dtype, jnp.float32))
+  multiplier = lax.rsqrt(var + jnp.asarray(epsilon, var.dtype))
   if scale is not None:
     multiplier = multiplier * per_channel("scale", scale)
   shift = None if bias is None else per_channel("bias", bias)

@@ -263,3 +263,10 @@ def test_refuses(name, jit):
 
   with pytest.raises(error, match=message):
     (jax.jit(refused) if jit else refused)(jnp.ones((8, 3)))
+
+
+def test_half_precision_statistics_are_used_in_single_precision():
+  # In bfloat16, 1 + 1e-5 is 1 and rsqrt(0.7) has three digits.
+  x, mean, var = np.float32([[0.5, 2.0]]), jnp.bfloat16([0.25, 1.0]), jnp.bfloat16([1.0, 0.7])
+  y = jaxbn.normalize(x, mean, var)
+  np.testing.assert_allclose(y, oracle.normalize(x, mean, var), rtol=8 * 2**-24)
