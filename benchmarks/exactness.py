@@ -50,7 +50,9 @@ def large_mean(ratio: float) -> Callable[[Layer], float]:
 
   def measure(layer: Layer) -> float:
     x = (ratio + _rng().normal(size=(4096, 64))).astype(np.float32)
-    return _worst(_train(layer(use_running_average=False), x)[0] - _reference(x))
+    model = layer(use_running_average=False)
+    variables = model.init(jax.random.key(0), x)
+    return _worst(model.apply(variables, x, mutable=["batch_stats"])[0] - _reference(x))
 
   return measure
 
@@ -133,11 +135,6 @@ def _reference(x: np.ndarray) -> np.ndarray:
 
 def _worst(error: Any) -> float:
   return float(np.abs(error).max())
-
-
-def _train(model: Any, x: np.ndarray, **kwargs: Any) -> Any:
-  variables = model.init(jax.random.key(0), x)
-  return model.apply(variables, x, mutable=["batch_stats"], **kwargs)
 
 
 def _masked_over_devices(layer: Layer, counts: tuple[int, ...]) -> float:

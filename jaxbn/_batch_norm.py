@@ -99,7 +99,7 @@ def batch_norm(
   # Once, here: cast by each step, the two parts of x's gradient would be rounded before they are
   # added, and they cancel.
   x = x.astype(accumulation_dtype(x.dtype))
-  valid = valid_elements(x, mask, weights)
+  valid, _ = valid_elements(x, mask, weights)
 
   def apply(mean: chex.Array, var: chex.Array) -> jax.Array:
     return normalize(
@@ -156,5 +156,5 @@ def _check_options(
   if state is not None:
     require_running_stats(state)
     axes = _checks.split_axes(x.ndim, axis)
-    _checks.channels("state.mean", state.mean, axes.shape(x), x, axes)
-    _checks.channels("state.var", state.var, axes.shape(x), x, axes)
+    _checks.channels("state.mean", state.mean, x, axes)
+    _checks.channels("state.var", state.var, x, axes)

@@ -86,9 +86,9 @@ def nonempty(x: jax.Array, axes: Axes) -> None:
     )
 
 
-def channels(name: str, value: Any, shape: tuple[int, ...], x: jax.Array, axes: Axes) -> jax.Array:
+def channels(name: str, value: Any, x: jax.Array, axes: Axes) -> jax.Array:
   """A per-channel value as an array, if its shape is that of x's channels."""
-  value = jnp.asarray(value)
+  value, shape = jnp.asarray(value), axes.shape(x)
   if value.shape != shape:
     raise ValueError(
       f"{name} has shape {value.shape}, but x of shape {x.shape} has channels of shape {shape} "
@@ -127,7 +127,8 @@ def boolean_mask(mask: Any, x: jax.Array) -> jax.Array:
 def nonnegative_weights(weights: Any, x: jax.Array) -> jax.Array:
   """The weights, aligned with x: real, and not negative where that can be seen."""
   if jnp.iscomplexobj(weights):
-    raise TypeError(f"weights have dtype {weights.dtype}; they are real numbers, not negative.")
+    dtype = jnp.asarray(weights).dtype
+    raise TypeError(f"weights have dtype {dtype}; they are real numbers, not negative.")
   # In NumPy: inside jit, operations of JAX are traced even where their arguments are known.
   seen = np.asarray(weights) if concrete(weights) else np.zeros(())
   if not np.all(np.isfinite(seen) & (seen >= 0)):
@@ -194,13 +195,17 @@ def static_bool(name: str, value: Any) -> bool:
   return bool(value)
 
 
+def axis_names(axis_name: Any) -> tuple[Any, ...]:
+  """The names that an axis_name holds, one or several."""
+  return tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
+
+
 def axis_size(axis_name: Any) -> int:
   """The size of a bound axis (of several: the product); refuses names that are not bound."""
   if axis_name is None:
     raise ValueError("axis_name is None: name the axis whose members share their moments.")
-  names = axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
   size = 1
-  for name in names:
+  for name in axis_names(axis_name):
     try:
       size *= lax.axis_size(name)
     except NameError:

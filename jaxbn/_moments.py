@@ -131,16 +131,12 @@ def moments(
   _checks.nonempty(x, axes)
   _checks.static_bool("use_fast_variance", use_fast_variance)
   x = x.astype(accumulation_dtype(x.dtype))
-  valid = valid_elements(x, mask, weights)
-  weight = None
-  if weights is not None:
-    aligned = _checks.nonnegative_weights(weights, x).astype(x.real.dtype)
-    weight = _zero_unless(valid, aligned)
+  valid, weight = valid_elements(x, mask, weights)
   count = _count(x, axes, valid if weight is None else weight)
   if pivot is None:
     pivot = _first_valid(x, axes, valid)
   else:
-    pivot = _checks.channels("pivot", pivot, axes.shape(x), x, axes)
+    pivot = _checks.channels("pivot", pivot, x, axes)
     pivot = axes.expand(_constant_pivot(pivot, x.dtype))
 
   def mean_of(values: jax.Array) -> jax.Array:
@@ -185,8 +181,8 @@ def merge(a: Moments, b: Moments) -> Moments:
   >>> int(both.count), both.mean.tolist()
   (3, [3.0])
   """
-  _require_moments(a)
-  _require_moments(b)
+  require_moments(a)
+  require_moments(b)
   if jnp.shape(a.mean) != jnp.shape(b.mean):
     raise ValueError(
       f"the moments to merge have channels of shape {jnp.shape(a.mean)} and {jnp.shape(b.mean)}: "
@@ -246,7 +242,7 @@ def sync(
   >>> jax.vmap(share, axis_name="batch")(x).mean.tolist()
   [[3.0], [3.0]]
   """
-  _require_moments(moments)
+  require_moments(moments)
   size = _checks.axis_size(axis_name)
   groups = None
   if axis_index_groups is not None:
@@ -284,13 +280,17 @@ def accumulation_dtype(dtype: Any) -> Any:
 
 def valid_elements(
   x: jax.Array, mask: chex.Array | None, weights: chex.Array | None
-) -> jax.Array | None:
-  """Which elements of x exist, aligned with x; None where all do. A weight of 0 is a mask."""
+) -> tuple[jax.Array | None, jax.Array | None]:
+  """Which elements of x exist, and their weights, aligned with x; None where all do, or weigh 1.
+
+  A weight of 0 is a mask, and what is masked weighs 0.
+  """
   valid = None if mask is None else _checks.boolean_mask(mask, x)
   if weights is None:
-    return valid
-  counts = _checks.nonnegative_weights(weights, x) > 0
-  return counts if valid is None else valid & counts
+    return valid, None
+  weight = _checks.nonnegative_weights(weights, x).astype(x.real.dtype)
+  valid = weight > 0 if valid is None else valid & (weight > 0)
+  return valid, _zero_unless(valid, weight)
 
 
 def _variance(mean_square: jax.Array, mean: jax.Array) -> jax.Array:
@@ -315,7 +315,8 @@ def _constant_pivot(pivot: chex.Array, dtype: Any) -> jax.Array:
   return jnp.where(jnp.isfinite(pivot), pivot, 0)
 
 
-def _require_moments(value: Any) -> None:
+def require_moments(value: Any) -> None:
+  """Refuses what is not Moments."""
   if not isinstance(value, Moments):
     raise TypeError(
       f"a {type(value).__name__} was given; jaxbn.Moments are needed, such as jaxbn.moments(x)."
@@ -439,7 +440,7 @@ def _psum_in_groups(
   if groups is None:
     return lax.psum(x, axis_name)
   # vmap has no grouped psum, and says so only when a jit inside it is batched: ask the mesh.
-  if _names(axis_name) <= set(jax.sharding.get_abstract_mesh().manual_axes):
+  if set(_checks.axis_names(axis_name)) <= set(jax.sharding.get_abstract_mesh().manual_axes):
     try:
       return lax.psum(x, axis_name, axis_index_groups=groups)
     except NotImplementedError:  # shard_map with its checks on
@@ -450,7 +451,3 @@ def _psum_in_groups(
   mine = jnp.asarray(group_of)[lax.axis_index(axis_name)]
   rows = jnp.where(jnp.arange(len(groups))[:, None] == mine, x, 0)
   return lax.psum(rows, axis_name)[mine]
-
-
-def _names(axis_name: Any) -> set[Any]:
-  return set(axis_name) if isinstance(axis_name, tuple | list) else {axis_name}

@@ -84,7 +84,7 @@ def normalize(
       )
 
   def per_channel(name: str, value: chex.Array) -> jax.Array:
-    return axes.expand(_checks.channels(name, value, axes.shape(x), x, axes))
+    return axes.expand(_checks.channels(name, value, x, axes))
 
   mean, var = per_channel("mean", mean), per_channel("var", var).real
   # Half-precision running statistics too are added to epsilon in single precision.

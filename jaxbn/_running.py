@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn import _checks
-from jaxbn._moments import Moments
+from jaxbn._moments import Moments, require_moments
 
 if TYPE_CHECKING:
   import chex
@@ -98,6 +98,7 @@ def update(
     becomes complex with a complex batch); half-precision statistics stay half-precision.
 
   Raises:
+    TypeError: a state or moments of another type; a momentum or a flag that is not one.
     ValueError: different channels' shapes; momentum out of range; debias or momentum=None with a
       state that has no count.
 
@@ -174,6 +175,7 @@ def _check_state(
   state: RunningStats, moments: Moments, momentum: chex.Numeric | None, debias: bool
 ) -> None:
   require_running_stats(state)
+  require_moments(moments)
   _checks.momentum_in_range(momentum, debias)
   if jnp.shape(state.mean) != jnp.shape(moments.mean):
     raise ValueError(

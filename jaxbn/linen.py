@@ -138,16 +138,17 @@ class BatchNorm(nn.Module):
   def _running_stats(self, shape: tuple[int, ...]) -> RunningStats:
     """The layer's variables, in the place of the values that they hold."""
     dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
-    trained = self.has_variable("batch_stats", "mean")
-    if trained and needs_count(self.momentum, self.debias):
+    counted = needs_count(self.momentum, self.debias)
+    if counted and self.has_variable("batch_stats", "mean"):
       _require_count(self.has_variable("batch_stats", "count"), self.path)
-    start = init(shape, momentum=self.momentum, debias=self.debias, dtype=dtype)
-    return RunningStats(
-      *(
-        None if value is None else self.variable("batch_stats", name, lambda v=value: v)
-        for name, value in start._asdict().items()
-      )
-    )
+
+    def variable(name: str) -> nn.Variable:
+      def start() -> jax.Array:
+        return getattr(init(shape, momentum=self.momentum, debias=self.debias, dtype=dtype), name)
+
+      return self.variable("batch_stats", name, start)
+
+    return RunningStats(variable("mean"), variable("var"), variable("count") if counted else None)
 
 
 def _require_count(present: bool, path: tuple[str, ...]) -> None:

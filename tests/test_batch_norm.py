@@ -1,6 +1,5 @@
 """batch_norm: values, accuracy, masks and weights, special values, dtypes, refusals."""
 
-import contextlib
 import functools
 import itertools
 
@@ -14,8 +13,8 @@ from hypothesis import strategies as st
 
 import jaxbn
 from tests import bounds, oracle
+from tests.cases import DTYPES, channels, precision
 
-DTYPES = [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64]
 LAYOUTS = [
   ((12,), ()),
   ((12, 3), -1),
@@ -27,15 +26,6 @@ LAYOUTS = [
   ((3, 2, 3, 3, 2), (1, 4)),
   ((3, 2, 3, 3, 2), (-1, 0, -4)),
 ]
-
-
-def precision(dtype):
-  """Double precision where asked for, else JAX as it starts."""
-  return jax.enable_x64(True) if dtype == jnp.float64 else contextlib.nullcontext()
-
-
-def channels(shape, axis):
-  return tuple(shape[a] for a in sorted(a % len(shape) for a in np.atleast_1d(axis).astype(int)))
 
 
 def inputs(shape, axis=-1, dtype=jnp.float32, seed=0, ratio=0.5):

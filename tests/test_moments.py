@@ -1127,3 +1127,8 @@ def test_sync_refuses_a_pivot_of_another_shape(shape):
   message = rf"pivot has shape {re.escape(str(shape))}.*channels of shape \(3,\)"
   with pytest.raises(ValueError, match=message):
     over_vmap(functools.partial(share, pivot=jnp.zeros(shape)), 1)(X[None])
+
+
+def test_complex_weights_are_refused_in_a_list_too():
+  with pytest.raises(TypeError, match="weights have dtype complex64"):
+    jaxbn.moments(jnp.ones((2, 1)), weights=[[1j], [2j]])

@@ -1,7 +1,5 @@
 """normalize: the formula against the oracle, whatever the layout, dtype and mask."""
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +10,8 @@ from jax.test_util import check_grads
 
 import jaxbn
 from tests import bounds, oracle
+from tests.cases import DTYPES, channels, precision
 
-DTYPES = [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64]
 LAYOUTS = [
   ((6,), -1),
   ((6,), ()),
@@ -26,15 +24,6 @@ LAYOUTS = [
   ((2, 3, 2, 3, 2), (1, 3)),
   ((2, 3, 2, 3, 2), (-1, 0, -2)),
 ]
-
-
-def precision(dtype):
-  """Double precision where asked for, else JAX as it starts."""
-  return jax.enable_x64(True) if dtype == jnp.float64 else contextlib.nullcontext()
-
-
-def channels(shape, axis):
-  return tuple(shape[a] for a in sorted(a % len(shape) for a in np.atleast_1d(axis).astype(int)))
 
 
 def inputs(shape, axis, dtype, seed=0):

@@ -431,3 +431,8 @@ def test_a_state_without_the_count_that_an_option_needs_is_refused(options):
 def test_a_state_of_other_channels_is_refused(shape):
   with pytest.raises(ValueError, match=r"state has channels of shape .*moments \(3,\).*init\(3,\)"):
     jaxbn.update(jaxbn.init(shape), jaxbn.empty_moments(3))
+
+
+def test_a_batch_that_is_not_moments_is_refused():
+  with pytest.raises(TypeError, match=r"a tuple was given; jaxbn\.Moments are needed"):
+    jaxbn.update(jaxbn.init(3), (8, jnp.zeros(3), jnp.ones(3)))
