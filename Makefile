@@ -1,16 +1,19 @@
-# make train       the main job: a small ResNet on handwritten digits, over all local devices
-# make test        everything that CI runs: ruff, the type checker, pytest
-# make exactness   the README's comparison with Flax
-# All create .venv and install what they need, at most once.
+# make train           the main job: a small ResNet on handwritten digits, over all local devices
+# make test            everything that CI runs: ruff, the type checker, pytest
+# make exactness       the README's comparison with Flax
+# make bench           time and accuracy on this machine's CPU, beside other libraries
+# make bench-compiled  what compiled programs cost on an H100 and a TPU v5e, with neither at hand
+# All create an environment and install what they need, at most once.
 
 CONFIG ?= configs/digits.py
 ARGS ?=
 
 VENV := .venv
+comma := ,
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test exactness lint types pytest format clean
+.PHONY: train test exactness bench bench-compiled lint types pytest format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -36,16 +39,37 @@ format: $(INSTALLED)
 exactness: $(INSTALLED)
 	@$(BIN)/python -m benchmarks.exactness
 
-clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+bench: .venv-bench/.installed
+	@.venv-bench/bin/python -m benchmarks.speed
+	@.venv-bench/bin/python -m benchmarks.numerics
+	@.venv-bench/bin/python -m benchmarks.report
 
-$(INSTALLED): pyproject.toml constraints.txt
+bench-compiled: .venv-compiled/.installed
+	@.venv-compiled/bin/python -m benchmarks.compiled
+	@.venv-compiled/bin/python -m benchmarks.report
+
+clean:
+	rm -rf .venv* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# $(call install,folder,extras): a virtual environment with the package and these extras in it.
+define install
 	@python=$$(for p in python3.14 python3.13 python3.12 python3.11 python3 python; do \
 	    $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done); \
 	  [ -n "$$python" ] || { echo "make: Python 3.11 or later is missing: install it and run make again." >&2; exit 1; }; \
 	  $$python -c 'import venv, ensurepip' 2>/dev/null || { echo "make: the venv module of $$python is missing: install it (Debian, Ubuntu: $$python-venv) and run make again." >&2; exit 1; }; \
-	  echo "Installing into $(VENV) (once, about a minute) ..."; \
-	  $$python -m venv $(VENV) || { echo "make: $$python cannot create $(VENV)." >&2; exit 1; }; \
-	  $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[examples,test]' \
-	    2>$(VENV)/install.log || { echo "make: pip could not install the packages, most likely for want of a network: $(VENV)/install.log says why." >&2; exit 1; }; \
-	  touch $(INSTALLED)
+	  echo "Installing into $(1) (once, a minute or more) ..."; \
+	  $$python -m venv $(1) || { echo "make: $$python cannot create $(1)." >&2; exit 1; }; \
+	  $(1)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(2)]' \
+	    2>$(1)/install.log || { echo "make: pip could not install the packages, most likely for want of a network: $(1)/install.log says why." >&2; exit 1; }; \
+	  touch $(1)/.installed
+endef
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(call install,$(VENV),examples$(comma)test)
+
+# PyTorch is compared where it is installed: .venv-bench/bin/pip install torch
+.venv-bench/.installed: pyproject.toml constraints.txt
+	$(call install,.venv-bench,bench)
+
+.venv-compiled/.installed: pyproject.toml constraints.txt
+	$(call install,.venv-compiled,compiled)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxbn import _checks
-from jaxbn._moments import accumulation_dtype, moments, sync, valid_elements
-from jaxbn._normalize import normalize, result_dtype
+from jaxbn._inplace import normalize_keeping_output
+from jaxbn._moments import Elements, How, Moments, measure, valid_elements
+from jaxbn._normalize import arrange, fill, require_mask
+from jaxbn._rule import apply
 from jaxbn._running import RunningStats, require_running_stats, update
 
 if TYPE_CHECKING:
@@ -37,6 +41,9 @@ def batch_norm(
   unbiased: bool = False,
   skip_nonfinite: bool = False,
   detach_stats: bool = False,
+  activation: Callable[[jax.Array], jax.Array] | None = None,
+  residual: chex.Array | None = None,
+  keep: str = "input",
   dtype: Any = None,
 ) -> tuple[jax.Array, RunningStats | None]:
   r"""Batch normalization (Ioffe & Szegedy 2015, Algorithm 1 in training, 2 in evaluation).
@@ -76,14 +83,22 @@ def batch_norm(
     use_fast_variance: False takes a second pass over x, and a second small all-reduce.
     detach_stats: treat the statistics as constants in gradients. It exists to show what happens
       then (Ioffe & Szegedy 2015, section 2): training fails to converge as it should.
-    dtype: of y; default, what x, scale and bias promote to.
+    activation, residual: as in `normalize`: y = activation(normalized x + residual).
+    keep: what is kept for the derivative in training. "input": x. "output": y, from which x is
+      computed back (In-Place Activated BatchNorm, Rota Bulo et al. 2018), which frees x's memory
+      where the next layer keeps y anyway. The activation must be None or jax.nn.leaky_relu (also in
+      functools.partial with a negative_slope > 0), there is no residual, and no scale may be 0 or
+      close to it: a channel's gradients are as accurate as y's rounding, |y| u / |scale|, and NaN
+      where scale is 0.
+    dtype: of y; default, what x, scale, bias and residual promote to.
 
   Returns:
     (y, new_state): y of x's shape; new_state with the leaves of state, in evaluation state itself.
 
   Raises:
     TypeError, ValueError: as the functions named above; state missing in evaluation;
-      axis_index_groups without axis_name; use_running_average not a Python bool.
+      axis_index_groups without axis_name; use_running_average not a Python bool; keep="output"
+      where its conditions do not hold.
 
   >>> import jax, jax.numpy as jnp, jaxbn
   >>> x = 5 + 2 * jax.random.normal(jax.random.key(0), (64, 3))
@@ -94,40 +109,31 @@ def batch_norm(
   """
   x = _checks.inexact(x)
   _checks.momentum_in_range(momentum, debias)
-  _check_options(x, state, axis, axis_name, axis_index_groups)
-  dtype = result_dtype(dtype, x, scale, bias)
-  # Once, here: cast by each step, the two parts of x's gradient would be rounded before they are
-  # added, and they cancel.
-  x = x.astype(accumulation_dtype(x.dtype))
-  valid, _ = valid_elements(x, mask, weights)
-
-  def apply(mean: chex.Array, var: chex.Array) -> jax.Array:
-    return normalize(
-      x,
-      mean,
-      var,
-      scale,
-      bias,
-      epsilon=epsilon,
-      axis=axis,
-      mask=valid,
-      masked_value=masked_value,
-      dtype=dtype,
-    )
-
-  if _checks.static_bool("use_running_average", use_running_average):
+  _check_state(x, state, axis)
+  evaluating = _checks.static_bool("use_running_average", use_running_average)
+  mean = state.mean if state is not None and evaluating else None
+  form, given = arrange(x, scale, bias, residual, epsilon, axis, activation, dtype, mean)
+  valid, weight = valid_elements(x, mask, weights)
+  require_mask(masked_value, valid)
+  given = given._replace(valid=valid)
+  inverse = _inverse(keep, activation, scale, residual, detach_stats)
+  if evaluating:
     if state is None:
       raise ValueError("use_running_average=True needs the statistics: pass state.")
-    return apply(state.mean, state.var), state
+    return fill(apply(form, given, state.mean, state.var), valid, masked_value), state
 
-  batch = moments(x, axis, mask=mask, weights=weights, use_fast_variance=use_fast_variance)
-  if axis_name is not None:
-    pivot = state.mean if state is not None and use_fast_variance else None
-    batch = sync(batch, axis_name, axis_index_groups, pivot=pivot)
-  mean, var = batch.mean, batch.var
-  if _checks.static_bool("detach_stats", detach_stats):
-    mean, var = lax.stop_gradient((mean, var))
-  y = apply(mean, var)
+  _checks.nonempty(x, form.axes)
+  fast = _checks.static_bool("use_fast_variance", use_fast_variance)
+  # bfloat16 cannot tell apart what a sum in float32 around 0 would confuse: see docs/design.md.
+  sample_pivot = state is None or x.dtype != jnp.bfloat16
+  how = How(form.axes, fast, sample_pivot, *_checks.sharing(axis_name, axis_index_groups))
+  pivot = state.mean if state is not None and fast else None
+  if inverse is not None:
+    y, batch = normalize_keeping_output(form, inverse, how, given, weight, pivot)
+  else:
+    batch = measure(how, Elements(x, given.wide, valid, weight), shared_pivot=pivot)
+    y = apply(form._replace(exact=sample_pivot), given, *_detached(batch, detach_stats))
+  y = fill(y, valid, masked_value)
   if state is None:
     return y, None
   new_state = update(
@@ -141,18 +147,39 @@ def batch_norm(
   return y, new_state
 
 
-def _check_options(
-  x: jax.Array,
-  state: RunningStats | None,
-  axis: int | Sequence[int],
-  axis_name: Any,
-  axis_index_groups: Any,
-) -> None:
-  if axis_index_groups is not None and axis_name is None:
+def _detached(batch: Moments, detach_stats: bool) -> tuple[jax.Array, jax.Array]:
+  stats = batch.mean, batch.var
+  return lax.stop_gradient(stats) if _checks.static_bool("detach_stats", detach_stats) else stats
+
+
+def _inverse(
+  keep: str,
+  activation: Any,
+  scale: chex.Array | None,
+  residual: chex.Array | None,
+  detach_stats: bool,
+) -> Callable[[jax.Array], jax.Array] | None:
+  """The inverse of the activation, if the output is to be kept; None to keep the input."""
+  if keep not in ("input", "output"):
+    raise ValueError(f"keep={keep!r}: the derivative can keep the layer's 'input' or its 'output'.")
+  if keep == "input":
+    return None
+  if residual is not None:
     raise ValueError(
-      f"axis_index_groups={axis_index_groups!r} are groups of indices along axis_name, "
-      "which is None: pass axis_name too."
+      "keep='output' with a residual: x cannot be told from y alone: leave one of them out, for "
+      "instance add the residual to the layer's output."
     )
+  if detach_stats:
+    raise ValueError("keep='output' with detach_stats=True: leave one of them out.")
+  if _checks.concrete(scale) and scale is not None and not np.all(np.asarray(scale)):
+    raise ValueError(
+      "keep='output' with a scale that holds 0: there the output says nothing of the input: "
+      "start scale away from 0, or keep the input."
+    )
+  return _checks.inverse("activation", activation)
+
+
+def _check_state(x: jax.Array, state: RunningStats | None, axis: int | Sequence[int]) -> None:
   if state is not None:
     require_running_stats(state)
     axes = _checks.split_axes(x.ndim, axis)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend import core as extend_core
 
 
 class Axes(NamedTuple):
@@ -95,6 +95,56 @@ def channels(name: str, value: Any, x: jax.Array, axes: Axes) -> jax.Array:
       f"on axis {axes.features}: pass {name} of that shape, or name the channels' axis."
     )
   return value
+
+
+def same_shape(name: str, value: Any, x: jax.Array) -> jax.Array:
+  """A floating-point value per element as an array, if its shape is x's."""
+  value = inexact(value, name)
+  if value.shape != x.shape:
+    raise ValueError(
+      f"{name} has shape {value.shape}, but x has {x.shape}: it is added to every element, so its "
+      f"shape must be x's: broadcast or project it first."
+    )
+  return value
+
+
+def elementwise(name: str, function: Any, x: jax.Array) -> None:
+  """Refuses what is no function, or gives another shape than it was given."""
+  if function is None:
+    return
+  if not callable(function):
+    raise TypeError(
+      f"{name}={function!r} is not a function: pass an elementwise one, such as jax.nn.relu, "
+      "or None."
+    )
+  wide = jnp.promote_types(x.dtype, jnp.float32)
+  result = jax.eval_shape(function, jax.ShapeDtypeStruct(x.shape, wide))
+  if getattr(result, "shape", None) != x.shape:
+    raise ValueError(
+      f"{name}={function!r} turns an array of shape {x.shape} into {result}: pass a function that "
+      "works element by element, and apply others to y."
+    )
+
+
+def inverse(name: str, function: Any) -> Callable[[jax.Array], jax.Array]:
+  """The inverse of an activation, if it is one of those that lose nothing."""
+  if function is None:
+    return lambda y: y
+  slope = 1e-2
+  leaky = function
+  if isinstance(function, functools.partial) and not function.args:
+    leaky, slope = function.func, function.keywords.get("negative_slope", slope)
+  if leaky is not jax.nn.leaky_relu or not concrete(slope) or not slope > 0:
+    raise ValueError(
+      f"keep='output' with {name}={function!r}, which cannot be undone: pass "
+      "None or jax.nn.leaky_relu (also in functools.partial, with negative_slope > 0), or keep the "
+      "input."
+    )
+  return functools.partial(_inverse_leaky_relu, slope)
+
+
+def _inverse_leaky_relu(slope: float, y: jax.Array) -> jax.Array:
+  return jnp.where(y >= 0, y, y / slope)
 
 
 def broadcastable(name: str, value: Any, x: jax.Array) -> jax.Array:
@@ -219,9 +269,24 @@ def axis_size(axis_name: Any) -> int:
 
 
 def _bound_axis_names() -> list[Any]:
-  # For the error message only, so a JAX without this function costs no more than the names.
+  # For the error message only: a JAX without this function costs no more than the names, and an
+  # import on top, with all of jax.extend behind it, would cost every user 30 ms.
+  from jax.extend import core as extend_core
+
   names = getattr(extend_core, "unsafe_get_axis_names_DO_NOT_USE", list)
   return list(names())
+
+
+def sharing(axis_name: Any, axis_index_groups: Any) -> tuple[Any, Any]:
+  """axis_name and groups, checked as far as they go together, such that they can be hashed."""
+  if axis_index_groups is not None:
+    if axis_name is None:
+      raise ValueError(
+        f"axis_index_groups={axis_index_groups!r} are groups of indices along axis_name, "
+        "which is None: pass axis_name too."
+      )
+    axis_index_groups = partition(axis_index_groups, axis_size(axis_name), axis_name)
+  return tuple(axis_name) if isinstance(axis_name, list) else axis_name, axis_index_groups
 
 
 def partition(axis_index_groups: Any, size: int, axis_name: Any) -> tuple[tuple[int, ...], ...]:

@@ -26,6 +26,8 @@ _OPTIONS = (
   "unbiased",
   "skip_nonfinite",
   "detach_stats",
+  "activation",
+  "keep",
 )
 
 
@@ -38,6 +40,7 @@ def call(
   *,
   mask: chex.Array | None,
   weights: chex.Array | None,
+  residual: chex.Array | None,
   **arguments: Any,
 ) -> tuple[jax.Array, RunningStats | None]:
   """`batch_norm` with the layer's options and those arguments on which the two kinds differ."""
@@ -46,4 +49,5 @@ def call(
     options["masked_value"] = layer.masked_value
   if mask is not None:
     options["mask"] = jnp.asarray(mask, bool)  # any dtype will do in Flax
-  return batch_norm(x, scale, bias, state, weights=weights, **options, **arguments)
+  options |= arguments
+  return batch_norm(x, scale, bias, state, weights=weights, residual=residual, **options)

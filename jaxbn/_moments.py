@@ -19,6 +19,7 @@ u * |m|, so that outputs are off by up to u * |m| / s standard deviations (6e-4 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,11 +31,13 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from jaxbn import _checks
+from jaxbn._rule import accumulation_dtype, nonzero, recomputing
 
 if TYPE_CHECKING:
   import chex
 
 _INT32_MAX = 2**31 - 1
+_SAMPLED = 8  # elements that make a pivot
 _LOW_BITS = 12  # of a count, see _count_parts
 
 
@@ -129,30 +132,121 @@ def moments(
   x = _checks.inexact(x)
   axes = _checks.split_axes(x.ndim, axis)
   _checks.nonempty(x, axes)
-  _checks.static_bool("use_fast_variance", use_fast_variance)
-  x = x.astype(accumulation_dtype(x.dtype))
   valid, weight = valid_elements(x, mask, weights)
-  count = _count(x, axes, valid if weight is None else weight)
-  if pivot is None:
-    pivot = _first_valid(x, axes, valid)
-  else:
-    pivot = _checks.channels("pivot", pivot, x, axes)
-    pivot = axes.expand(_constant_pivot(pivot, x.dtype))
+  if pivot is not None:
+    pivot = _constant_pivot(_checks.channels("pivot", pivot, x, axes), x.dtype)
+  how = How(axes, _checks.static_bool("use_fast_variance", use_fast_variance))
+  return measure(how, Elements(x, x.astype(accumulation_dtype(x.dtype)), valid, weight), pivot)
+
+
+class How(NamedTuple):
+  """How moments are taken, and with whom they are shared: what is known when tracing."""
+
+  axes: _checks.Axes
+  use_fast_variance: bool = True
+  sample_pivot: bool = True  # False: 0, where the data has too few digits to need another
+  axis_name: Any = None
+  axis_index_groups: Any = None
+
+
+class Elements(NamedTuple):
+  """The elements of which there are moments, or their tangents; x and wide as in `_rule.Given`."""
+
+  x: Any
+  wide: Any
+  valid: Any = None
+  weight: Any = None
+
+
+def measure(
+  how: How,
+  elements: Elements,
+  pivot: jax.Array | None = None,
+  shared_pivot: jax.Array | None = None,
+) -> Moments:
+  """`moments`, and `sync` where there is an axis_name, of arguments that have been checked."""
+  x, axes = elements.x, how.axes
+  count = _count(x, axes, elements.valid if elements.weight is None else elements.weight)
+  if pivot is not None:
+    pivot = axes.expand(pivot)
+  elif how.sample_pivot:
+    pivot = _sample(x, axes, elements.valid)
+  mean, var = _mean_and_var(how, elements, jnp.asarray(count), pivot)
+  if pivot is not None:
+    mean = lax.squeeze(pivot, axes.reduced) + mean
+  batch = Moments(count, mean, var)
+  if how.axis_name is None:
+    return batch
+  return sync(batch, how.axis_name, how.axis_index_groups, pivot=shared_pivot)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _mean_and_var(
+  how: How, elements: Elements, count: jax.Array, pivot: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+  """E[d] and E[|d|^2] - |E[d]|^2, or in a second pass E[|d - E[d]|^2], of d = x - pivot."""
 
   def mean_of(values: jax.Array) -> jax.Array:
-    if weight is not None:
-      values = values * weight
-    return jnp.sum(values, axes.reduced) / _divisor(count, x.real.dtype)
+    return _total(values, how.axes, elements) / divisor(count, values.real.dtype)
 
-  d = _zero_unless(valid, x - pivot)
-  mean_d = mean_of(d)
-  if use_fast_variance:
-    var = _variance(mean_of(abs_square(d)), mean_d)
-  else:
-    # Around the mean of d, not of x: d holds all of x's digits, the mean of x is rounded.
-    var = mean_of(abs_square(_zero_unless(valid, d - axes.expand(mean_d))))
-  mean = lax.squeeze(pivot, axes.reduced) + mean_d
-  return Moments(count, mean, var)
+  mean = mean_of(_from_pivot(elements, pivot))
+  # The same once more, not shared: XLA would store it, to read it twice.
+  d = _from_pivot(elements, _apart(pivot))
+  if how.use_fast_variance:
+    return mean, _variance(mean_of(abs_square(d)), mean)
+  # Around the mean of d, not of x: d holds all of x's digits, the mean of x is rounded.
+  return mean, mean_of(abs_square(d - how.axes.expand(mean)))
+
+
+@functools.partial(_mean_and_var.defjvp, symbolic_zeros=True)
+def _mean_and_var_jvp(how: How, primals: Any, tangents: Any) -> tuple[Any, Any]:
+  elements, count, pivot = primals
+  d_elements, d_count, _ = nonzero(tangents)
+  values = _mean_and_var(how, *primals)
+  tangent = recomputing(functools.partial(d_mean_and_var, how))
+  return values, tangent(elements._replace(wide=None), count, pivot, values, d_elements, d_count)
+
+
+def d_mean_and_var(
+  how: How, elements: Elements, count: jax.Array, pivot: Any, values: Any, d: Elements, d_count: Any
+) -> tuple[jax.Array, jax.Array]:
+  """The tangents: dmean = E[dx], dvar = 2 E[(x - mean) dx], and what weights add."""
+  mean, var = values
+  total = functools.partial(_total, axes=how.axes)
+  around = _from_pivot(elements, _apart(pivot))  # apart from the forward pass's
+  centered = around - how.axes.expand(mean)
+  d_mean, d_var = jnp.zeros_like(mean), jnp.zeros_like(var)
+  if d.wide is not None:
+    d_mean = total(d.wide, elements=elements)
+    # Around the pivot, near enough to lose nothing: one subtraction less than around the mean.
+    of_products = total((around.conj() * d.wide).real, elements=elements)
+    d_var = 2 * (of_products - (mean.conj() * d_mean).real)
+  if d.weight is not None:
+    unweighted = elements._replace(weight=None)
+    d_mean = d_mean + total(d.weight * centered, elements=unweighted)
+    d_var = d_var + total(d.weight * abs_square(centered), elements=unweighted)
+  if d_count is not None:
+    d_var = d_var - var * d_count  # that of the mean is in d.weight * centered
+  n = divisor(count, var.dtype)
+  return d_mean / n, d_var / n
+
+
+def _from_pivot(elements: Elements, pivot: jax.Array | None) -> jax.Array:
+  """x - pivot, wide, and 0 where there is no element."""
+  x = elements.x.astype(accumulation_dtype(elements.x.dtype))
+  return zero_unless(elements.valid, x if pivot is None else x - pivot)
+
+
+def _apart(pivot: Any) -> Any:
+  return None if pivot is None else lax.optimization_barrier(pivot)
+
+
+def _total(values: jax.Array, axes: _checks.Axes, elements: Elements) -> jax.Array:
+  """The weighted sum, per channel, over the elements that exist."""
+  values = zero_unless(elements.valid, values)
+  if elements.weight is not None:
+    values = values * elements.weight
+  return jnp.sum(values, axes.reduced)
 
 
 def merge(a: Moments, b: Moments) -> Moments:
@@ -190,7 +284,7 @@ def merge(a: Moments, b: Moments) -> Moments:
     )
   real = jnp.promote_types(a.var.dtype, b.var.dtype)
   n_a, n_b = jnp.asarray(a.count, real), jnp.asarray(b.count, real)
-  n = _divisor(n_a + n_b, real)
+  n = divisor(n_a + n_b, real)
   share_a, share_b = n_a / n, n_b / n
   # A side without elements has no mean: it is neither at a distance nor, if huge, 0 times infinity.
   delta = jnp.where((n_a > 0) & (n_b > 0), b.mean - a.mean, 0)
@@ -273,11 +367,6 @@ def abs_square(x: jax.Array) -> jax.Array:
   return lax.square(x)
 
 
-def accumulation_dtype(dtype: Any) -> Any:
-  """The dtype in which sums over elements of `dtype` are taken: float32 at least."""
-  return jnp.float32 if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
-
-
 def valid_elements(
   x: jax.Array, mask: chex.Array | None, weights: chex.Array | None
 ) -> tuple[jax.Array | None, jax.Array | None]:
@@ -290,7 +379,7 @@ def valid_elements(
     return valid, None
   weight = _checks.nonnegative_weights(weights, x).astype(x.real.dtype)
   valid = weight > 0 if valid is None else valid & (weight > 0)
-  return valid, _zero_unless(valid, weight)
+  return valid, zero_unless(valid, weight)
 
 
 def _variance(mean_square: jax.Array, mean: jax.Array) -> jax.Array:
@@ -323,32 +412,53 @@ def require_moments(value: Any) -> None:
     )
 
 
-def _zero_unless(valid: jax.Array | None, x: jax.Array) -> jax.Array:
+def zero_unless(valid: jax.Array | None, x: jax.Array) -> jax.Array:
   # A select, not a product: 0 * NaN is NaN, in the value and in the gradient.
   return x if valid is None else jnp.where(valid, x, 0)
 
 
-def _divisor(count: chex.Numeric, dtype: Any) -> jax.Array:
+def divisor(count: chex.Numeric, dtype: Any) -> jax.Array:
   """The count to divide by: 1 where there is nothing to divide."""
   count = jnp.asarray(count, dtype)
   return jnp.where(count > 0, count, 1)
 
 
-def _first_valid(x: jax.Array, axes: _checks.Axes, valid: jax.Array | None) -> jax.Array:
-  """The first valid element of each channel (0 where there is none), broadcasting against x."""
+def _sample(x: jax.Array, axes: _checks.Axes, valid: jax.Array | None) -> jax.Array:
+  """A pivot for each channel, from a few of its elements, broadcasting against x.
+
+  The average of eight, which is seldom far from the mean; with a mask the first valid one, or 0.
+  """
   x = lax.stop_gradient(x)
   sharding = jax.typeof(x).sharding
   if sharding.mesh.explicit_axes:
-    # One element cannot keep the batch's sharding, nor does indexing give that up by itself.
+    # A few elements cannot keep the batch's sharding, nor does indexing give that up by itself.
     kept = (sharding.spec[a] if a in axes.features else None for a in range(x.ndim))
     local = jax.sharding.auto_axes(
-      lambda x, valid: _first_valid(x, axes, valid),
+      lambda x, valid: _sample(x, axes, valid),
       axes=sharding.mesh.explicit_axes,
       out_sharding=jax.NamedSharding(sharding.mesh, jax.P(*kept)),
     )
     return local(x, valid)
-  if valid is None:
-    return x[tuple(slice(0, 1) if a in axes.reduced else slice(None) for a in range(x.ndim))]
+  pivot = _average_of_some(x, axes) if valid is None else _first_valid(x, axes, valid)
+  return _apart(jnp.where(jnp.isfinite(pivot), pivot, 0))
+
+
+def _average_of_some(x: jax.Array, axes: _checks.Axes) -> jax.Array:
+  """The average of the first elements along one axis: of eight if there are, of a power of two."""
+  along = max(axes.reduced, key=lambda a: min(x.shape[a], _SAMPLED), default=None)
+  sizes = dict.fromkeys(axes.reduced, 1)
+  if along is not None:
+    sizes[along] = 1 << min(x.shape[along], _SAMPLED).bit_length() - 1
+  p = x[tuple(slice(0, sizes.get(a)) for a in range(x.ndim))].astype(accumulation_dtype(x.dtype))
+  while along is not None and p.shape[along] > 2:
+    # In pairs, and halved first: exact where all are equal, and no overflow.
+    first, second = jnp.split(0.5 * p, 2, along)
+    p = first + second
+  # A sum, so that under sharded jit every device has the result.
+  return jnp.sum(p if along is None else p / p.shape[along], axes.reduced, keepdims=True)
+
+
+def _first_valid(x: jax.Array, axes: _checks.Axes, valid: jax.Array) -> jax.Array:
   reduced_shape = tuple(valid.shape[a] for a in axes.reduced)
   by_position = valid.transpose(axes.reduced + axes.features)
   by_position = by_position.reshape((math.prod(reduced_shape), *axes.shape(valid)))
@@ -357,6 +467,7 @@ def _first_valid(x: jax.Array, axes: _checks.Axes, valid: jax.Array | None) -> j
   channels = jnp.meshgrid(*(jnp.arange(n) for n in axes.shape(x)), indexing="ij", sparse=True)
   index.update(zip(axes.features, channels, strict=True))
   first = x.at[tuple(index[a] for a in range(x.ndim))].get(mode="promise_in_bounds")
+  first = first.astype(accumulation_dtype(x.dtype))
   return axes.expand(jnp.where(by_position.any(axis=0), first, 0))
 
 
@@ -409,24 +520,28 @@ def _sum_over_axis(
   sizes = {_checks.axis_size(axis_name)} if groups is None else {len(g) for g in groups}
   if _known(count) and len(sizes) == 1:  # every device weighs the same: there are no counts to send
     (size,) = sizes
-    return _multiply_known(count, size), jnp.asarray(size, real), _psum(values, axis_name, groups)
+    return (
+      _multiply_known(count, size),
+      jnp.asarray(size, real),
+      sum_over_devices(values, axis_name, groups),
+    )
   n = jnp.asarray(count, real)
   if not _is_integer(count):
-    n, *sums = _psum([n, *(n * v for v in values)], axis_name, groups)
-    return n, _divisor(n, real), sums
+    n, *sums = sum_over_devices([n, *(n * v for v in values)], axis_name, groups)
+    return n, divisor(n, real), sums
   # An integer travels among floating-point numbers as its high and low bits, so that sums of them
   # are exact in float32 (on up to 4096 devices, to 2**36) and one reduction carries everything.
   count = jnp.asarray(count, jnp.int32)
   high, low = count >> _LOW_BITS, count & (2**_LOW_BITS - 1)
   parts = [high.astype(real), low.astype(real), *(n * v for v in values)]
-  high, low, *sums = _psum(parts, axis_name, groups)
+  high, low, *sums = sum_over_devices(parts, axis_name, groups)
   n = high * 2**_LOW_BITS + low
   exact = high.astype(jnp.int32) * 2**_LOW_BITS + low.astype(jnp.int32)
   fits = high + jnp.floor(low / 2**_LOW_BITS) < 2 ** (31 - _LOW_BITS)
-  return jnp.where(fits, exact, _INT32_MAX), _divisor(n, real), sums
+  return jnp.where(fits, exact, _INT32_MAX), divisor(n, real), sums
 
 
-def _psum(
+def sum_over_devices(
   values: list[jax.Array], axis_name: Any, groups: tuple[tuple[int, ...], ...] | None
 ) -> list[jax.Array]:
   """The sums of several arrays over the devices of one's group, by a single all-reduce."""

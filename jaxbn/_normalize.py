@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxbn import _checks
-from jaxbn._moments import accumulation_dtype
+from jaxbn._rule import Form, Given, accumulation_dtype, apply
 
 if TYPE_CHECKING:
   import chex
@@ -27,15 +26,18 @@ def normalize(
   axis: int | Sequence[int] = -1,
   mask: chex.Array | None = None,
   masked_value: float | None = None,
+  activation: Callable[[jax.Array], jax.Array] | None = None,
+  residual: chex.Array | None = None,
   dtype: Any = None,
 ) -> jax.Array:
   r"""Subtract the mean, divide by the standard deviation, scale and shift.
 
-      y = (x - mean) * (rsqrt(var + epsilon) * scale) + bias
+      y = activation((x - mean) * (rsqrt(var + epsilon) * scale) + bias + residual)
 
   (Ioffe & Szegedy 2015, Algorithm 1, lines 3 and 4), computed in float32 at least, in this order,
   and rounded once at the end. The subtraction comes first: folded into the bias it would cancel
-  where the mean is large.
+  where the mean is large. For derivatives only the arguments are kept: what is between them and y
+  is computed again.
 
   Args:
     x: real or complex array of any rank.
@@ -48,16 +50,20 @@ def normalize(
     mask: boolean, broadcasts against x; where False, the element may be NaN or infinite and reaches
       no gradient.
     masked_value: what y holds where the mask is False. None: the formula's value there, as in Flax,
-      or bias where that is not finite. A number: that number, and no gradient.
-    dtype: of y; default, what x, scale and bias promote to, as in Flax.
+      with mean for x where that is not finite. A number: that number, and no gradient.
+    activation: elementwise function of JAX, such as jax.nn.relu, or None. Applied here it costs no
+      memory for its derivative, and half-precision y is rounded after it only.
+    residual: of x's shape, or None for 0.
+    dtype: of y; default, what x, scale, bias and residual promote to, as in Flax.
 
   Returns:
     y, of x's shape.
 
   Raises:
-    TypeError: integer x; a mask that is not boolean.
-    ValueError: mean, var, scale or bias not of the channels' shape; an axis out of range or twice;
-      a mask that does not broadcast; masked_value without a mask; epsilon out of range.
+    TypeError: integer x; a mask that is not boolean; an activation that is not a function.
+    ValueError: mean, var, scale or bias not of the channels' shape; a residual not of x's; an axis
+      out of range or twice; a mask that does not broadcast; masked_value without a mask; epsilon
+      out of range; an activation that changes the shape.
 
   >>> import jax.numpy as jnp, jaxbn
   >>> x = jnp.array([[1.0, 20.0], [3.0, 20.0]])
@@ -66,52 +72,69 @@ def normalize(
          [ 0.97,  0.  ]], dtype=float32)
   """
   x = _checks.inexact(x)
+  form, given = arrange(x, scale, bias, residual, epsilon, axis, activation, dtype, mean)
+  mean = _checks.channels("mean", mean, x, form.axes)
+  var = _checks.channels("var", var, x, form.axes).real
+  valid = None if mask is None else _checks.boolean_mask(mask, x)
+  require_mask(masked_value, valid)
+  return fill(apply(form, given._replace(valid=valid), mean, var), valid, masked_value)
+
+
+def arrange(
+  x: jax.Array,
+  scale: chex.Array | None,
+  bias: chex.Array | None,
+  residual: chex.Array | None,
+  epsilon: float,
+  axis: int | Sequence[int],
+  activation: Any,
+  dtype: Any,
+  mean: chex.Array | None = None,
+) -> tuple[Form, Given]:
+  """The arguments that `normalize` and `batch_norm` share, checked, in the rule's terms."""
   axes = _checks.split_axes(x.ndim, axis)
   _checks.epsilon_in_range(epsilon)
-  if masked_value is not None and mask is None:
+  dtype = _result_dtype(dtype, x, scale, bias, residual)
+  named = {"x": x, "mean": mean, "scale": scale, "bias": bias, "residual": residual}
+  for name, value in named.items():
+    if jnp.iscomplexobj(value) and not jnp.issubdtype(dtype, jnp.complexfloating):
+      raise TypeError(
+        f"{name} is {jnp.asarray(value).dtype}, but y has dtype={dtype}, which cannot hold "
+        "complex numbers: pass dtype=jnp.complex64, or take the real part first."
+      )
+  given = Given(
+    x,
+    x.astype(accumulation_dtype(x.dtype)),
+    None if scale is None else _checks.channels("scale", scale, x, axes),
+    None if bias is None else _checks.channels("bias", bias, x, axes),
+    None if residual is None else _checks.same_shape("residual", residual, x),
+    jnp.asarray(epsilon, jnp.promote_types(x.real.dtype, jnp.float32)),
+  )
+  _checks.elementwise("activation", activation, x)
+  return Form(axes, dtype, activation), given
+
+
+def require_mask(masked_value: float | None, valid: jax.Array | None) -> None:
+  """Refuses a masked_value that is not a number, or that nothing would hold."""
+  if masked_value is None:
+    return
+  if valid is None:
     raise ValueError(
       f"masked_value={masked_value!r} is what masked positions hold, but there is no mask: "
       "pass mask too, or leave masked_value out."
     )
-  if masked_value is not None:
-    _checks.scalar("masked_value", masked_value)
-  out_dtype = result_dtype(dtype, x, scale, bias)
-  for name, value in {"x": x, "mean": mean, "scale": scale, "bias": bias}.items():
-    if jnp.iscomplexobj(value) and not jnp.issubdtype(out_dtype, jnp.complexfloating):
-      raise TypeError(
-        f"{name} is {jnp.asarray(value).dtype}, but y has dtype={out_dtype}, which cannot hold "
-        "complex numbers: pass dtype=jnp.complex64, or take the real part first."
-      )
-
-  def per_channel(name: str, value: chex.Array) -> jax.Array:
-    return axes.expand(_checks.channels(name, value, x, axes))
-
-  mean, var = per_channel("mean", mean), per_channel("var", var).real
-  # Half-precision running statistics too are added to epsilon in single precision.
-  var = var.astype(jnp.promote_types(var.dtype, jnp.float32))
-  multiplier = lax.rsqrt(var + jnp.asarray(epsilon, var.dtype))
-  if scale is not None:
-    multiplier = multiplier * per_channel("scale", scale)
-  shift = None if bias is None else per_channel("bias", bias)
-
-  def formula(x: jax.Array) -> jax.Array:
-    y = (x - mean) * multiplier
-    return (y if shift is None else y + shift).astype(out_dtype)
-
-  wide = x.astype(accumulation_dtype(x.dtype))
-  if mask is None:
-    return formula(wide)
-  # In masked positions the mean stands in for what could carry a NaN into y or a gradient: that of
-  # scale sums y's cotangent times (x - mean) over all positions, and 0 * NaN is NaN.
-  valid = keep = _checks.boolean_mask(mask, x)
-  if masked_value is None:
-    keep = valid | jnp.isfinite(lax.stop_gradient(formula(wide)))
-  y = formula(jnp.where(keep, wide, mean.astype(wide.dtype)))
-  return y if masked_value is None else jnp.where(valid, y, jnp.asarray(masked_value, out_dtype))
+  _checks.scalar("masked_value", masked_value)
 
 
-def result_dtype(dtype: Any, *arrays: chex.Array | None) -> Any:
-  """The dtype of y: as asked for, or what x, scale and bias promote to."""
+def fill(y: jax.Array, valid: jax.Array | None, masked_value: float | None) -> jax.Array:
+  """y, with masked_value, if there is one, where elements do not exist."""
+  if valid is None or masked_value is None:
+    return y
+  return jnp.where(valid, y, jnp.asarray(masked_value, y.dtype))
+
+
+def _result_dtype(dtype: Any, *arrays: chex.Array | None) -> Any:
+  """The dtype of y: as asked for, or what x, scale, bias and residual promote to."""
   if dtype is None:
     return jnp.result_type(*(jnp.asarray(a) for a in arrays if a is not None))
   if not jnp.issubdtype(dtype, jnp.inexact):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -50,6 +50,9 @@ class BatchNorm(nn.Module):
     skip_nonfinite: a batch whose statistics are not finite leaves the running ones as they were.
     detach_stats: no gradient through the batch's statistics (for demonstration).
     masked_value: what the output holds where the mask is False; None: the formula's value.
+    activation: elementwise function applied to the result, such as `nn.relu`, or None; here its
+      derivative needs no memory of its own.
+    keep: "input" or "output": which of the two is kept for the derivative (see `jaxbn.batch_norm`).
 
   >>> import jax, jax.numpy as jnp, jaxbn.linen
   >>> layer = jaxbn.linen.BatchNorm(use_running_average=False)
@@ -81,6 +84,8 @@ class BatchNorm(nn.Module):
   skip_nonfinite: bool = False
   detach_stats: bool = False
   masked_value: float | None = None
+  activation: Callable[[jax.Array], jax.Array] | None = None
+  keep: str = "input"
 
   @nn.compact
   def __call__(
@@ -90,6 +95,7 @@ class BatchNorm(nn.Module):
     *,
     mask: jax.Array | None = None,
     weights: jax.Array | None = None,
+    residual: jax.Array | None = None,
   ) -> jax.Array:
     """Normalizes x.
 
@@ -99,6 +105,7 @@ class BatchNorm(nn.Module):
       mask: binary, broadcasts against x: which elements exist. As in Flax any dtype will do; what
         is not zero is True.
       weights: real, not negative, broadcasts against x: how often each element counts.
+      residual: of x's shape, added before the activation, or None.
 
     Returns:
       y, of x's shape.
@@ -119,6 +126,7 @@ class BatchNorm(nn.Module):
       RunningStats(*(None if leaf is None else leaf.value for leaf in state)),
       mask=mask,
       weights=weights,
+      residual=residual,
       use_running_average=shapes_only or use_running_average,
       axis_name=None if initializing else self.axis_name,
       axis_index_groups=None if initializing else self.axis_index_groups,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -55,6 +55,9 @@ class BatchNorm(nnx.Module):
     skip_nonfinite: a batch whose statistics are not finite leaves the running ones as they were.
     detach_stats: no gradient through the batch's statistics (for demonstration).
     masked_value: what the output holds where the mask is False; None: the formula's value.
+    activation: elementwise function applied to the result, such as `nnx.relu`, or None; here its
+      derivative needs no memory of its own.
+    keep: "input" or "output": which of the two is kept for the derivative (see `jaxbn.batch_norm`).
 
   >>> import jax.numpy as jnp, jaxbn.nnx
   >>> from flax import nnx
@@ -93,6 +96,8 @@ class BatchNorm(nnx.Module):
     skip_nonfinite: bool = False,
     detach_stats: bool = False,
     masked_value: float | None = None,
+    activation: Callable[[jax.Array], jax.Array] | None = None,
+    keep: str = "input",
   ):
     shape = (num_features,)
     start = init(shape, momentum=momentum, debias=debias)
@@ -128,6 +133,8 @@ class BatchNorm(nnx.Module):
     self.skip_nonfinite = skip_nonfinite
     self.detach_stats = detach_stats
     self.masked_value = masked_value
+    self.activation = activation
+    self.keep = keep
 
   def __call__(
     self,
@@ -136,6 +143,7 @@ class BatchNorm(nnx.Module):
     *,
     mask: jax.Array | None = None,
     weights: jax.Array | None = None,
+    residual: jax.Array | None = None,
   ) -> jax.Array:
     """Normalizes x.
 
@@ -145,6 +153,7 @@ class BatchNorm(nnx.Module):
       mask: binary, broadcasts against x: which elements exist. As in Linen any dtype will do; what
         is not zero is True.
       weights: real, not negative, broadcasts against x: how often each element counts.
+      residual: of x's shape, added before the activation, or None.
 
     Returns:
       y, of x's shape.
@@ -166,6 +175,7 @@ class BatchNorm(nnx.Module):
       state,
       mask=mask,
       weights=weights,
+      residual=residual,
       use_running_average=use_running_average,
       axis_name=self.axis_name,
       axis_index_groups=self.axis_index_groups,

@@ -50,6 +50,8 @@ def test_fields_are_flax_s_in_its_order_then_ours():
     ("skip_nonfinite", False),
     ("detach_stats", False),
     ("masked_value", None),
+    ("activation", None),
+    ("keep", "input"),
   ]
   assert ends(OURS) == ends(FLAX)
 
@@ -60,7 +62,8 @@ def test_the_call_takes_flax_s_arguments_then_ours():
     for cls in (OURS, FLAX)
   )
   assert ours[: len(theirs)] == theirs
-  assert ours[len(theirs) :] == [("weights", inspect.Parameter.KEYWORD_ONLY, None)]
+  added = [(name, inspect.Parameter.KEYWORD_ONLY, None) for name in ("weights", "residual")]
+  assert ours[len(theirs) :] == added
 
 
 @pytest.mark.parametrize(

@@ -49,12 +49,17 @@ def test_the_constructor_takes_flax_s_arguments_then_ours():
     ("skip_nonfinite", False),
     ("detach_stats", False),
     ("masked_value", None),
+    ("activation", None),
+    ("keep", "input"),
   ]
 
 
 @pytest.mark.parametrize(
   ("method", "added"),
-  [("__call__", [("weights", inspect.Parameter.KEYWORD_ONLY, None)]), ("set_view", [])],
+  [
+    ("__call__", [(a, inspect.Parameter.KEYWORD_ONLY, None) for a in ("weights", "residual")]),
+    ("set_view", []),
+  ],
 )
 def test_methods_take_flax_s_arguments_then_ours(method, added):
   ours, theirs = (

@@ -17,10 +17,12 @@ STEPS = {"_moments", "_running", "_normalize"}
 # What each file may import of ours: one way, no circle.
 ALLOWED = {
   "_checks": set(),
-  "_moments": {"_checks"},
+  "_rule": {"_checks"},
+  "_moments": {"_checks", "_rule"},
   "_running": {"_checks", "_moments"},
-  "_normalize": {"_checks", "_moments"},
-  "_batch_norm": {"_checks"} | STEPS,
+  "_normalize": {"_checks", "_rule"},
+  "_inplace": {"_moments", "_rule"},
+  "_batch_norm": {"_checks", "_inplace", "_rule"} | STEPS,
   "_layers": {"_batch_norm", "_running"},
   "linen": {"_checks", "_layers", "_running"},
   "nnx": {"_checks", "_layers", "_running"},

@@ -1,21 +1,27 @@
 """Every transformation of JAX, of every kind of the layer: the value and derivatives stay right.
 
 In float64, where rounding (1e-16, times a condition number below 1e3) and a wrong formula (1e-3)
-cannot be taken for each other. pmap, shard_map and sharded jit are in test_devices.py.
+cannot be taken for each other. More of pmap, shard_map and sharded jit is in test_devices.py, of
+activations in test_activation.py.
 """
+
+import functools
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxbn
 from tests import oracle
 
 N, CHANNELS = 6, 2
-MASK = np.arange(12).reshape(N, CHANNELS) % 4 > 0
-KINDS = ["plain", "masked", "synchronized"]
+MASK = np.arange(12).reshape(N, CHANNELS) % 5 > 0  # of three rows each, no channel lacks two
+KINDS = ["plain", "masked", "synchronized", "activation"]
 MODES = ["training", "evaluation"]
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -48,6 +54,8 @@ def layer(kind, mode):
     options |= {"mask": MASK, "masked_value": 0.0}
 
   def whole(x, scale, bias, state):
+    if kind == "activation":  # a block of a residual network
+      options.update(activation=jax.nn.silu, residual=x)
     return jaxbn.batch_norm(x, scale, bias, state, **options)
 
   def synchronized(x, scale, bias, state):
@@ -61,15 +69,25 @@ def layer(kind, mode):
   return synchronized if kind == "synchronized" else whole
 
 
-def right(kind, mode, x, scale, bias, state):
-  """What `layer` should give, from the oracle."""
+def sigmoid(z):
+  return 1 / (1 + np.exp(-z))
+
+
+def before_activation(kind, mode, x, scale, bias, state):
   mask = MASK if kind == "masked" else None
   batch = oracle.moments(x, mask=mask)
-  training = mode == "training"
-  stats = batch if training else state
+  stats = batch if mode == "training" else state
   y = oracle.normalize(x, stats.mean, stats.var, scale, bias)
-  y = y if mask is None else np.where(mask, y, 0)
-  if not training:
+  y = y + np.asarray(x) if kind == "activation" else y
+  return y, batch
+
+
+def right(kind, mode, x, scale, bias, state):
+  """What `layer` should give, from the oracle."""
+  y, batch = before_activation(kind, mode, x, scale, bias, state)
+  y = np.where(MASK, y, 0) if kind == "masked" else y
+  y = y * sigmoid(y) if kind == "activation" else y
+  if mode == "evaluation":
     return y, state
   blend = [0.9 * np.asarray(old) + 0.1 * new for old, new in zip(state, batch[1:], strict=False)]
   return y, jaxbn.RunningStats(*blend)
@@ -87,13 +105,19 @@ def right_gradient(kind, mode, x, scale, bias, state):
   """Of the loss with respect to x, scale and bias, from the oracle."""
   y, _ = right(kind, mode, x, scale, bias, state)
   g = COTANGENT * np.cos(y)
+  past_layer = 0
+  if kind == "activation":
+    z, _ = before_activation(kind, mode, x, scale, bias, state)
+    g = g * sigmoid(z) * (1 + z * (1 - sigmoid(z)))
+    past_layer = g
   mask = MASK if kind == "masked" else np.ones_like(MASK)
   if mode == "training":
-    return tuple(oracle.gradients(x, scale, g, mask=mask))
+    d_x, d_scale, d_bias = oracle.gradients(x, scale, g, mask=mask)
+    return d_x + past_layer, d_scale, d_bias
   g = np.where(mask, g, 0)
   z = np.where(mask, oracle.normalize(x, state.mean, state.var), 0)
   r = 1 / np.sqrt(np.asarray(state.var) + 1e-5)
-  return g * np.asarray(scale) * r, (g * z).sum(0), g.sum(0)
+  return g * np.asarray(scale) * r + past_layer, (g * z).sum(0), g.sum(0)
 
 
 def assert_close(actual, expected, rtol=CLOSE["rtol"]):
@@ -230,6 +254,157 @@ def test_second_derivatives(transform, kind, mode):
   loss = loss_of(kind, mode, state)
   actual = jax.jit(lambda *p: SECOND[transform](loss, p))(*primals)
   assert_close(tuple(actual), expected, rtol=1e-7)
+
+
+# Devices, against the formula as it is written in textbooks, which JAX differentiates.
+
+DEVICES = 2
+AXIS_TYPES = {"jit": AxisType.Auto, "jit explicit": AxisType.Explicit}
+
+
+def formula(kind, mode, x, mask, scale, bias, state):
+  """Two passes over what exists; elsewhere 0."""
+  mean, var = state.mean, state.var
+  x = jnp.where(mask, x, 0)
+  if mode == "training":
+    n = mask.sum(0)
+    mean = x.sum(0) / n
+    var = (jnp.where(mask, x - mean, 0) ** 2).sum(0) / n
+  y = (x - mean) / jnp.sqrt(var + 1e-5) * scale + bias
+  return jax.nn.silu(y + x) if kind == "activation" else jnp.where(mask, y, 0)
+
+
+def of_shard(kind, mode, x, mask, scale, bias, state):
+  """The same by the layer, of what one device holds."""
+  options = {
+    "masked": {"mask": mask, "masked_value": 0.0},
+    "synchronized": {"axis_name": "batch"},
+    "activation": {"activation": jax.nn.silu, "residual": x},
+  }.get(kind, {})
+  options["use_running_average"] = mode == "evaluation"
+  return jaxbn.batch_norm(x, scale, bias, state, **options)[0]
+
+
+def in_shards(mapping, f):
+  """f of each device's share of x and mask."""
+  mapped = mapping(f, in_axes=(0, 0, None, None, None))
+
+  def whole(x, mask, *replicated):
+    shards = [a.reshape(DEVICES, N // DEVICES, CHANNELS) for a in (x, mask)]
+    return mapped(*shards, *replicated).reshape(x.shape)
+
+  return whole
+
+
+def derivative(order, f, kind):
+  """The gradient of the loss, or also its derivative along TANGENTS."""
+  mask = jnp.asarray(MASK if kind == "masked" else np.ones_like(MASK))
+  *primals, state = arguments(kind)
+
+  def loss(x, scale, bias):
+    return jnp.sum(COTANGENT * jnp.sin(f(x, mask, scale, bias, state)))
+
+  gradient = jax.grad(loss, (0, 1, 2))
+  if order == 1:
+    return jax.jit(gradient)(*primals)
+  tangents = jax.tree.map(jnp.asarray, TANGENTS)
+  return jax.jit(lambda *p: jax.jvp(gradient, p, tangents))(*primals)
+
+
+@functools.cache
+def right_derivative(order, kind, mode, whole):
+  f = functools.partial(formula, kind, mode)
+  return derivative(order, f if whole else in_shards(jax.vmap, f), kind)
+
+
+def on_devices(how, kind, mode):
+  f = functools.partial(of_shard, kind, mode)
+  if how == "pmap":
+    return in_shards(functools.partial(jax.pmap, axis_name="batch"), f)
+  mesh = jax.make_mesh((DEVICES,), ("batch",), axis_types=(AxisType.Auto,))
+  specs = (P("batch"), P("batch"), P(), P(), P())
+  return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=P("batch"), check_vma=True)
+
+
+@table
+@pytest.mark.parametrize("how", ["pmap", "shard_map"])
+def test_gradients_on_devices(how, kind, mode):
+  # Each device has statistics of its own unless they are synchronized.
+  actual = derivative(1, on_devices(how, kind, mode), kind)
+  assert_close(actual, right_derivative(1, kind, mode, kind == "synchronized"))
+
+
+@pytest.mark.parametrize("how", ["pmap", "shard_map"])
+def test_second_derivatives_across_devices(how):
+  actual = derivative(2, on_devices(how, "synchronized", "training"), "synchronized")
+  assert_close(actual, right_derivative(2, "synchronized", "training", True))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["plain", "masked", "activation"])
+@pytest.mark.parametrize("how", AXIS_TYPES)
+def test_gradients_of_a_sharded_batch(how, kind, mode):
+  # Without a name for the devices: what is plain here is synchronized.
+  mesh = jax.make_mesh((DEVICES,), ("batch",), axis_types=(AXIS_TYPES[how],))
+  batch, everywhere = NamedSharding(mesh, P("batch")), NamedSharding(mesh, P())
+  x, *parameters = arguments(kind)
+  x, mask, cotangent = jax.device_put((x, MASK | (kind != "masked"), COTANGENT), batch)
+  scale, bias, state = jax.device_put(parameters, everywhere)
+
+  def loss(x, scale, bias, mask, state):
+    y = of_shard(kind, mode, x, mask, scale, bias, state)
+    return jnp.sum(cotangent * jnp.sin(y))
+
+  actual = jax.jit(jax.grad(loss, (0, 1, 2)))(x, scale, bias, mask, state)
+  assert actual[0].sharding.is_equivalent_to(batch, 2)
+  assert_close(actual, right_derivative(1, kind, mode, True))
+
+
+# Export
+
+
+def exported_step(kind, mode):
+  """y, the new state and the gradients, of arrays only, for machines that are not here."""
+
+  def step(x, scale, bias, mean, var):
+    state = jaxbn.RunningStats(mean, var)
+    y, new_state = layer(kind, mode)(x, scale, bias, state)
+    gradient = jax.grad(loss_of(kind, mode, state), (0, 1, 2))(x, scale, bias)
+    return y, new_state.mean, new_state.var, *gradient
+
+  *given, state = arguments(kind)
+  given += state[:2]
+  # With the CPU among them, the same program can be run here.
+  return export.export(jax.jit(step), platforms=("tpu", "cuda", "cpu"))(*given), given
+
+
+@table
+def test_a_training_step_is_exported_for_machines_that_are_not_here(kind, mode):
+  exported, (*primals, mean, var) = exported_step(kind, mode)
+  y, new_mean, new_var, *gradient = jax.jit(exported.call)(*primals, mean, var)
+  state = jaxbn.RunningStats(mean, var)
+  actual = (y, jaxbn.RunningStats(new_mean, new_var)), tuple(gradient)
+  expected = right(kind, mode, *primals, state), right_gradient(kind, mode, *primals, state)
+  assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("platforms", [("tpu", "cuda"), ("cpu",)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_exported_layer_survives_the_file_with_its_derivative(kind, platforms):
+  pytest.importorskip("flatbuffers", reason="JAX serializes by it")
+  *primals, state = arguments(kind)
+  f = jax.jit(lambda *p: layer(kind, "training")(*p, state)[0])
+  blob = export.export(f, platforms=platforms)(*primals).serialize(vjp_order=1)
+  loaded = export.deserialize(blob)
+  assert loaded.platforms == platforms
+  assert loaded.has_vjp()
+  assert [a.shape for a in loaded.out_avals] == [(N, CHANNELS)]
+  if platforms == ("cpu",):
+    y, pullback = jax.vjp(jax.jit(loaded.call), *primals)
+    expected, _ = right(kind, "training", *primals, state)
+    assert_close(y, expected)
+    actual = pullback(COTANGENT * jnp.cos(y))
+    assert_close(actual, right_gradient(kind, "training", *primals, state))
 
 
 # Tracing

@@ -1,0 +1,168 @@
+"""Reads compiled programs: what the text of an XLA executable moves, runs and sends.
+
+A program's text is a list of computations; the one marked ENTRY runs, and on an accelerator each of
+its instructions that does anything is one kernel, which reads its operands from device memory and
+writes its result there. What happens inside a fused computation stays in registers. So the traffic
+is the sum over the entry's instructions of operands and results, with two refinements without
+which the sum is wrong:
+
+- the text marks every fifth operand by a comment, `/*index=5*/%name`, which is not its name;
+- a kernel that only slices an operand reads the slice and not the operand.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+ITEM_BYTES = {
+  **dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2"), 1),
+  **dict.fromkeys(("bf16", "f16", "s16", "u16"), 2),
+  **dict.fromkeys(("f32", "s32", "u32"), 4),
+  **dict.fromkeys(("f64", "s64", "u64", "c64"), 8),
+  "c128": 16,
+}
+FREE = frozenset({"parameter", "get-tuple-element", "tuple", "bitcast", "constant"})
+SLICES = frozenset({"slice", "dynamic-slice", "gather"})
+TRANSPARENT = frozenset({"bitcast", "convert", "copy", "reshape"})  # they read what is read of them
+
+
+class Instruction(NamedTuple):
+  """One line of a computation. A parameter's only operand is its number."""
+
+  name: str
+  bytes: int
+  op: str
+  operands: tuple[str, ...]
+  calls: str | None
+
+
+class Program(NamedTuple):
+  """The computations by name, and the name of the one that runs."""
+
+  computations: dict[str, dict[str, Instruction]]
+  entry: str
+
+  @property
+  def kernels(self) -> list[Instruction]:
+    """The instructions of the entry that do anything, but for transfers beside the work."""
+    body = self.computations[self.entry].values()
+    return [i for i in body if i.op not in FREE and not i.op.endswith(("-start", "-done"))]
+
+  @property
+  def all_reduces(self) -> list[Instruction]:
+    """The all-reduces, wherever they stand."""
+    every = (i for body in self.computations.values() for i in body.values())
+    return [i for i in every if i.op in ("all-reduce", "all-reduce-start")]
+
+
+def parse(text: str) -> Program:
+  """Reads the text of a compiled program."""
+  return _parse(re.sub(r"/\*.*?\*/", "", text))
+
+
+def traffic(text: str) -> int:
+  """Bytes that the kernels of the entry computation read and write."""
+  program = parse(text)
+  body = program.computations[program.entry]
+  total = 0
+  for i in program.kernels:
+    reads = (_reads(program, i, number, body[o].bytes) for number, o in _known(i, body))
+    total += i.bytes + sum(reads)
+  return total
+
+
+def traffic_as_printed(text: str) -> int:
+  """The same without the two refinements, to compare with tools that lack them."""
+  program = _parse(text)
+  body = program.computations[program.entry]
+  return sum(i.bytes + sum(body[o].bytes for _, o in _known(i, body)) for i in program.kernels)
+
+
+def _parse(text: str) -> Program:
+  computations: dict[str, dict[str, Instruction]] = {}
+  entry = ""
+  body: dict[str, Instruction] = {}
+  for line in text.splitlines():
+    header = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
+    if header:
+      body = computations[header[2]] = {}
+      entry = header[2] if header[1] else entry
+    elif instruction := _instruction(line):
+      body[instruction.name] = instruction
+  if not entry:
+    raise ValueError("This text has no ENTRY computation: it is not a compiled program's.")
+  return Program(computations, entry)
+
+
+def _instruction(line: str) -> Instruction | None:
+  found = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line)
+  if not found:
+    return None
+  start = found.end()
+  end = _closing(line, start) if line[start] == "(" else line.index(" ", start)
+  op = re.compile(r"\s*([\w\-]+)(?=\()").match(line, end)
+  if not op:
+    return None
+  close = _closing(line, op.end())
+  arguments = () if op[1] == "constant" else tuple(_names(line[op.end() + 1 : close - 1]))
+  calls = re.compile(r", calls=%?([\w.\-]+)").search(line, close)
+  size = shape_bytes(line[start:end])
+  return Instruction(found[1], size, op[1], arguments, calls[1] if calls else None)
+
+
+def _closing(text: str, start: int) -> int:
+  """The place after the parenthesis that closes the one at `start`."""
+  depth = 0
+  for found in re.compile(r"[()]").finditer(text, start):
+    depth += 1 if found[0] == "(" else -1
+    if not depth:
+      return found.end()
+  return len(text)
+
+
+def _names(arguments: str) -> Iterator[str]:
+  """The operands' names; some printers put the shape, with commas of its own, before a name."""
+  for argument in re.sub(r"\[[^\]]*\]|\{[^}]*\}", "", arguments).split(","):
+    if words := argument.split():
+      yield words[-1].lstrip("%")
+
+
+def shape_bytes(shape: str) -> int:
+  """Bytes of a shape, or of a tuple of shapes, as printed."""
+  return sum(
+    ITEM_BYTES.get(dtype, 0) * int(np.prod([int(d) for d in dims.split(",") if d]))
+    for dtype, dims in re.findall(r"([a-z]+[a-z0-9]*)\[([0-9,]*)\]", shape)
+  )
+
+
+def _known(i: Instruction, body: dict[str, Instruction]) -> list[tuple[int, str]]:
+  return [(number, o) for number, o in enumerate(i.operands) if o in body]
+
+
+def _reads(program: Program, kernel: Instruction, number: int, size: int) -> int:
+  """Bytes that a kernel reads of its operand of that number, whose size is given."""
+  if kernel.op in SLICES and number == 0:
+    return min(size, kernel.bytes)
+  called = program.computations.get(kernel.calls or "", {})
+  for i in called.values():
+    if i.op == "parameter" and i.operands == (str(number),):
+      return round(size * _share_read(called, i))
+  return size
+
+
+def _share_read(body: dict[str, Instruction], value: Instruction) -> float:
+  """The share of a value that its users in a fused computation read: 1 unless all of them slice."""
+  users = [i for i in body.values() if value.name in i.operands and i.op != "parameter"]
+  if not users:
+    return 1.0  # it is the result, or its reader is not understood
+  return min(1.0, sum(_share_of_user(body, i, value) for i in users))
+
+
+def _share_of_user(body: dict[str, Instruction], user: Instruction, value: Instruction) -> float:
+  if user.op in SLICES and user.operands[0] == value.name:
+    return user.bytes / max(1, value.bytes)
+  return _share_read(body, user) if user.op in TRANSPARENT else 1.0

@@ -1,0 +1,170 @@
+r"""The derivative, written so that few bytes move.
+
+Batch normalization is bound by memory, so its cost is how often tensors of x's size are read and
+written. With r = rsqrt(var + epsilon), k = r scale and y = act((x - mean) k + bias + residual):
+
+    d(before act) = k dx + x A + B + dresidual         per element
+    A = r dscale - k r^2 dvar / 2                      per channel
+    B = dbias - k dmean - mean A                       per channel
+    dmean = E[dx],   dvar = 2 E[(x - mean) dx]         of a batch (see `_moments.py`)
+
+(Ioffe & Szegedy 2015, section 3, with their six equations substituted into each other.) Rules for
+tangents keep every transformation of JAX, and JAX's transpose of these is the shortest backward
+pass: it reads x and the cotangent once for two sums per channel, and once for x's gradient. There
+is no collective in a rule, so that sharing the moments in between is differentiated by JAX itself.
+
+What decides the bytes beyond the formula, on CPUs, GPUs and TPUs alike: XLA computes an expression
+that two places share once, and stores it. So the forward pass, the sums and the elementwise part
+share nothing of x's size but x: each is written in terms of x in its own way, kept from being
+merged by a barrier around a few numbers per channel. And checkpoint makes the linear part start
+from x, rather than from whatever partial evaluation would have kept.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+from jaxbn._checks import Axes
+
+Elementwise = Callable[[jax.Array], jax.Array]
+
+
+class Form(NamedTuple):
+  """What is known when tracing."""
+
+  axes: Axes
+  dtype: Any  # of y
+  activation: Elementwise | None = None
+  exact: bool = True
+
+
+class Given(NamedTuple):
+  """What y depends on beside the statistics, or its tangents; None where there is none.
+
+  `x` is for values and `wide`, the same in the accumulation dtype, for its first tangent: the parts
+  of x's gradient cancel, and so are added before they are rounded; but x is what is kept.
+  """
+
+  x: Any
+  wide: Any
+  scale: Any = None
+  bias: Any = None
+  residual: Any = None
+  epsilon: Any = None
+  valid: Any = None  # aligned with x
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def apply(form: Form, given: Given, mean: jax.Array, var: jax.Array) -> jax.Array:
+  """y = act((x - mean) k + bias + residual), rounded once, at the end."""
+  k, _ = slope(given, var)
+  # The subtraction first: folded into the bias it would cancel where the mean is large.
+  y = _scaled(form, given, _centered(form, given, mean, k)[0], k)
+  return (y if form.activation is None else form.activation(y)).astype(form.dtype)
+
+
+@functools.partial(apply.defjvp, symbolic_zeros=True)
+def _apply_jvp(form: Form, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+  tangent = recomputing(functools.partial(d_apply, form))
+  given, mean, var = primals
+  # `wide` is not kept.
+  return apply(form, *primals), tangent(given._replace(wide=None), mean, var, *nonzero(tangents))
+
+
+def recomputing(linear: Callable[..., Any]) -> Callable[..., Any]:
+  """The same function, of which nothing but the arguments is kept for a transposition."""
+  # Without prevent_cse, which would keep XLA from fusing, this costs a compiled program nothing.
+  return jax.checkpoint(linear, prevent_cse=False)
+
+
+def nonzero(tangents: Any) -> Any:
+  """None for what is not differentiated, so that nothing is computed with it."""
+
+  def is_zero(tangent: Any) -> bool:
+    return isinstance(tangent, SymbolicZero)
+
+  return jax.tree.map(lambda t: None if is_zero(t) else t, tangents, is_leaf=is_zero)
+
+
+def slope(given: Given, var: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """k = r scale and r = rsqrt(var + epsilon)."""
+  # Half-precision running statistics too are added to epsilon in single precision.
+  var = var.astype(jnp.promote_types(var.dtype, jnp.float32))
+  r = lax.rsqrt(var + given.epsilon.astype(var.dtype))
+  return (r if given.scale is None else r * given.scale), r
+
+
+def _centered(
+  form: Form, given: Given, mean: jax.Array, k: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+  """x - mean, 0 in masked positions where y would not be finite; and which are kept.
+
+  The gradient of scale sums y's cotangent times (x - mean) over all positions, and 0 * NaN is NaN.
+  """
+  centered = _wide(given.x) - form.axes.expand(mean)
+  if given.valid is None:
+    return centered, None
+  y = lax.stop_gradient(_scaled(form, given, centered, k))
+  kept = given.valid | jnp.isfinite(y.astype(form.dtype))
+  return jnp.where(kept, centered, 0), kept
+
+
+def _scaled(form: Form, given: Given, centered: jax.Array, k: jax.Array) -> jax.Array:
+  shift = None if given.bias is None else form.axes.expand(given.bias)
+  return _sum(centered * form.axes.expand(k), shift, _wide(given.residual))
+
+
+def accumulation_dtype(dtype: Any) -> Any:
+  """The dtype in which sums over elements of `dtype` are taken: float32 at least."""
+  return jnp.float32 if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
+
+
+def _wide(x: Any) -> Any:
+  return None if x is None else x.astype(accumulation_dtype(x.dtype))
+
+
+def _sum(*terms: Any) -> Any:
+  """The sum of those terms that exist, from left to right."""
+  return functools.reduce(lambda a, b: a + b, (t for t in terms if t is not None))
+
+
+def d_apply(
+  form: Form, given: Given, mean: jax.Array, var: jax.Array, d: Given, d_mean: Any, d_var: Any
+) -> jax.Array:
+  """The tangent of y: k dx + x A + B + dresidual, through the activation."""
+  expand = form.axes.expand
+  k, r = slope(given, var)
+  a = b = jnp.zeros_like(k)
+  if d.scale is not None:
+    a = a + r * d.scale
+  for d_square in (d_var, d.epsilon):
+    if d_square is not None:
+      a = a - 0.5 * k * r * r * d_square
+  if d.bias is not None:
+    b = b + d.bias
+  # Apart from the forward pass, whose x - mean, comparisons and sigmoids XLA would otherwise keep.
+  centered, kept = _centered(form, given, lax.optimization_barrier(mean), k)
+  x, d_x = _wide(given.x), d.wide
+  if kept is None:
+    y = x * expand(k) + expand(lax.optimization_barrier(_sum(-mean * k, given.bias)))
+    y = _sum(y, _wide(given.residual))
+    b = b if d_mean is None else b - k * d_mean
+  else:
+    y = _scaled(form, given, centered, k)
+    d_x = _sum(jnp.zeros_like(x), d_x, None if d_mean is None else -expand(d_mean))
+    d_x = jnp.where(kept, d_x, 0)
+  if form.exact or kept is not None:
+    from_moments = centered * expand(a) + expand(b)
+  else:
+    from_moments = expand(b - mean * a) + x * expand(a)
+  d_y = _sum(None if d_x is None else d_x * expand(k), from_moments, _wide(d.residual))
+  if form.activation is not None:
+    _, d_y = jax.jvp(form.activation, (y,), (d_y.astype(y.dtype),))
+  return d_y.astype(form.dtype)

@@ -1,0 +1,152 @@
+"""The reader of compiled programs, on programs written by hand whose traffic one can add up."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import hlo
+
+KB = 1024  # bytes of f32[256]
+
+
+def program(entry: str, *fused: str) -> str:
+  lines = "\n".join(f"  {line}" for line in entry.strip().splitlines())
+  return "\n\n".join(
+    [
+      "HloModule jit_step, is_scheduled=true",
+      *fused,
+      f"ENTRY %main (x: f32[256]) -> f32[256] {{\n{lines}\n}}",
+    ]
+  )
+
+
+def test_a_kernel_reads_its_operands_and_writes_its_result():
+  text = program("""
+%x = f32[256]{0} parameter(0), metadata={op_name="x(y)"}
+%h = bf16[16,16]{1,0:T(8,128)(2,1)} convert(%x), metadata={op_name="f(x, %x)"}
+%t = (f32[256]{0}, f32[256]{0}) fusion(%x, %h), kind=kLoop, calls=%missing
+ROOT %g = f32[256]{0} get-tuple-element(%t), index=1
+""")
+  assert hlo.traffic(text) == (KB + KB // 2) + (KB + KB // 2 + 2 * KB)
+  assert [i.name for i in hlo.parse(text).kernels] == ["h", "t"]
+
+
+def test_every_operand_counts_commented_or_not():
+  names = ", ".join(f"{'/*index=5*/' if n == 5 else ''}%p{n}" for n in range(7))
+  parameters = "\n".join(f"%p{n} = f32[256]{{0}} parameter({n})" for n in range(7))
+  text = program(f"{parameters}\nROOT %f = f32[256]{{0}} fusion({names}), kind=kLoop, calls=%body")
+  assert hlo.traffic(text) == 8 * KB
+  assert hlo.traffic_as_printed(text) == 7 * KB
+
+
+def test_operands_with_their_shapes_before_them():
+  text = program("""
+%x = f32[16,16]{1,0} parameter(0)
+ROOT %y = f32[16,16]{1,0} add(f32[16,16]{1,0} %x, f32[16,16]{1,0} %x)
+""")
+  assert hlo.traffic(text) == 3 * KB
+
+
+SLICED = """%body (p: f32[4,256], q: f32[256]) -> f32[256] {
+  %p = f32[4,256]{1,0} parameter(0)
+  %q = f32[256]{0} parameter(1)
+  OPS
+}"""
+CALLER = """
+%x = f32[4,256]{1,0} parameter(0)
+%y = f32[256]{0} parameter(1)
+ROOT %f = f32[256]{0} fusion(%x, %y), kind=kLoop, calls=%body
+"""
+
+
+@pytest.mark.parametrize(
+  ("ops", "read_of_x"),
+  [
+    (["%s = f32[1,256]{1,0} slice(%p), slice={[0:1], [0:256]}"], KB),
+    (
+      [
+        "%c = bf16[4,256]{1,0} convert(%p)",
+        "%b = bf16[1024]{0} bitcast(%c)",
+        "%s = bf16[256]{0} slice(%b), slice={[0:256]}",
+      ],
+      KB,  # of x itself, although the slice is of half its width
+    ),
+    (
+      [
+        "%s = f32[1,256]{1,0} slice(%p), slice={[0:1], [0:256]}",
+        "%t = f32[1,256]{1,0} slice(%p), slice={[1:2], [0:256]}",
+      ],
+      2 * KB,
+    ),
+    (
+      [
+        "%s = f32[1,256]{1,0} slice(%p), slice={[0:1], [0:256]}",
+        "%e = f32[4,256]{1,0} exponential(%p)",
+      ],
+      4 * KB,
+    ),
+    ([f"%s{n} = f32[2,256]{{1,0}} slice(%p), slice={{[0:2]}}" for n in range(9)], 4 * KB),
+    (["%e = f32[4,256]{1,0} exponential(%p)"], 4 * KB),
+    (["ROOT %c = bf16[4,256]{1,0} convert(%p)"], 4 * KB),
+  ],
+  ids=["slice", "through", "two", "and-all", "no-more-than-all", "all", "the-result"],
+)
+def test_a_fusion_reads_of_an_operand_what_it_slices(ops, read_of_x):
+  text = program(CALLER, SLICED.replace("OPS", "\n  ".join(ops)))
+  assert hlo.traffic(text) == read_of_x + KB + KB
+  assert hlo.traffic_as_printed(text) == 4 * KB + KB + KB
+
+
+def test_operands_keep_their_numbers_whatever_is_printed_before_them():
+  caller = CALLER.replace("fusion(%x, %y)", "fusion(f32[4,256]{1,0} %x, f32[256]{0} %y)")
+  body = SLICED.replace("OPS", "%s = f32[16]{0} slice(%q), slice={[0:16]}")
+  body = body.replace("%p = ", "%e = f32[4,256]{1,0} exponential(%p)\n  %p = ")
+  assert hlo.traffic(program(caller, body)) == 4 * KB + 64 + KB
+
+
+@pytest.mark.parametrize("op", ["slice", "dynamic-slice", "gather"])
+def test_a_slice_on_its_own_reads_what_it_writes(op):
+  text = program(f"""
+%x = f32[4,256]{{1,0}} parameter(0)
+%i = s32[] parameter(1)
+ROOT %s = f32[1,256]{{1,0}} {op}(%x, %i)
+""")
+  assert hlo.traffic(text) == 2 * KB + 4
+
+
+def test_an_index_is_not_sliced():
+  text = program("""
+%x = f32[256]{0} parameter(0)
+%i = s32[256]{0} parameter(1)
+ROOT %s = f32[1]{0} gather(%x, %i)
+""")
+  assert hlo.traffic(text) == 4 + KB + 4
+
+
+def test_all_reduces_wherever_they_stand():
+  text = program(
+    """
+%x = f32[256]{0} parameter(0)
+%r = f32[256]{0} all-reduce(%x), replica_groups={{0,1}}, to_apply=%sum
+ROOT %c = f32[256]{0} call(%r), to_apply=%inner
+""",
+    """%inner (p: f32[256]) -> (f32[256], f32[8]) {
+  %p = f32[256]{0} parameter(0)
+  %a = (f32[256]{0}, f32[8]{0}) all-reduce-start(%p), to_apply=%sum
+  ROOT %d = (f32[256]{0}, f32[8]{0}) all-reduce-done(%a)
+}""",
+  )
+  assert sorted(i.bytes for i in hlo.parse(text).all_reduces) == [KB, KB + 32]
+
+
+def test_a_compiled_program_is_read():
+  x = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+  text = jax.jit(lambda x: jnp.tanh(x) @ x).lower(x).compile().as_text()
+  assert text
+  assert hlo.parse(text).kernels
+  assert hlo.traffic(text) == hlo.traffic_as_printed(text) >= 3 * 64 * 64 * 4
+
+
+def test_what_is_not_a_program_is_refused():
+  with pytest.raises(ValueError, match="no ENTRY"):
+    hlo.parse("HloModule nothing")

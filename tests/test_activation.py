@@ -1,0 +1,359 @@
+"""activation= and residual=: the same as outside of the layer, for the memory of x alone."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxbn
+import jaxbn.linen
+import jaxbn.nnx
+from tests import bounds, layers, oracle
+
+LEAKY = functools.partial(jax.nn.leaky_relu, negative_slope=0.2)
+ACTIVATIONS = {
+  "none": None,
+  "relu": jax.nn.relu,
+  "silu": jax.nn.silu,
+  "gelu": jax.nn.gelu,
+  "tanh": jnp.tanh,
+  "leaky_relu": LEAKY,
+}
+SHAPE, CHANNELS = (12, 3), 3
+STATE = jaxbn.RunningStats(jnp.array([0.0, 1.0, 2.0]), jnp.array([1.0, 0.5, 4.0]))
+# In float64, rounding (1e-16, times a condition number below 1e3) and a wrong formula (1e-3) cannot
+# be taken for each other.
+CLOSE = {"rtol": 1e-11, "atol": 1e-11}
+
+
+def inputs(shape=SHAPE, seed=0):
+  """x, scale, bias, residual and a cotangent, in float64."""
+  rng = np.random.default_rng(seed)
+  x, residual, cotangent = rng.normal(1, 2, (3, *shape))
+  return x, rng.normal(1, 0.5, shape[-1]), rng.normal(size=shape[-1]), residual, cotangent
+
+
+def counted(kind):
+  rng = np.random.default_rng(1)
+  mask, weights = rng.random(SHAPE) < 0.7, rng.uniform(0.5, 2, SHAPE)
+  return {
+    "plain": {},
+    "mask": {"mask": mask},
+    "mask and masked_value": {"mask": mask, "masked_value": 7.0},
+    "weights": {"weights": np.where(mask, weights, 0)},
+    "all": {"mask": mask[::-1], "weights": np.where(mask, weights, 0), "masked_value": -3.0},
+  }[kind]
+
+
+def assert_close(actual, expected, **close):
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **close or CLOSE), actual, expected)
+
+
+# Inside and outside
+
+
+def outside(activation, x, scale, bias, residual, masked_value=None, **options):
+  """What activation= and residual= replace."""
+  y, state = jaxbn.batch_norm(x, scale, bias, **options)
+  y = y if residual is None else y + residual
+  y = y if activation is None else activation(y)
+  valid = oracle.weights_of(x, options.get("mask"), options.get("weights")) > 0
+  return (y if masked_value is None else jnp.where(valid, y, masked_value)), state
+
+
+@pytest.mark.parametrize("mode", ["training", "evaluation"])
+@pytest.mark.parametrize("kind", ["plain", "mask", "mask and masked_value", "weights", "all"])
+def test_inside_is_outside_in_values_and_gradients(kind, mode):
+  with jax.enable_x64(True):
+    *given, cotangent = inputs()
+    options = {"state": STATE, "use_running_average": mode == "evaluation", **counted(kind)}
+
+    def inside(activation, x, scale, bias, residual):
+      return jaxbn.batch_norm(
+        x, scale, bias, activation=activation, residual=residual, **options
+      )
+
+    # All activations, with the residual and without, in one program.
+    @functools.partial(jax.jit, static_argnums=0)
+    def everything(f, *given):
+      def one(activation, with_residual):
+        def loss(x, scale, bias, residual):
+          y, state = f(activation, x, scale, bias, residual if with_residual else None)
+          return jnp.sum(cotangent * y) + jnp.sum(state.var * jnp.sin(state.mean)), (y, state)
+
+        return jax.grad(loss, (0, 1, 2, 3), has_aux=True)(*given)
+
+      pairs = [(a, True) for a in ACTIVATIONS.values()] + [(jax.nn.silu, False)]
+      return [one(*pair) for pair in pairs]
+
+    actual = everything(inside, *given)
+    assert_close(actual, everything(functools.partial(outside, **options), *given))
+    assert all(np.abs(gradient[3]).max() > 0.1 for gradient, _ in actual[:-1])
+    if "masked_value" in options:
+      valid = oracle.weights_of(given[0], options["mask"], options.get("weights")) > 0
+      for _, (y, _) in actual:
+        assert (np.asarray(y)[~valid] == options["masked_value"]).all()
+
+
+def test_the_activation_and_the_residual_are_those_of_the_oracle():
+  x, scale, bias, residual, _ = (np.asarray(a, np.float32) for a in inputs())
+  y, _ = jaxbn.batch_norm(
+    *(x, scale, bias), use_running_average=False, activation=jnp.square, residual=residual
+  )
+  before = oracle.batch_norm(x, scale, bias) + residual
+  # Of x, then one more sum, and the derivative of the square.
+  u = bounds.roundoff(np.float32)
+  bound = bounds.output(x, scale, bias) + u * np.abs(before)
+  bounds.assert_within(y, before**2, 2 * np.abs(before) * bound + 3 * u * before**2)
+
+
+@pytest.mark.parametrize("of", ["values", "derivatives"])
+def test_masked_garbage_reaches_nothing_through_an_activation(of):
+  *given, cotangent = (jnp.asarray(a, jnp.float32) for a in inputs())
+  mask = counted("mask")["mask"]
+
+  def loss(x, scale, bias, residual, masked_value=None):
+    y, _ = jaxbn.batch_norm(
+      *(x, scale, bias),
+      use_running_average=False,
+      mask=mask,
+      masked_value=masked_value,
+      activation=jax.nn.silu,
+      residual=residual,
+    )
+    return jnp.sum(jnp.where(mask, cotangent * y, 0))
+
+  f = loss if of == "values" else jax.grad(loss, (0, 1, 2, 3))
+  f = jax.jit(f, static_argnums=4)
+  for masked_value in (None, 0.0):
+    expected = f(*given, masked_value)
+    for garbage in (np.nan, np.inf, 3e38):
+      x = jnp.where(mask, given[0], garbage)
+      assert_close(f(x, *given[1:], masked_value), expected, rtol=1e-6, atol=1e-6)
+
+
+# Derivatives beyond the first
+
+
+def textbook(x, scale, bias, residual, detached, activation):
+  mean, var = x.mean(0), x.var(0)
+  mean, var = jax.lax.stop_gradient((mean, var)) if detached else (mean, var)
+  return activation((x - mean) / jnp.sqrt(var + 1e-5) * scale + bias + residual)
+
+
+@pytest.mark.parametrize("detached", [False, True], ids=["attached", "detached"])
+@pytest.mark.parametrize("activation", [jax.nn.silu, jax.nn.softmax], ids=["silu", "softmax"])
+def test_first_and_second_derivatives_are_those_of_the_textbook(activation, detached):
+  # softmax keeps the shape, but mixes elements: it is differentiated right all the same.
+  with jax.enable_x64(True):
+    *given, cotangent = map(jnp.asarray, inputs((6, 2)))
+
+    def layer(x, scale, bias, residual):
+      options = {"activation": activation, "residual": residual, "detach_stats": detached}
+      return jaxbn.batch_norm(x, scale, bias, use_running_average=False, **options)[0]
+
+    def derivatives(f):
+      gradient = jax.grad(lambda *p: jnp.sum(cotangent * jnp.sin(f(*p))), (0, 1, 2, 3))
+      return jax.jit(lambda *p: jax.jvp(gradient, p, tuple(map(jnp.cos, p))))(*given)
+
+    formula = functools.partial(textbook, detached=detached, activation=activation)
+    assert_close(derivatives(layer), derivatives(formula), rtol=1e-9, atol=1e-9)
+
+
+# Rounding
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", ["none", "silu", "tanh"])
+def test_half_precision_is_rounded_once_after_the_activation(name, dtype):
+  # To half a unit of y, which a sum rounded before the activation is not: where the residual
+  # cancels, or the activation's slope is above |y|, that is off by more.
+  activation = ACTIVATIONS[name] or (lambda y: y)
+  x, scale, bias, residual, _ = inputs((512, 3))
+  x, residual = (np.asarray(jnp.asarray(a, dtype)) for a in (x, residual))
+  scale, bias = np.float32(scale), np.float32(bias)
+  mean, var = np.float32([1, 0.5, 2]), np.float32([4, 3, 5])
+  options = {"activation": ACTIVATIONS[name], "residual": residual, "dtype": dtype}
+  y = jaxbn.normalize(x, mean, var, scale, bias, **options)
+  assert y.dtype == dtype
+  scaled = oracle.normalize(x, mean, var, scale)
+  before = scaled + bias + oracle.wide(residual)
+  with jax.enable_x64(True):
+    expected = np.asarray(activation(jnp.asarray(before)))
+  # All slopes are below 1.1; the activations themselves are good to 4 units (their exponentials).
+  u = bounds.roundoff(np.float32)
+  single = 9 * np.abs(scaled) + np.abs(scaled + bias) + np.abs(before) + np.abs(bias)
+  single = 1.1 * u * single + 8 * u * np.abs(expected)
+  smallest = float(jnp.finfo(dtype).smallest_subnormal) / 2
+  unit = bounds.roundoff(dtype)
+  bounds.assert_within(y, expected, unit * np.abs(expected) + smallest + single * (1 + unit))
+
+
+def test_half_precision_gradients_are_rounded_once_and_in_each_argument_s_dtype():
+  *given, cotangent = inputs((64, 3))
+  half = [jnp.asarray(given[i], jnp.bfloat16) for i in (0, 3)]
+  scale, bias = (jnp.asarray(a, jnp.float32) for a in given[1:3])
+
+  @jax.jit
+  def gradient(x, scale, bias, residual):
+    def loss(x, scale, bias, residual):
+      y, _ = jaxbn.batch_norm(
+        *(x, scale, bias), use_running_average=False, activation=jax.nn.silu, residual=residual
+      )
+      return jnp.sum(y * cotangent.astype(np.float32))
+
+    return jax.grad(loss, (0, 1, 2, 3))(x, scale, bias, residual)
+
+  rounded = gradient(half[0], scale, bias, half[1])
+  assert [g.dtype.name for g in rounded] == ["bfloat16", "float32", "float32", "bfloat16"]
+  full = gradient(half[0].astype(jnp.float32), scale, bias, half[1].astype(jnp.float32))
+  # Half a unit of bfloat16, and float32's rounding: sums of 64 of order one, around a pivot or 0.
+  tolerance = 100 * bounds.roundoff(np.float32)
+  for one, exact in zip(rounded, full, strict=True):
+    unit = bounds.roundoff(one.dtype)
+    exact = oracle.wide(exact)
+    size = np.abs(exact) + np.sqrt(np.mean(exact**2))
+    bounds.assert_within(one, exact, unit * np.abs(exact) + tolerance * size)
+
+
+@pytest.mark.parametrize(
+  ("x", "scale", "residual", "asked", "expected"),
+  [
+    ("bfloat16", None, "bfloat16", None, "bfloat16"),
+    ("bfloat16", None, "float32", None, "float32"),
+    ("bfloat16", "float32", "bfloat16", None, "float32"),
+    ("bfloat16", "float32", "float32", "bfloat16", "bfloat16"),
+    ("bfloat16", None, "float16", None, "float32"),
+    ("float32", None, "bfloat16", None, "float32"),
+    ("float16", None, "float16", "float32", "float32"),
+    ("float32", None, "complex64", None, "complex64"),
+  ],
+)
+def test_the_residual_takes_part_in_the_result_s_dtype(x, scale, residual, asked, expected):
+  values = inputs()
+  scale = None if scale is None else jnp.asarray(values[1], scale)
+
+  def layer(x, residual):
+    options = {"activation": jnp.tanh, "residual": residual, "dtype": asked}
+    return jaxbn.batch_norm(x, scale, use_running_average=False, **options)[0]
+
+  given = jnp.asarray(values[0], x), jnp.asarray(values[3], residual)
+  y, pullback = jax.vjp(layer, *given)
+  assert y.dtype == expected
+  assert [g.dtype.name for g in pullback(jnp.ones_like(y))] == [x, residual]
+
+
+# Memory
+
+
+def kept(f, *given):
+  """The dtypes and sizes of the arrays that the derivative keeps, small ones left out."""
+  size = given[0].size
+  leaves = jax.tree.leaves(jax.vjp(f, *given)[1])
+  return sorted((a.dtype.name, a.size // size) for a in leaves if a.size >= size)
+
+
+def block(x, *residual, **options):
+  residual = residual[0] if residual else None
+  y, _ = jaxbn.batch_norm(
+    x, jnp.ones(3, x.dtype), use_running_average=False, residual=residual, **options
+  )
+  return y
+
+
+def deep(layer, depth=5):
+  def network(x):
+    return jax.lax.scan(lambda x, _: (layer(x), None), x, None, length=depth)[0]
+
+  return network
+
+
+@pytest.mark.parametrize("staged", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", ["none", "relu", "silu"])
+def test_of_x_s_size_only_x_is_kept(name, dtype, staged):
+  x = jnp.asarray(inputs()[0], dtype)
+  stage = jax.jit if staged else lambda f: f
+  activation = ACTIVATIONS[name]
+  alone = stage(functools.partial(block, activation=activation))
+  assert kept(alone, x) == [(dtype, 1)]
+  evaluated = functools.partial(
+    jaxbn.normalize, mean=STATE.mean, var=STATE.var, activation=activation, dtype=dtype
+  )
+  of_x = [] if name == "none" else [(dtype, 1)]
+  assert kept(stage(lambda x: evaluated(x)), x) == of_x
+  with_residual = stage(functools.partial(block, activation=activation))
+  # A sum needs nothing for its derivative.
+  assert kept(with_residual, x, x[::-1]) == [(dtype, 1 + len(of_x))] or (
+    kept(with_residual, x, x[::-1]) == [(dtype, 1)] * (1 + len(of_x))
+  )
+
+
+@pytest.mark.parametrize("name", ["relu", "silu"])
+def test_a_scan_over_layers_keeps_their_inputs_only(name):
+  x = jnp.asarray(inputs()[0], jnp.bfloat16)
+  layer = functools.partial(block, activation=ACTIVATIONS[name])
+  assert kept(deep(layer), x) == [("bfloat16", 5)]
+
+
+def test_outside_of_the_layer_more_is_kept():
+  # What the tests above would look like if they could not fail.
+  x = jnp.asarray(inputs()[0], jnp.bfloat16)
+  assert len(kept(lambda x: jax.nn.silu(block(x)), x)) > 1
+  assert len(kept(deep(lambda x: jax.nn.silu(block(x))), x)) > 1
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+  ("error", "message", "options"),
+  [
+    (TypeError, "activation='relu' is not a function", {"activation": "relu"}),
+    (ValueError, "works element by element", {"activation": lambda y: y.sum(0)}),
+    (ValueError, "works element by element", {"activation": lambda y: (y, y)}),
+    (ValueError, "residual has shape \\(3,\\)", {"residual": np.ones(3)}),
+    (ValueError, "residual has shape \\(12, 1\\)", {"residual": np.ones((12, 1))}),
+    (TypeError, "residual has dtype int32", {"residual": np.ones(SHAPE, np.int32)}),
+    (TypeError, "residual has dtype bool", {"residual": np.ones(SHAPE, bool)}),
+    (
+      TypeError,
+      "residual is complex64, but y has dtype=float32",
+      {"residual": np.ones(SHAPE, np.complex64), "dtype": np.float32},
+    ),
+  ],
+)
+@pytest.mark.parametrize("function", ["batch_norm", "normalize"])
+def test_what_is_refused(function, error, message, options):
+  x = np.ones(SHAPE, np.float32)
+  with pytest.raises(error, match=message):
+    if function == "batch_norm":
+      jaxbn.batch_norm(x, use_running_average=False, **options)
+    else:
+      jaxbn.normalize(x, STATE.mean, STATE.var, **options)
+
+
+# Layers
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_layers_hand_on_activation_and_residual(kind, train):
+  x, _, _, residual, _ = (jnp.asarray(a, jnp.float32) for a in inputs())
+  make = {"linen": (layers.linen, jaxbn.linen), "nnx": (layers.of_nnx, jaxbn.nnx)}[kind]
+  layer = make[0](make[1].BatchNorm, x, activation=jax.nn.silu)
+  y, new_state = layer.call(layer.state, x, train, residual=residual)
+  expected, expected_state = jaxbn.batch_norm(
+    x,
+    layer.state["scale"],
+    layer.state["bias"],
+    jaxbn.RunningStats(layer.state["mean"], layer.state["var"]),
+    use_running_average=not train,
+    activation=jax.nn.silu,
+    residual=residual,
+  )
+  np.testing.assert_array_equal(y, expected)
+  np.testing.assert_array_equal(new_state["mean"], expected_state.mean)
+  np.testing.assert_array_equal(new_state["var"], expected_state.var)
