@@ -4,7 +4,8 @@ All three are described by the same few numbers: stages, where stage `i` has
 `blocks[i]` blocks of width `widths[i]`. A block is one dense layer (MLP), one 3x3
 convolution (VGG) or one residual pair of 3x3 convolutions (ResNet), each followed by a
 norm. Any norm of `NORMS` fits any network of `MODELS`: a norm is a function of
-`(train, dtype, axis_name, momentum)` that gives a layer constructor taking `scale_init`.
+`(train, dtype, axis_name, momentum)` that gives a layer constructor taking `scale_init` and
+`activation`. The activation is the norm's to apply, so that it need not be kept for the derivative.
 """
 
 import functools
@@ -29,13 +30,15 @@ class Affine(nn.Module):
   """
 
   scale_init: nn.initializers.Initializer = nn.initializers.ones
+  activation: Callable[[jax.Array], jax.Array] | None = None
   dtype: Any = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     scale = self.param("scale", self.scale_init, x.shape[-1:], jnp.float32)
     bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
-    return x * scale.astype(x.dtype) + bias.astype(x.dtype)
+    y = x * scale.astype(x.dtype) + bias.astype(x.dtype)
+    return y if self.activation is None else self.activation(y)
 
 
 def batch_norm(train: bool, dtype: Any, axis_name: str | None, momentum: float) -> Layer:
@@ -111,7 +114,7 @@ class MLP(Network):
     x = x.reshape(len(x), -1)
     for width, blocks in zip(self.widths, self.blocks, strict=True):
       for _ in range(blocks):
-        x = nn.relu(norm()(nn.Dense(width, use_bias=False, dtype=self.dtype)(x)))
+        x = norm(activation=nn.relu)(nn.Dense(width, use_bias=False, dtype=self.dtype)(x))
     return x
 
 
@@ -123,7 +126,7 @@ class VGG(Network):
       if stage > 0:
         x = nn.max_pool(x, (2, 2), strides=(2, 2))
       for _ in range(blocks):
-        x = nn.relu(norm()(self.conv(width)(x)))
+        x = norm(activation=nn.relu)(self.conv(width)(x))
     return x.mean((1, 2))
 
 
@@ -131,14 +134,14 @@ class ResNet(Network):
   """Residual blocks (He et al., 2016), each starting as the identity (Goyal et al., 2017)."""
 
   def features(self, x: jax.Array, norm: Layer) -> jax.Array:
-    x = nn.relu(norm()(self.conv(self.widths[0])(x)))
+    x = norm(activation=nn.relu)(self.conv(self.widths[0])(x))
     for stage, (width, blocks) in enumerate(zip(self.widths, self.blocks, strict=True)):
       for block in range(blocks):
         x = self.residual(x, norm, width, stride=2 if stage > 0 and block == 0 else 1)
     return x.mean((1, 2))
 
   def residual(self, x: jax.Array, norm: Layer, width: int, stride: int) -> jax.Array:
-    y = nn.relu(norm()(self.conv(width, stride=stride)(x)))
+    y = norm(activation=nn.relu)(self.conv(width, stride=stride)(x))
     y = norm(scale_init=nn.initializers.zeros)(self.conv(width)(y))
     if x.shape != y.shape:
       x = norm()(self.conv(width, size=1, stride=stride)(x))

@@ -8,8 +8,8 @@ roundoff of the accumulator (6e-8 in float32) and p for a pivot, one pass over t
 and the subtraction in var loses digits only as far as p is from the mean: the relative error of
 var is about u * (1 + ((mean - p) / s)^2) times a constant of order one (Chan, Golub & LeVeque 1983,
 "Algorithms for computing the sample variance", section 3). With p = 0, which is what most libraries
-compute, that is 6 at |mean|/s = 1e4. Here p is an element of the data, which costs nothing: the
-distance is then of order s for almost every element, and by Samuelson's inequality never above
+compute, that is 6 at |mean|/s = 1e4. Here p is the average of a few elements, which costs next to
+nothing: its distance is of order s / sqrt(8), and by Samuelson's inequality never above
 s * sqrt(n - 1) for n elements. x - p is itself exact where x and p are within a factor of two of
 each other (Sterbenz), that is, where the mean is large against s.
 
