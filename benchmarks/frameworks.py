@@ -101,6 +101,22 @@ def _jaxbn(shape: tuple[int, ...], dtype: Any) -> Layer:
   return _jax_layer(apply, parameters, jaxbn.init(shape[-1]))
 
 
+def _jaxbn_stateless(shape: tuple[int, ...], dtype: Any) -> Layer:
+  """Without running statistics: bfloat16 then has a pivot, too. In evaluation, those of nothing."""
+  import jaxbn
+
+  def apply(parameters: Any, state: Any, x: Any, train: bool) -> tuple[Any, Any]:
+    scale, bias = parameters
+    statistics = None if train else state
+    y, _ = jaxbn.batch_norm(
+      x, scale, bias, statistics, use_running_average=not train, epsilon=EPSILON, dtype=dtype
+    )
+    return y, state
+
+  parameters = jnp.ones(shape[-1]), jnp.zeros(shape[-1])
+  return _jax_layer(apply, parameters, jaxbn.init(shape[-1]))
+
+
 def _jaxbn_linen(shape: tuple[int, ...], dtype: Any) -> Layer:
   import jaxbn.linen
 
@@ -318,9 +334,10 @@ def _torch_layer(
   )
 
 
-# jaxbn's three ways in first, then the others.
+# jaxbn's ways in first, then the others.
 FRAMEWORKS = {
   "jaxbn": Framework(_jaxbn, "jaxbn", "jaxbn"),
+  "jaxbn without state": Framework(_jaxbn_stateless, "jaxbn", "jaxbn"),
   "jaxbn.linen": Framework(_jaxbn_linen, "jaxbn", "jaxbn"),
   "jaxbn.nnx": Framework(_jaxbn_nnx, "jaxbn", "jaxbn"),
   "flax.linen": Framework(_flax_linen, "flax", "flax"),

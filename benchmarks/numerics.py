@@ -42,6 +42,7 @@ from benchmarks.frameworks import EPSILON, FRAMEWORKS, Layer, missing
 COMMAND = "python -m benchmarks.numerics"
 COMPARED = (
   "jaxbn",
+  "jaxbn without state",
   "flax.linen",
   "flax.linen two-pass",
   "haiku",
@@ -231,7 +232,7 @@ def worst_of(rows: list[Row], panel: Panel, error: str) -> tuple[float, float, f
   found = []
   for point, at in points(rows, panel).items():
     ours = _finite(at["jaxbn"][error])
-    others = {k: _finite(at[k][error]) for k in COMPARED if k in at and k != "jaxbn"}
+    others = {k: _finite(at[k][error]) for k in COMPARED if k in at and not k.startswith("jaxbn")}
     name = min(others, key=lambda k: others[k])
     budget = ROUNDINGS * at[RESULT_FLOOR][error]
     if panel.quantity == "output":
@@ -271,7 +272,8 @@ def section(results: dict[str, Any]) -> str:
   """The chapter of docs/benchmarks.md."""
   rows = results["rows"]
   names = [name for name in COMPARED if any(row["framework"] == name for row in rows)]
-  left_out = [name for name in COMPARED if name not in names]
+  absent = [name for name in COMPARED if name not in names]
+  left_out = [name for name in absent if not name.startswith("jaxbn")]
   parts = [_INTRODUCTION, "![Errors by mean and batch size](benchmarks-numerics.png)"]
   notes = " ".join(FRAMEWORKS[name].note for name in names if FRAMEWORKS[name].note)
   if notes:
@@ -313,7 +315,10 @@ mean goes from 1 to 10^6 standard deviations in batches of {ELEMENTS}, in {CHANN
 the second the batch grows. The reference is computed from the same rounded input. In half precision
 every library returns half precision and is given float32 parameters; a channel with a large mean is
 constant there after rounding, and its exact output is 0. float16 ends at 65504, and its curves
-where the input would overflow.
+where the input would overflow. A jaxbn layer that tracks statistics takes bfloat16 without a pivot,
+since it costs a TPU a pass over the data and bfloat16 has lost the data before it is needed (see
+docs/design.md); "jaxbn without state" is the same function without running statistics, where it
+has one.
 
 "{RESULT_FLOOR}" is half the spacing of the result's dtype at the exact result, and
 "{MEAN_FLOOR}" what rounding the mean to float32 may cost a computation that is otherwise exact."""
@@ -325,6 +330,7 @@ often) and, of the output, the mean in float32:"""
 _UNIFORM = 1 / math.sqrt(3)  # root mean square of errors uniform between -1 and 1
 _STYLES: dict[str, dict[str, Any]] = {
   "jaxbn": {"color": "black", "linewidth": 2.5, "zorder": 3},
+  "jaxbn without state": {"color": "black", "linestyle": ":", "linewidth": 2.5, "zorder": 3},
   "flax.linen": {"color": "tab:red", "linewidth": 3.5, "alpha": 0.5},
   "flax.linen two-pass": {"color": "tab:red", "linestyle": "--"},
   "haiku": {"color": "tab:orange"},

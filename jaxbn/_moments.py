@@ -112,7 +112,7 @@ def moments(
       weight 0 is left out as by a mask, and its weight then gets no gradient from it.
     use_fast_variance: one pass over x. If False, two: the variance is then taken around the mean
       found, which matters only where the pivot happens to be an extreme outlier.
-    pivot: value per channel near which the elements are expected; default, the first valid one.
+    pivot: value per channel near which the elements are expected; default, the average of some.
       It changes rounding only, and takes no part in gradients; where not finite, 0 is used.
 
   Returns:
