@@ -108,7 +108,7 @@ def same_shape(name: str, value: Any, x: jax.Array) -> jax.Array:
   return value
 
 
-def elementwise(name: str, function: Any, x: jax.Array) -> None:
+def elementwise(name: str, function: Any, x: jax.ShapeDtypeStruct) -> None:
   """Refuses what is no function, or gives another shape than it was given."""
   if function is None:
     return
@@ -117,8 +117,7 @@ def elementwise(name: str, function: Any, x: jax.Array) -> None:
       f"{name}={function!r} is not a function: pass an elementwise one, such as jax.nn.relu, "
       "or None."
     )
-  wide = jnp.promote_types(x.dtype, jnp.float32)
-  result = jax.eval_shape(function, jax.ShapeDtypeStruct(x.shape, wide))
+  result = jax.eval_shape(function, x)
   if getattr(result, "shape", None) != x.shape:
     raise ValueError(
       f"{name}={function!r} turns an array of shape {x.shape} into {result}: pass a function that "

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxbn._moments import Elements, How, Moments, d_mean_and_var, measure, sum_over_devices
 from jaxbn._rule import Elementwise, Form, Given, apply, d_apply, nonzero, recomputing, slope
@@ -39,11 +40,12 @@ def _jvp(
 
   @recomputing
   def tangent(kept: Given, weight: Any, batch: Moments, d_given: Given, d_weight: Any) -> Any:
-    centered = _centered(form, inverse, kept, batch.var)
-    kept = kept._replace(x=centered)
     values = (jnp.zeros_like(batch.mean), batch.var)
-    d_moments = _d_moments(how, kept, weight, batch.count, values, d_given, d_weight)
-    d_y = d_apply(form, kept, *values, d_given, d_moments.mean, d_moments.var)
+    centered = kept._replace(x=_centered(form, inverse, kept, batch.var))
+    d_moments = _d_moments(how, centered, weight, batch.count, values, d_given, d_weight)
+    # Apart from the sums, as everywhere: see `_rule.py`.
+    centered = kept._replace(x=_centered(form, inverse, kept, lax.optimization_barrier(batch.var)))
+    d_y = d_apply(form, centered, *values, d_given, d_moments.mean, d_moments.var)
     return d_y, d_moments
 
   y, batch = normalize_keeping_output(form, inverse, how, *primals)

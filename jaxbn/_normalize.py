@@ -110,7 +110,13 @@ def arrange(
     None if residual is None else _checks.same_shape("residual", residual, x),
     jnp.asarray(epsilon, jnp.promote_types(x.real.dtype, jnp.float32)),
   )
-  _checks.elementwise("activation", activation, x)
+  wide = jax.ShapeDtypeStruct(x.shape, given.wide.dtype)
+  _checks.elementwise("activation", activation, wide)
+  if activation is not None:
+    # A custom rule must be given what it is differentiated by: parameters of the activation, too.
+    hoisted, constants = jax.closure_convert(activation, wide)
+    if constants:
+      activation, given = hoisted, given._replace(constants=tuple(constants))
   return Form(axes, dtype, activation), given
 
 

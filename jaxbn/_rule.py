@@ -33,7 +33,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxbn._checks import Axes
 
-Elementwise = Callable[[jax.Array], jax.Array]
+Elementwise = Callable[..., jax.Array]
 
 
 class Form(NamedTuple):
@@ -59,6 +59,7 @@ class Given(NamedTuple):
   residual: Any = None
   epsilon: Any = None
   valid: Any = None  # aligned with x
+  constants: tuple[Any, ...] = ()  # further arguments of the activation
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -67,7 +68,7 @@ def apply(form: Form, given: Given, mean: jax.Array, var: jax.Array) -> jax.Arra
   k, _ = slope(given, var)
   # The subtraction first: folded into the bias it would cancel where the mean is large.
   y = _scaled(form, given, _centered(form, given, mean, k)[0], k)
-  return (y if form.activation is None else form.activation(y)).astype(form.dtype)
+  return (y if form.activation is None else form.activation(y, *given.constants)).astype(form.dtype)
 
 
 @functools.partial(apply.defjvp, symbolic_zeros=True)
@@ -166,5 +167,10 @@ def d_apply(
     from_moments = expand(b - mean * a) + x * expand(a)
   d_y = _sum(None if d_x is None else d_x * expand(k), from_moments, _wide(d.residual))
   if form.activation is not None:
-    _, d_y = jax.jvp(form.activation, (y,), (d_y.astype(y.dtype),))
+    d_constants = [
+      jnp.zeros_like(c) if d_c is None else d_c
+      for c, d_c in zip(given.constants, d.constants, strict=True)
+    ]
+    tangents = (d_y.astype(y.dtype), *d_constants)
+    _, d_y = jax.jvp(form.activation, (y, *given.constants), tangents)
   return d_y.astype(form.dtype)
