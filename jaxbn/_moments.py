@@ -377,7 +377,7 @@ def valid_elements(
   valid = None if mask is None else _checks.boolean_mask(mask, x)
   if weights is None:
     return valid, None
-  weight = _checks.nonnegative_weights(weights, x).astype(x.real.dtype)
+  weight = _checks.nonnegative_weights(weights, x).astype(accumulation_dtype(x.real.dtype))
   valid = weight > 0 if valid is None else valid & (weight > 0)
   return valid, zero_unless(valid, weight)
 
@@ -479,7 +479,7 @@ def _count(x: jax.Array, axes: _checks.Axes, counted: jax.Array | None) -> chex.
   # Counting the mask as it is, not broadcast, is exact and costs little.
   repeats = whole // math.prod(counted.shape[a] for a in axes.reduced)
   integer = counted.dtype == jnp.bool_ and whole <= _INT32_MAX
-  dtype = jnp.int32 if integer else x.real.dtype
+  dtype = jnp.int32 if integer else accumulation_dtype(x.real.dtype)
   count = jnp.sum(counted, axes.reduced, dtype=dtype) * jnp.asarray(repeats, dtype)
   return count.reshape(()) if count.size == 1 else count
 

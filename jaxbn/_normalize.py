@@ -52,7 +52,8 @@ def normalize(
     masked_value: what y holds where the mask is False. None: the formula's value there, as in Flax,
       with mean for x where that is not finite. A number: that number, and no gradient.
     activation: elementwise function of JAX, such as jax.nn.relu, or None. Applied here it costs no
-      memory for its derivative, and half-precision y is rounded after it only.
+      memory for its derivative, and half-precision y is rounded after it only. Its argument is
+      computed again for the derivative, so that within rounding of a kink either side's is taken.
     residual: of x's shape, or None for 0.
     dtype: of y; default, what x, scale, bias and residual promote to, as in Flax.
 

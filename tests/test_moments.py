@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxbn
 from jaxbn import Moments
-from tests import oracle
+from tests import bounds, oracle
 
 INT32_MAX = 2**31 - 1
 
@@ -260,6 +260,19 @@ def test_more_elements_than_int32_holds_are_counted_in_floating_point():
   ("mask_shape", "count_shape"),
   [((), ()), ((1, 1, 1), ()), ((5, 1, 1), ()), ((5, 4, 1), ()), ((3,), (3,)), ((5, 4, 3), (3,))],
 )
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_weights_of_half_precision_elements_are_summed_in_single(dtype):
+  # In float16 a sum ends at 65504, in bfloat16 it has 8 bits.
+  rng = np.random.default_rng(0)
+  x = np.asarray(rng.normal(3, 1, (100_000, 2)), dtype)
+  weights = rng.uniform(0.5, 2, x.shape).astype(np.float32)
+  got, exact = jaxbn.moments(x, weights=weights), oracle.moments(x, weights=weights)
+  error = 2 * bounds.summing(len(x), bounds.roundoff(np.float32))  # of a numerator and a count
+  np.testing.assert_allclose(got.count, exact.count, rtol=error)
+  np.testing.assert_allclose(got.mean, exact.mean, rtol=error)
+  np.testing.assert_allclose(got.var, exact.var, rtol=2 * error)
+
+
 @pytest.mark.parametrize("name", ["mask", "weights"])
 def test_a_count_has_a_channel_axis_only_where_channels_differ(name, mask_shape, count_shape):
   x, kept = np.ones((5, 4, 3), np.float32), np.zeros(mask_shape, np.float32)
