@@ -139,16 +139,32 @@ class ResNet(nn.Module):
     return _classify(x)
 
 
-class Vgg(nn.Module):
-  """Convolution, norm, activation, and nothing beside them (Simonyan & Zisserman 2015)."""
+class _Network(nn.Module):
+  """What those have in common that are described by their norm and dtype alone."""
 
   norm: Norm
   dtype: Any
 
+  def conv(
+    self, features: int, window: tuple[int, int], stride: int = 1, groups: int = 1
+  ) -> nn.Conv:
+    return nn.Conv(
+      features,
+      window,
+      stride,
+      feature_group_count=groups,
+      use_bias=False,
+      dtype=self.dtype,
+    )
+
+
+class Vgg(_Network):
+  """Convolution, norm, activation, and nothing beside them (Simonyan & Zisserman 2015)."""
+
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     for features in (64, 128, 256):
-      x = nn.Conv(features, (3, 3), use_bias=False, dtype=self.dtype)(x)
+      x = self.conv(features, (3, 3))(x)
       x = self.norm(True)(x)
       # Not max-pooling: XLA shares the zeros that its gradient starts from with the ReLU before it,
       # which then reads a tensor of zeros, and even the network without a norm pays for that.
@@ -156,47 +172,36 @@ class Vgg(nn.Module):
     return _classify(x)
 
 
-class MobileNet(nn.Module):
+class MobileNet(_Network):
   """Inverted residuals with depthwise convolutions (MobileNetV2, Sandler et al. 2018)."""
-
-  norm: Norm
-  dtype: Any
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype)
-    x = self.norm(True)(conv(32, (3, 3))(x))
+    x = self.norm(True)(self.conv(32, (3, 3))(x))
     for features, stride in ((24, 2), (24, 1)):
       wide = 6 * x.shape[-1]
-      y = self.norm(True)(conv(wide, (1, 1))(x))
-      y = self.norm(True)(conv(wide, (3, 3), (stride,) * 2, feature_group_count=wide)(y))
-      y = conv(features, (1, 1))(y)
+      y = self.norm(True)(self.conv(wide, (1, 1))(x))
+      y = self.norm(True)(self.conv(wide, (3, 3), stride, groups=wide)(y))
+      y = self.conv(features, (1, 1))(y)
       x = self.norm(False)(y, residual=x) if x.shape == y.shape else self.norm(False)(y)
     return _classify(x)
 
 
-class DenseNet(nn.Module):
+class DenseNet(_Network):
   """One dense block (Huang et al. 2017): every layer normalizes all the outputs before it."""
-
-  norm: Norm
-  dtype: Any
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype)
-    x = conv(64, (3, 3))(x)
+    x = self.conv(64, (3, 3))(x)
     for _ in range(3):
-      y = conv(128, (1, 1))(self.norm(True)(x))
-      y = conv(32, (3, 3))(self.norm(True)(y))
+      y = self.conv(128, (1, 1))(self.norm(True)(x))
+      y = self.conv(32, (3, 3))(self.norm(True)(y))
       x = jnp.concatenate([x, y], axis=-1)
     return _classify(self.norm(True)(x))
 
 
-class Generator(nn.Module):
+class Generator(_Network):
   """Transposed convolutions from noise to images (DCGAN, Radford et al. 2016)."""
-
-  norm: Norm
-  dtype: Any
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:

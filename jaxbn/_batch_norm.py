@@ -90,7 +90,8 @@ def batch_norm(
       where the next layer keeps y anyway. The activation must be None or jax.nn.leaky_relu (also in
       functools.partial with a negative_slope > 0), there is no residual, and no scale may be 0 or
       close to it: a channel's gradients are as accurate as y's rounding, |y| u / |scale|, and NaN
-      where scale is 0.
+      where scale is 0. With an axis_name of vmap, differentiate before jit, remat or scan stage the
+      vmap: JAX runs this rule, which shares in it, after the axis is gone ("not bound here").
     dtype: of y; default, what x, scale, bias and residual promote to.
 
   Returns:
