@@ -40,12 +40,13 @@ def _jvp(
 
   @recomputing
   def tangent(kept: Given, weight: Any, batch: Moments, d_given: Given, d_weight: Any) -> Any:
-    values = (jnp.zeros_like(batch.mean), batch.var)
+    mean = jnp.zeros_like(batch.mean)
     centered = kept._replace(x=_centered(form, inverse, kept, batch.var))
-    d_moments = _d_moments(how, centered, weight, batch.count, values, d_given, d_weight)
+    around = (None, mean, batch.var)
+    d_moments = _d_moments(how, centered, weight, batch.count, around, d_given, d_weight)
     # Apart from the sums, as everywhere: see `_rule.py`.
     centered = kept._replace(x=_centered(form, inverse, kept, lax.optimization_barrier(batch.var)))
-    d_y = d_apply(form, centered, *values, d_given, d_moments.mean, d_moments.var)
+    d_y = d_apply(form, centered, mean, batch.var, d_given, d_moments.mean, d_moments.var)
     return d_y, d_moments
 
   y, batch = normalize_keeping_output(form, inverse, how, *primals)
@@ -69,7 +70,7 @@ def _d_moments(
   how: How, kept: Given, weight: Any, count: Any, values: Any, d_given: Given, d_weight: Any
 ) -> Moments:
   """The tangents of the moments of all devices, by one all-reduce of what each contributes."""
-  axes, real = how.axes, values[1].dtype
+  axes, real = how.axes, values[2].dtype
   d_count = jnp.zeros(count.shape, real)
   if d_weight is not None:
     total = jnp.sum(jnp.broadcast_to(d_weight, kept.x.shape), axes.reduced)
@@ -77,7 +78,7 @@ def _d_moments(
     d_count = total[tuple(map(slice, count.shape))] if count.ndim else total.ravel()[0]
   elements = Elements(kept.x, None, kept.valid, weight)
   d_elements = Elements(None, d_given.wide, None, d_weight)
-  sums = [*d_mean_and_var(how, elements, count, None, values, d_elements, d_count), d_count]
+  sums = [*d_mean_and_var(how, elements, count, values, d_elements, d_count), d_count]
   if how.axis_name is not None:
     if d_weight is None:
       sums[:2] = sum_over_devices(sums[:2], how.axis_name, how.axis_index_groups)

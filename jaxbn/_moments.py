@@ -8,10 +8,12 @@ roundoff of the accumulator (6e-8 in float32) and p for a pivot, one pass over t
 and the subtraction in var loses digits only as far as p is from the mean: the relative error of
 var is about u * (1 + ((mean - p) / s)^2) times a constant of order one (Chan, Golub & LeVeque 1983,
 "Algorithms for computing the sample variance", section 3). With p = 0, which is what most libraries
-compute, that is 6 at |mean|/s = 1e4. Here p is the average of a few elements, which costs next to
-nothing: its distance is of order s / sqrt(8), and by Samuelson's inequality never above
-s * sqrt(n - 1) for n elements. x - p is itself exact where x and p are within a factor of two of
-each other (Sterbenz), that is, where the mean is large against s.
+compute, that is 6 at |mean|/s = 1e4. Here p is the average of a few elements: its distance is of
+order s / sqrt(8), and by Samuelson's inequality never above s * sqrt(n - 1) for n elements. x - p
+is itself exact where x and p are within a factor of two of each other (Sterbenz), that is, where
+the mean is large against s. On accelerators that costs next to nothing. On a CPU it would cost half
+of the sum that it is subtracted in, so there p is 0 in channels whose mean turns out to be within
+4 s of 0, a factor of 17 in the bound, and only otherwise is the data read once more, around that p.
 
 What no choice of p can mend is the rounding of the result: a mean of m is stored with an error of
 u * |m|, so that outputs are off by up to u * |m| / s standard deviations (6e-4 at 1e4).
@@ -31,12 +33,13 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from jaxbn import _checks
-from jaxbn._rule import accumulation_dtype, nonzero, recomputing
+from jaxbn._rule import accumulation_dtype, nonzero, recomputing, unshared
 
 if TYPE_CHECKING:
   import chex
 
 _INT32_MAX = 2**31 - 1
+_NEAR = 16  # squared distance of the mean from 0, in variances, up to which 0 is a good pivot
 _SAMPLED = 8  # elements that make a pivot
 _LOW_BITS = 12  # of a count, see _count_parts
 
@@ -167,53 +170,101 @@ def measure(
   """`moments`, and `sync` where there is an axis_name, of arguments that have been checked."""
   x, axes = elements.x, how.axes
   count = _count(x, axes, elements.valid if elements.weight is None else elements.weight)
-  if pivot is not None:
-    pivot = axes.expand(pivot)
-  elif how.sample_pivot:
-    pivot = _sample(x, axes, elements.valid)
-  mean, var = _mean_and_var(how, elements, jnp.asarray(count), pivot)
-  if pivot is not None:
-    mean = lax.squeeze(pivot, axes.reduced) + mean
-  batch = Moments(count, mean, var)
+  pivot, mean, var = _around(how, elements, jnp.asarray(count), pivot)
+  batch = Moments(count, pivot + mean, var)
   if how.axis_name is None:
     return batch
   return sync(batch, how.axis_name, how.axis_index_groups, pivot=shared_pivot)
 
 
+class Around(NamedTuple):
+  """The moments of d = x - pivot: the pivot, E[d] and the variance."""
+
+  pivot: jax.Array
+  mean: jax.Array
+  var: jax.Array
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _mean_and_var(
+def _around(how: How, elements: Elements, count: jax.Array, pivot: jax.Array | None) -> Around:
+  """Around the pivot given, or else one that costs little where this runs."""
+  if pivot is not None:
+    return _around_pivot(how, elements, count, pivot)
+  return _around_any(how._replace(axis_name=None, axis_index_groups=None), elements, count)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)  # traced once, in eager calls as well
+def _around_any(how: How, elements: Elements, count: jax.Array) -> Around:
+  def around_0(elements: Elements, count: jax.Array) -> Around:
+    return _around_pivot(how, elements, count, None)
+
+  def around_sample(elements: Elements, count: jax.Array) -> Around:
+    pivot = _sample(elements.x, how.axes, elements.valid)
+    return _around_pivot(how, elements, count, pivot)
+
+  def around_0_where_near(elements: Elements, count: jax.Array) -> Around:
+    first = around_0(elements, count)
+    # The mean as the pivot, from now on.
+    first = Around(first.mean, jnp.zeros_like(first.mean), first.var)
+    near = (abs_square(first.pivot) < _NEAR * first.var) & jnp.isfinite(first.var)
+    near |= first.pivot == 0
+
+    def around_sample_elsewhere(first: Around, *args: Any) -> Around:
+      return jax.tree.map(functools.partial(jnp.where, near), first, around_sample(*args))
+
+    args = (first, elements, count)
+    return lax.cond(jnp.all(near), lambda first, *_: first, around_sample_elsewhere, *args)
+
+  # On CPUs a branch costs nothing, and subtracting in a sum half as much as the sum.
+  default = around_sample if how.sample_pivot else around_0
+  return lax.platform_dependent(elements, count, cpu=around_0_where_near, default=default)
+
+
+def _around_pivot(
   how: How, elements: Elements, count: jax.Array, pivot: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-  """E[d] and E[|d|^2] - |E[d]|^2, or in a second pass E[|d - E[d]|^2], of d = x - pivot."""
+) -> Around:
+  """E[d] and E[|d|^2] - |E[d]|^2, or in a second pass E[|d - E[d]|^2]; None: around 0."""
 
   def mean_of(values: jax.Array) -> jax.Array:
     return _total(values, how.axes, elements) / divisor(count, values.real.dtype)
 
-  mean = mean_of(_from_pivot(elements, pivot))
+  p = None if pivot is None else how.axes.expand(pivot)
+  mean = mean_of(_from_pivot(elements, p))
   # The same once more, not shared: XLA would store it, to read it twice.
-  d = _from_pivot(elements, _apart(pivot))
+  d = _from_pivot(elements._replace(x=unshared(elements.x, 1)), _apart(p))
   if how.use_fast_variance:
-    return mean, _variance(mean_of(abs_square(d)), mean)
-  # Around the mean of d, not of x: d holds all of x's digits, the mean of x is rounded.
-  return mean, mean_of(abs_square(d - how.axes.expand(mean)))
+    var = _variance(mean_of(abs_square(d)), mean)
+  else:
+    # Around the mean of d, not of x: d holds all of x's digits, the mean of x is rounded.
+    var = mean_of(abs_square(d - how.axes.expand(mean)))
+  return Around(jnp.zeros_like(mean) if pivot is None else pivot, mean, var)
 
 
-@functools.partial(_mean_and_var.defjvp, symbolic_zeros=True)
-def _mean_and_var_jvp(how: How, primals: Any, tangents: Any) -> tuple[Any, Any]:
-  elements, count, pivot = primals
+@functools.partial(_around.defjvp, symbolic_zeros=True)
+def _around_jvp(how: How, primals: Any, tangents: Any) -> tuple[Around, Around]:
+  elements, count, _ = primals
   d_elements, d_count, _ = nonzero(tangents)
-  values = _mean_and_var(how, *primals)
-  tangent = recomputing(functools.partial(d_mean_and_var, how))
-  return values, tangent(elements._replace(wide=None), count, pivot, values, d_elements, d_count)
+
+  @recomputing
+  def tangent(elements: Elements, *args: Any) -> Any:
+    return d_mean_and_var(how, elements._replace(x=unshared(elements.x, 2)), *args)
+
+  values = _around(how, *primals)
+  d_mean, d_var = tangent(elements._replace(wide=None), count, values, d_elements, d_count)
+  return values, Around(jnp.zeros_like(values.pivot), d_mean, d_var)
 
 
 def d_mean_and_var(
-  how: How, elements: Elements, count: jax.Array, pivot: Any, values: Any, d: Elements, d_count: Any
+  how: How, elements: Elements, count: jax.Array, values: Any, d: Elements, d_count: Any
 ) -> tuple[jax.Array, jax.Array]:
-  """The tangents: dmean = E[dx], dvar = 2 E[(x - mean) dx], and what weights add."""
-  mean, var = values
+  """The tangents: dmean = E[dx], dvar = 2 E[(x - mean) dx], and what weights add.
+
+  `values` are pivot, mean and var as in `Around`; pivot None is 0.
+  """
+  pivot, mean, var = values
   total = functools.partial(_total, axes=how.axes)
-  around = _from_pivot(elements, _apart(pivot))  # apart from the forward pass's
+  p = None if pivot is None else how.axes.expand(pivot)
+  around = _from_pivot(elements, _apart(p))  # apart from the forward pass's
   centered = around - how.axes.expand(mean)
   d_mean, d_var = jnp.zeros_like(mean), jnp.zeros_like(var)
   if d.wide is not None:
@@ -441,7 +492,7 @@ def _sample(x: jax.Array, axes: _checks.Axes, valid: jax.Array | None) -> jax.Ar
     )
     return local(x, valid)
   pivot = _average_of_some(x, axes) if valid is None else _first_valid(x, axes, valid)
-  return _apart(jnp.where(jnp.isfinite(pivot), pivot, 0))
+  return lax.squeeze(_apart(jnp.where(jnp.isfinite(pivot), pivot, 0)), axes.reduced)
 
 
 def _average_of_some(x: jax.Array, axes: _checks.Axes) -> jax.Array:

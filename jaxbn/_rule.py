@@ -65,6 +65,7 @@ class Given(NamedTuple):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def apply(form: Form, given: Given, mean: jax.Array, var: jax.Array) -> jax.Array:
   """y = act((x - mean) k + bias + residual), rounded once, at the end."""
+  given = given._replace(x=unshared(given.x, 4))
   k, _ = slope(given, var)
   # The subtraction first: folded into the bias it would cancel where the mean is large.
   y = _scaled(form, given, _centered(form, given, mean, k)[0], k)
@@ -73,8 +74,12 @@ def apply(form: Form, given: Given, mean: jax.Array, var: jax.Array) -> jax.Arra
 
 @functools.partial(apply.defjvp, symbolic_zeros=True)
 def _apply_jvp(form: Form, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-  tangent = recomputing(functools.partial(d_apply, form))
   given, mean, var = primals
+
+  @recomputing
+  def tangent(given: Given, *args: Any) -> jax.Array:
+    return d_apply(form, given._replace(x=unshared(given.x, 3)), *args)
+
   # `wide` is not kept.
   return apply(form, *primals), tangent(given._replace(wide=None), mean, var, *nonzero(tangents))
 
@@ -92,6 +97,22 @@ def nonzero(tangents: Any) -> Any:
     return isinstance(tangent, SymbolicZero)
 
   return jax.tree.map(lambda t: None if is_zero(t) else t, tangents, is_leaf=is_zero)
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def unshared(x: jax.Array, copy: int) -> jax.Array:
+  """x, of which XLA for CPUs does not see that it is the same as another copy.
+
+  It would convert half-precision x to float32 once, and store that for all who need it. On
+  accelerators, which convert as they read, a barrier would only be in the way.
+  """
+
+  def behind_barriers(x: jax.Array) -> jax.Array:
+    for _ in range(copy):  # the same barrier twice would be merged
+      x = lax.optimization_barrier(x)
+    return x
+
+  return lax.platform_dependent(x, cpu=behind_barriers, default=lambda x: x)
 
 
 def slope(given: Given, var: jax.Array) -> tuple[jax.Array, jax.Array]:
