@@ -13,7 +13,7 @@ order s / sqrt(8), and by Samuelson's inequality never above s * sqrt(n - 1) for
 is itself exact where x and p are within a factor of two of each other (Sterbenz), that is, where
 the mean is large against s. On accelerators that costs next to nothing. On a CPU it would cost half
 of the sum that it is subtracted in, so there p is 0 in channels whose mean turns out to be within
-4 s of 0, a factor of 17 in the bound, and only otherwise is the data read once more, around that p.
+2 s of 0, a factor of 5 in the bound, and only otherwise is the data read once more, around that p.
 
 What no choice of p can mend is the rounding of the result: a mean of m is stored with an error of
 u * |m|, so that outputs are off by up to u * |m| / s standard deviations (6e-4 at 1e4).
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
   import chex
 
 _INT32_MAX = 2**31 - 1
-_NEAR = 16  # squared distance of the mean from 0, in variances, up to which 0 is a good pivot
+_NEAR = 4  # squared distance of the mean from 0, in variances, up to which 0 is a good pivot
 _SAMPLED = 8  # elements that make a pivot
 _LOW_BITS = 12  # of a count, see _count_parts
 
