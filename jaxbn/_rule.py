@@ -175,23 +175,42 @@ def d_apply(
   centered, kept = _centered(form, given, lax.optimization_barrier(mean), k)
   x, d_x = _wide(given.x), d.wide
   if kept is None:
-    y = x * expand(k) + expand(lax.optimization_barrier(_sum(-mean * k, given.bias)))
-    y = _sum(y, _wide(given.residual))
     b = b if d_mean is None else b - k * d_mean
   else:
-    y = _scaled(form, given, centered, k)
     d_x = _sum(jnp.zeros_like(x), d_x, None if d_mean is None else -expand(d_mean))
     d_x = jnp.where(kept, d_x, 0)
   if form.exact or kept is not None:
     from_moments = centered * expand(a) + expand(b)
   else:
     from_moments = expand(b - mean * a) + x * expand(a)
-  d_y = _sum(None if d_x is None else d_x * expand(k), from_moments, _wide(d.residual))
-  if form.activation is not None:
-    d_constants = [
-      jnp.zeros_like(c) if d_c is None else d_c
-      for c, d_c in zip(given.constants, d.constants, strict=True)
-    ]
-    tangents = (d_y.astype(y.dtype), *d_constants)
-    _, d_y = jax.jvp(form.activation, (y, *given.constants), tangents)
+  direct = [] if d_x is None else [d_x * expand(k)]
+  direct += [] if d.residual is None else [_wide(d.residual)]
+  if form.activation is None:
+    return _sum(*direct, from_moments).astype(form.dtype)
+
+  # Transposed, one term is elementwise and the other two sums. Were they to go through the
+  # activation together, XLA would store what both need, such as ReLU's mask. So each has its y.
+  if kept is None:
+    shift = _sum(-mean * k, given.bias)
+    at_moments, at_direct = (
+      _sum(x * expand(k), expand(shift), _wide(given.residual))
+      # Different barriers: XLA merges equal ones.
+      for k, shift in (lax.optimization_barrier((k, shift)), (k, lax.optimization_barrier(shift)))
+    )
+  else:
+    at_moments = at_direct = _scaled(form, given, centered, k)
+  activated = functools.partial(_activated, form.activation, given.constants)
+  no_d = tuple(map(jnp.zeros_like, given.constants))
+  d_constants = tuple(z if d_c is None else d_c for z, d_c in zip(no_d, d.constants, strict=True))
+  d_y = activated(at_moments, from_moments, d_constants)
+  if direct:
+    d_y = d_y + activated(at_direct, _sum(*direct), no_d)
   return d_y.astype(form.dtype)
+
+
+def _activated(
+  activation: Elementwise, constants: Any, y: jax.Array, d_y: jax.Array, d_constants: Any
+) -> jax.Array:
+  """The tangent of act(y)."""
+  d_y = jnp.broadcast_to(d_y, y.shape).astype(y.dtype)
+  return jax.jvp(activation, (y, *constants), (d_y, *d_constants))[1]
