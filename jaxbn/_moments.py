@@ -264,7 +264,8 @@ def d_mean_and_var(
   pivot, mean, var = values
   total = functools.partial(_total, axes=how.axes)
   p = None if pivot is None else how.axes.expand(pivot)
-  around = _from_pivot(elements, _apart(p))  # apart from the forward pass's
+  # Apart from the forward pass's; where no pivot is taken, XLA shall see that it is 0.
+  around = _from_pivot(elements, _apart(p) if how.sample_pivot else p)
   centered = around - how.axes.expand(mean)
   d_mean, d_var = jnp.zeros_like(mean), jnp.zeros_like(var)
   if d.wide is not None:

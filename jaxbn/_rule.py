@@ -103,7 +103,7 @@ def nonzero(tangents: Any) -> Any:
 def unshared(x: jax.Array, copy: int) -> jax.Array:
   """x, of which XLA for CPUs does not see that it is the same as another copy.
 
-  It would convert half-precision x to float32 once, and store that for all who need it. On
+  It would convert bfloat16 x to float32 once, and store that for all who need it. On
   accelerators, which convert as they read, a barrier would only be in the way.
   """
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxbn
+from benchmarks import hlo
 from tests import bounds, oracle
 from tests.cases import DTYPES, channels, precision
 
@@ -665,3 +666,26 @@ def test_refuses(name, jit):
   refused, error, message = REFUSED[name]
   with pytest.raises(error, match=message):
     (jax.jit(refused) if jit else refused)(jnp.ones((8, 3)))
+
+
+def test_on_a_cpu_bfloat16_data_is_not_stored_again_in_single_precision():
+  x = jnp.zeros((16, 8, 8, 32), jnp.bfloat16)
+  state = jaxbn.init(32)
+
+  def forward(x):
+    return jaxbn.batch_norm(x, None, None, state, use_running_average=False)
+
+  program = hlo.parse(jax.jit(forward).lower(x).compile().as_text())
+  assert max(kernel.bytes for kernel in program.kernels) <= x.nbytes
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.9, 2.1, 30.0])
+def test_which_channels_are_read_again_is_decided_for_each(ratio):
+  # A channel's result is the same bits whatever the others are, also those that are read twice.
+  near = jax.random.normal(jax.random.key(0), (64, 1))
+  far = ratio + jax.random.normal(jax.random.key(1), (64, 1))
+  both = jaxbn.moments(jnp.concatenate([near, far], axis=1))
+  for channel, alone in enumerate((near, far)):
+    got = jaxbn.moments(alone)
+    np.testing.assert_array_equal(got.mean[0], both.mean[channel])
+    np.testing.assert_array_equal(got.var[0], both.var[channel])
