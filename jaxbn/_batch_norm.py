@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxbn import _checks
+from jaxbn import _checks, _virtual
 from jaxbn._inplace import normalize_keeping_output
 from jaxbn._moments import Elements, How, Moments, measure, valid_elements
 from jaxbn._normalize import arrange, fill, require_mask
@@ -36,6 +36,7 @@ def batch_norm(
   masked_value: float | None = None,
   axis_name: Any = None,
   axis_index_groups: Sequence[Sequence[int]] | None = None,
+  virtual_batch_size: int | str | None = None,
   use_fast_variance: bool = True,
   debias: bool = False,
   unbiased: bool = False,
@@ -111,6 +112,7 @@ def batch_norm(
   """
   x = _checks.inexact(x)
   _checks.momentum_in_range(momentum, debias)
+  _virtual.require_size(virtual_batch_size, axis_index_groups)
   _check_state(x, state, axis)
   evaluating = _checks.static_bool("use_running_average", use_running_average)
   mean = state.mean if state is not None and evaluating else None
@@ -128,16 +130,23 @@ def batch_norm(
   fast = _checks.static_bool("use_fast_variance", use_fast_variance)
   # bfloat16 cannot tell apart what a sum in float32 around 0 would confuse: see docs/design.md.
   sample_pivot = state is None or x.dtype != jnp.bfloat16
-  how = How(form.axes, fast, sample_pivot, *_checks.sharing(axis_name, axis_index_groups))
+  sharing = _checks.sharing(axis_name, axis_index_groups)
+  groups = _virtual.groups(virtual_batch_size, x, form.axes, axis_name)
+  if groups is not None:
+    form, given, weight = groups.divide(form, given, weight)
+    sharing = groups.sharing()
+  how = How(form.axes, fast, sample_pivot, *sharing)
   pivot = state.mean if state is not None and fast else None
   if inverse is not None:
     y, batch = normalize_keeping_output(form, inverse, how, given, weight, pivot)
   else:
-    batch = measure(how, Elements(x, given.wide, valid, weight), shared_pivot=pivot)
+    batch = measure(how, Elements(given.x, given.wide, given.valid, weight), shared_pivot=pivot)
     y = apply(form._replace(exact=sample_pivot), given, *_detached(batch, detach_stats))
-  y = fill(y, valid, masked_value)
+  y = fill(y if groups is None else y.reshape(x.shape), valid, masked_value)
   if state is None:
     return y, None
+  if groups is not None:
+    batch, unbiased = groups.mean(form, batch, _checks.static_bool("unbiased", unbiased)), False
   new_state = update(
     state,
     batch,
