@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxbn import _checks
+from jaxbn import _checks, _virtual
 from jaxbn._inplace import normalize_keeping_output
 from jaxbn._moments import Elements, How, Moments, measure, valid_elements
 from jaxbn._normalize import arrange, fill, require_mask
-from jaxbn._rule import apply
+from jaxbn._rule import Form, Given, apply
 from jaxbn._running import RunningStats, require_running_stats, update
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def batch_norm(
   masked_value: float | None = None,
   axis_name: Any = None,
   axis_index_groups: Sequence[Sequence[int]] | None = None,
+  virtual_batch_size: int | str | None = None,
   use_fast_variance: bool = True,
   debias: bool = False,
   unbiased: bool = False,
@@ -81,6 +83,14 @@ def batch_norm(
     axis_name: name (or names) of the axis of pmap, shard_map or vmap whose members share
       statistics. Under jit with sharded arrays none is needed: the batch is the whole batch.
     axis_index_groups: as in `sync`.
+    virtual_batch_size: V: the global batch (over all devices of axis_name, in their order; without
+      axis_name that of the whole array, under jit however it is sharded) is cut along the first
+      axis that is no channel's into consecutive groups of V examples, each normalized in training
+      by statistics of its own (ghost batch norm, Hoffer et al. 2017). A device that holds more than
+      V splits them, without communication; where it holds fewer, neighbours share. The running
+      statistics track the plain mean of the groups' means and variances (`unbiased`: each with its
+      own count), over the groups that are not empty, of all devices: one more small all-reduce.
+      "device": V is what each device of axis_name holds. None: one group of all.
     use_fast_variance: False takes a second pass over x, and a second small all-reduce.
     detach_stats: treat the statistics as constants in gradients. It exists to show what happens
       then (Ioffe & Szegedy 2015, section 2): training fails to converge as it should.
@@ -99,8 +109,9 @@ def batch_norm(
 
   Raises:
     TypeError, ValueError: as the functions named above; state missing in evaluation;
-      axis_index_groups without axis_name; use_running_average not a Python bool; keep="output"
-      where its conditions do not hold.
+      axis_index_groups without axis_name, or with virtual_batch_size; a virtual_batch_size that
+      does not fit the batch, or "device" without axis_name; use_running_average not a Python bool;
+      keep="output" where its conditions do not hold.
 
   >>> import jax, jax.numpy as jnp, jaxbn
   >>> x = 5 + 2 * jax.random.normal(jax.random.key(0), (64, 3))
@@ -111,6 +122,7 @@ def batch_norm(
   """
   x = _checks.inexact(x)
   _checks.momentum_in_range(momentum, debias)
+  _virtual.require_size(virtual_batch_size, axis_index_groups)
   _check_state(x, state, axis)
   evaluating = _checks.static_bool("use_running_average", use_running_average)
   mean = state.mean if state is not None and evaluating else None
@@ -125,16 +137,20 @@ def batch_norm(
     return fill(apply(form, given, state.mean, state.var), valid, masked_value), state
 
   _checks.nonempty(x, form.axes)
+  unbiased = _checks.static_bool("unbiased", unbiased)
   fast = _checks.static_bool("use_fast_variance", use_fast_variance)
   # bfloat16 cannot tell apart what a sum in float32 around 0 would confuse: see docs/design.md.
   sample_pivot = state is None or x.dtype != jnp.bfloat16
   how = How(form.axes, fast, sample_pivot, *_checks.sharing(axis_name, axis_index_groups))
+  step = functools.partial(
+    _normalize_by_batch, inverse, _checks.static_bool("detach_stats", detach_stats)
+  )
+  groups = _virtual.groups(virtual_batch_size, x, how)
+  if groups is not None:
+    # The groups' variances are made unbiased one by one, before their mean.
+    step, unbiased = functools.partial(_virtual.by_group, groups, step, unbiased), False
   pivot = state.mean if state is not None and fast else None
-  if inverse is not None:
-    y, batch = normalize_keeping_output(form, inverse, how, given, weight, pivot)
-  else:
-    batch = measure(how, Elements(x, given.wide, valid, weight), shared_pivot=pivot)
-    y = apply(form._replace(exact=sample_pivot), given, *_detached(batch, detach_stats))
+  y, batch = step(form, how, given, weight, pivot)
   y = fill(y, valid, masked_value)
   if state is None:
     return y, None
@@ -149,9 +165,17 @@ def batch_norm(
   return y, new_state
 
 
-def _detached(batch: Moments, detach_stats: bool) -> tuple[jax.Array, jax.Array]:
+def _normalize_by_batch(
+  inverse: Any, detach_stats: bool, form: Form, how: How, given: Given, weight: Any, pivot: Any
+) -> tuple[jax.Array, Moments]:
+  """Measure, share, apply: y and the moments of the batch."""
+  if inverse is not None:
+    return normalize_keeping_output(form, inverse, how, given, weight, pivot)
+  elements = Elements(given.x, given.wide, given.valid, weight)
+  batch = measure(how, elements, shared_pivot=pivot)
   stats = batch.mean, batch.var
-  return lax.stop_gradient(stats) if _checks.static_bool("detach_stats", detach_stats) else stats
+  stats = lax.stop_gradient(stats) if detach_stats else stats
+  return apply(form._replace(exact=how.sample_pivot), given, *stats), batch
 
 
 def _inverse(

@@ -371,8 +371,9 @@ def sync(
       device, as it is where `moments` gives one.
     axis_name: name (or tuple of names) of a bound axis of pmap, shard_map or vmap.
     axis_index_groups: indices along that axis in groups, each sharing among itself only. Under
-      vmap, and shard_map with its checks on, where JAX has no grouped reduction, one over the
-      whole axis is used that is as many times larger as there are groups.
+      vmap, and shard_map with its checks on, JAX has no grouped reduction: one over the whole axis
+      is used that is as many times larger as there are groups; under shard_map, where that is
+      less, a gather within the group.
     pivot: the same on all devices, such as the running mean; where not finite, 0 is used.
 
   Returns:
@@ -502,7 +503,10 @@ def _average_of_some(x: jax.Array, axes: _checks.Axes) -> jax.Array:
   sizes = dict.fromkeys(axes.reduced, 1)
   if along is not None:
     sizes[along] = 1 << min(x.shape[along], _SAMPLED).bit_length() - 1
-  p = x[tuple(slice(0, sizes.get(a)) for a in range(x.ndim))].astype(accumulation_dtype(x.dtype))
+  p = x
+  for a in sorted(sizes, key=lambda a: a == along):
+    p = lax.slice_in_dim(p, 0, sizes[a], axis=a)
+  p = p.astype(accumulation_dtype(x.dtype))
   while along is not None and p.shape[along] > 2:
     # In pairs, and halved first: exact where all are equal, and no overflow.
     first, second = jnp.split(0.5 * p, 2, along)
@@ -516,10 +520,18 @@ def _first_valid(x: jax.Array, axes: _checks.Axes, valid: jax.Array) -> jax.Arra
   by_position = valid.transpose(axes.reduced + axes.features)
   by_position = by_position.reshape((math.prod(reduced_shape), *axes.shape(valid)))
   positions = jnp.unravel_index(jnp.argmax(by_position, axis=0), (1, *reduced_shape))[1:]
-  index = dict(zip(axes.reduced, positions, strict=True))
-  channels = jnp.meshgrid(*(jnp.arange(n) for n in axes.shape(x)), indexing="ij", sparse=True)
-  index.update(zip(axes.features, channels, strict=True))
-  first = x.at[tuple(index[a] for a in range(x.ndim))].get(mode="promise_in_bounds")
+  channels = tuple(range(len(axes.features)))
+  # Channel by channel: sharded channels then stay where they are.
+  one_of_each = lax.GatherDimensionNumbers(
+    offset_dims=(),
+    collapsed_slice_dims=axes.reduced,
+    start_index_map=axes.reduced,
+    operand_batching_dims=axes.features,
+    start_indices_batching_dims=channels,
+  )
+  along = [jnp.broadcast_to(p, axes.shape(x)) for p in positions]
+  indices = jnp.stack(along, -1) if along else jnp.zeros((*axes.shape(x), 0), jnp.int32)
+  first = lax.gather(x, indices, one_of_each, (1,) * x.ndim, mode="promise_in_bounds")
   first = first.astype(accumulation_dtype(x.dtype))
   return axes.expand(jnp.where(by_position.any(axis=0), first, 0))
 
@@ -612,7 +624,9 @@ def _psum_in_groups(
     try:
       return lax.psum(x, axis_name, axis_index_groups=groups)
     except NotImplementedError:  # shard_map with its checks on
-      pass
+      if {len(g) for g in groups} == {(size := len(groups[0]))} and size < len(groups):
+        # Many small groups: the parts of one are fewer than a table of all groups has rows.
+        return jnp.sum(lax.all_gather(x, axis_name, axis_index_groups=groups), 0)
   group_of = np.zeros(sum(map(len, groups)), np.int32)
   for g, members in enumerate(groups):
     group_of[list(members)] = g

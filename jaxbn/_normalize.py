@@ -111,7 +111,7 @@ def arrange(
     None if residual is None else _checks.same_shape("residual", residual, x),
     jnp.asarray(epsilon, jnp.promote_types(x.real.dtype, jnp.float32)),
   )
-  wide = jax.ShapeDtypeStruct(x.shape, given.wide.dtype)
+  wide = jax.eval_shape(lambda x: x, given.wide)  # with the sharding that is part of its type
   _checks.elementwise("activation", activation, wide)
   if activation is not None:
     # A custom rule must be given what it is differentiated by: parameters of the activation, too.

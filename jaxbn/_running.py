@@ -112,10 +112,7 @@ def update(
   _check_state(state, moments, momentum, debias)
   count = None if state.count is None else jnp.asarray(state.count) + 1
   keep, gain = _shares(count, momentum, debias, moments.var.dtype)
-  mean, var = moments.mean, moments.var
-  if unbiased:
-    n = jnp.asarray(moments.count, var.dtype)
-    var = var * jnp.where(n > 1, n / jnp.where(n > 1, n - 1, 1), 1)
+  mean, var = moments.mean, unbiased_variance(moments) if unbiased else moments.var
   usable = jnp.asarray(moments.count) > 0
   if skip_nonfinite:
     usable = usable & jnp.isfinite(mean) & jnp.isfinite(var)
@@ -129,6 +126,12 @@ def update(
 
   new_count = None if count is None else jnp.where(usable, count, count - 1)
   return RunningStats(blend(state.mean, mean), blend(state.var, var), new_count)
+
+
+def unbiased_variance(moments: Moments) -> jax.Array:
+  """var n / (n - 1); with n <= 1 var itself."""
+  n = jnp.asarray(moments.count, moments.var.dtype)
+  return moments.var * jnp.where(n > 1, n / jnp.where(n > 1, n - 1, 1), 1)
 
 
 def require_running_stats(state: Any) -> None:

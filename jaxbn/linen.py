@@ -41,6 +41,8 @@ class BatchNorm(nn.Module):
     axis_name: the axis of pmap, shard_map or vmap whose members share statistics. Under jit with
       sharded arrays none is needed.
     axis_index_groups: indices along it in groups, each sharing among itself only.
+    virtual_batch_size: examples of the global batch that are normalized together, by statistics of
+      their own (see `jaxbn.batch_norm`); "device": those of each device; None: all.
     use_fast_variance: one pass over the input; False takes two, and two small all-reduces.
     force_float32_reductions: if False, `batch_stats` has param_dtype, and parameters loaded with
       another dtype are cast to it. Sums are taken in float32 at least either way.
@@ -86,6 +88,7 @@ class BatchNorm(nn.Module):
   masked_value: float | None = None
   activation: Callable[[jax.Array], jax.Array] | None = None
   keep: str = "input"
+  virtual_batch_size: int | str | None = None
 
   @nn.compact
   def __call__(
@@ -130,6 +133,7 @@ class BatchNorm(nn.Module):
       use_running_average=shapes_only or use_running_average,
       axis_name=None if initializing else self.axis_name,
       axis_index_groups=None if initializing else self.axis_index_groups,
+      virtual_batch_size=None if initializing else self.virtual_batch_size,
       dtype=self.dtype,
     )
     if new_state is not None and not initializing and not use_running_average:

@@ -44,6 +44,8 @@ class BatchNorm(nnx.Module):
     axis_name: the axis of pmap, shard_map or vmap whose members share statistics. Under jit with
       sharded arrays none is needed.
     axis_index_groups: indices along it in groups, each sharing among itself only.
+    virtual_batch_size: examples of the global batch that are normalized together, by statistics of
+      their own (see `jaxbn.batch_norm`); "device": those of each device; None: all.
     use_fast_variance: one pass over the input; False takes two, and two small all-reduces.
     promote_dtype: function from (inputs, mean, var, scale, bias) and dtype to the promoted tuple.
     rngs: rng key.
@@ -98,6 +100,7 @@ class BatchNorm(nnx.Module):
     masked_value: float | None = None,
     activation: Callable[[jax.Array], jax.Array] | None = None,
     keep: str = "input",
+    virtual_batch_size: int | str | None = None,
   ):
     shape = (num_features,)
     start = init(shape, momentum=momentum, debias=debias)
@@ -135,6 +138,7 @@ class BatchNorm(nnx.Module):
     self.masked_value = masked_value
     self.activation = activation
     self.keep = keep
+    self.virtual_batch_size = virtual_batch_size
 
   def __call__(
     self,
@@ -179,6 +183,7 @@ class BatchNorm(nnx.Module):
       use_running_average=use_running_average,
       axis_name=self.axis_name,
       axis_index_groups=self.axis_index_groups,
+      virtual_batch_size=self.virtual_batch_size,
       dtype=dtype,
     )
     if not use_running_average:
