@@ -14,8 +14,8 @@ from examples.settings import UserError
 from tests.examples import helpers
 
 
-def sums(loss, correct=1, count=4):
-  return steps.Sums(jnp.array([loss]), jnp.array([correct]), jnp.array([count]))
+def sums(loss, correct=1, count=4, skipped=0):
+  return steps.Sums(*map(jnp.array, (loss, correct, count, skipped)))
 
 
 def reporter(directory, start=0, terminal=False, **changes):
