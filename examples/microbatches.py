@@ -12,10 +12,11 @@ a batch normalization uses (`config.microbatch_statistics`):
           It is there to compare with, to tell what smaller normalized batches do to a training
           from what accumulating does.
 
-Microbatch k has the examples k, K + k, 2K + k, ... of the share, and so, wherever K divides the
-shares, of the global batch: it does not depend on the number of devices.
+With "each", microbatch k has the examples k, K + k, 2K + k, ... of the share, and so, wherever K
+divides the shares, of the global batch: the result does not depend on the number of devices.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -37,8 +38,7 @@ def create(count: int, statistics: str) -> Callable[[Loss, Any, Any], tuple[Any,
   """
   if count == 1:
     return whole
-  work = {"each": each, "merged": merged}[statistics]
-  return lambda loss, params, batch: work(loss, params, cut(batch, count))
+  return functools.partial({"each": each, "merged": merged}[statistics], count)
 
 
 def axes(axis_name: str | None, count: int, statistics: str) -> Any:
@@ -48,32 +48,30 @@ def axes(axis_name: str | None, count: int, statistics: str) -> Any:
   return AXIS if axis_name is None else (axis_name, AXIS)
 
 
-def cut(batch: Any, count: int) -> Any:
-  """Leaves of shape (b, ...) become (count, b/count, ...), dealt out like cards."""
-  return jax.tree.map(
-    lambda x: jnp.moveaxis(x.reshape(len(x) // count, count, *x.shape[1:]), 1, 0), batch
-  )
-
-
 def whole(loss: Loss, params: Any, batch: Any) -> tuple[Any, Any]:
   """One microbatch: all of it."""
   grads, rest = jax.grad(loss, has_aux=True)(params, batch)
   return grads, jax.tree.map(lambda x: x[None], rest)
 
 
-def each(loss: Loss, params: Any, parts: Any) -> tuple[Any, Any]:
+def each(count: int, loss: Loss, params: Any, batch: Any) -> tuple[Any, Any]:
   """One after the other: of each, only the gradient is kept."""
 
   def add(grads: Any, part: Any) -> tuple[Any, Any]:
     more, rest = jax.grad(loss, has_aux=True)(params, part)
     return jax.tree.map(jnp.add, grads, more), rest
 
-  nothing = jax.tree.map(lambda x: jnp.zeros_like(x), params)
-  return lax.scan(add, nothing, parts)
+  # Dealt like cards, so that a part has its share of every device's examples under jit as well.
+  parts = jax.tree.map(
+    lambda x: jnp.moveaxis(x.reshape(len(x) // count, count, *x.shape[1:]), 1, 0), batch
+  )
+  return lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
 
 
-def merged(loss: Loss, params: Any, parts: Any) -> tuple[Any, Any]:
+def merged(count: int, loss: Loss, params: Any, batch: Any) -> tuple[Any, Any]:
   """In lockstep, so that layers can share statistics over `AXIS`."""
+  # Which examples a part has makes no difference, and in their order nothing moves under jit.
+  parts = jax.tree.map(lambda x: x.reshape(count, len(x) // count, *x.shape[1:]), batch)
 
   def total(params: Any) -> tuple[jax.Array, Any]:
     losses, rest = jax.vmap(loss, in_axes=(None, 0), axis_name=AXIS)(params, parts)

@@ -108,3 +108,35 @@ def test_unreplicate_copies(mode):
   copy = steps.unreplicate(placed)["x"]
   assert copy.base is None
   np.testing.assert_array_equal(copy, [0.0, 1.0, 2.0])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_devices_with_fewer_valid_examples_or_none_count_for_what_they_have(mode):
+  """As if the invalid ones, NaN here, were not there: on one device they are not."""
+  per_device = [[8, 3, 0, 1], [0, 0, 5, 7], [1, 8, 2, 1]]
+  whole, ragged = [], []
+  for seed, counts in enumerate(per_device):
+    batch = helpers.batch(32, seed)
+    batch["mask"] = (np.arange(8) < np.array(counts)[:, None]).ravel()
+    whole.append({key: x[batch["mask"]] for key, x in batch.items() if key != "mask"})
+    batch["image"][~batch["mask"]] = np.nan
+    ragged.append(batch)
+  config = helpers.config(model="vgg", parallelism="jit")
+  expected, expected_results = helpers.Job(config, 1).train(whole)
+  config.parallelism = mode
+  state, results = helpers.Job(config, 4).train(ragged)
+  chex.assert_trees_all_close(state._asdict(), expected._asdict(), **REORDERED)
+  for sums, wanted in zip(results, expected_results, strict=True):
+    np.testing.assert_allclose(sums.loss, wanted.loss, rtol=1e-5)
+    assert (int(sums.correct), int(sums.count)) == (int(wanted.correct), 12)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_batch_without_valid_examples_teaches_nothing(mode):
+  config = helpers.config(model="mlp", parallelism=mode, weight_decay=0.0)
+  nothing = helpers.batch(32) | {"mask": np.zeros(32, bool)}
+  job = helpers.Job(config, 4)
+  state, (sums,) = job.train([nothing])
+  chex.assert_trees_all_equal(state.params, jax.device_get(job.state.params))
+  chex.assert_trees_all_equal(state.batch_stats, jax.device_get(job.state.batch_stats))
+  assert (float(sums.loss), int(sums.count)) == (0.0, 0)
