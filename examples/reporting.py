@@ -128,7 +128,9 @@ class Reporter:
     if not math.isfinite(loss):
       raise UserError(
         f"the training loss became {loss} by step {step}, where config.learning_rate is "
-        f"{self._config.learning_rate}; start afresh with a lower one"
+        f"{self._config.learning_rate} and config.skip_nonfinite {self._config.skip_nonfinite}; "
+        "start afresh with a lower rate, or, if single batches are to blame, let more steps be "
+        "skipped with --config.skip_nonfinite=10"
       )
     rate = (count - self._untimed) / seconds
     self._write(

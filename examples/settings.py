@@ -21,7 +21,6 @@ T = TypeVar("T")
 # Where and on what a run runs, not what it computes: these may change when it resumes.
 FREE_KEYS = ("workdir", "data_dir", "download", "devices", "parallelism", "keep")
 
-
 LARGEST_LOSS_SCALE = 2.0**24  # times the smallest float16 is 1; below 1 there is nothing to save
 
 
@@ -44,6 +43,7 @@ def defaults(name: str) -> ml_collections.ConfigDict:
   config.patch = 1  # side of the squares of pixels that become one position
   config.norm = "batch"
   config.norm_momentum = 0.9  # share of the old running statistics kept at each step
+  config.virtual_batch_size = "global"  # examples normalized together: a number, device or global
   config.dtype = "float32"  # of the computation: float32, bfloat16 or float16
   # How it is learned; see examples/optimizers.py.
   config.optimizer = "adamw"
@@ -167,6 +167,7 @@ def check(config: ml_collections.ConfigDict, device_count: int) -> None:
         f"devices that share it; try --config.{key}={below} or --config.devices=1"
       )
   _check_microbatches(config, device_count)
+  virtual_batch_size(config, device_count)
   for key in ("steps", "log_every", "eval_every", "save_every", "keep", "patch"):
     if config[key] < 1:
       raise UserError(f"config.{key} is {config[key]}, but must be at least 1")
@@ -196,13 +197,40 @@ def check(config: ml_collections.ConfigDict, device_count: int) -> None:
 def _check_microbatches(config: ml_collections.ConfigDict, device_count: int) -> None:
   share, count = config.batch_size // device_count, config.microbatches
   if count < 1 or share % count:
-    fitting = ", ".join(str(k) for k in range(1, share + 1) if share % k == 0)
+    fitting = ", ".join(map(str, divisors(share)))
     raise UserError(
       f"config.microbatches is {count}, but must divide the {share} examples of each of the "
       f"{device_count} devices: choose one of {fitting}, or another config.batch_size"
     )
   choices = dict.fromkeys(("each", "merged"))
   lookup(choices, config.microbatch_statistics, "config.microbatch_statistics")
+
+
+def virtual_batch_size(config: ml_collections.ConfigDict, device_count: int) -> int | None:
+  """How many examples share statistics: a number, or None for those of all devices."""
+  given = config.virtual_batch_size
+  if given == "global":
+    return None
+  share = config.batch_size // device_count // config.microbatches
+  if given == "device":
+    return share
+  fitting = sorted({*divisors(share), *(share * n for n in divisors(device_count))})
+  if not given.isdecimal() or int(given) not in fitting:
+    raise UserError(
+      f"config.virtual_batch_size is {given!r}, but must be a number that divides the {share} "
+      f"examples that each of the {device_count} devices normalizes at a time, or holds those of "
+      f"some of them: choose one of {', '.join(map(str, fitting))}, or device, or global"
+    )
+  if config.microbatches > 1 and config.microbatch_statistics == "merged":
+    raise UserError(
+      f"config.virtual_batch_size is {given!r} and config.microbatch_statistics is 'merged', which "
+      "are two sizes for one batch: try --config.microbatch_statistics=each"
+    )
+  return int(given)
+
+
+def divisors(n: int) -> list[int]:
+  return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def claim(directory: Path, config: ml_collections.ConfigDict) -> None:

@@ -73,7 +73,8 @@ def run(config: Any, command: str = "the same command") -> int:
   dataset, batches = load(config)
   image_shape = dataset.train_images.shape[1:]
   axes = microbatches.axes(parallel.axis_name, *accumulation)
-  model = models.create(config, image_shape, len(dataset.class_names), axes)
+  virtual = settings.virtual_batch_size(config, len(devices))
+  model = models.create(config, image_shape, len(dataset.class_names), axes, virtual)
   directory = Path(config.workdir)
   settings.claim(directory, config)
 

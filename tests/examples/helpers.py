@@ -52,7 +52,8 @@ class Job:
     self.parallel = parallelism.create(config, jax.devices()[:count])
     accumulation = config.microbatches, config.microbatch_statistics
     axes = microbatches.axes(self.parallel.axis_name, *accumulation)
-    self.model = models.create(config, IMAGE_SHAPE, CLASSES, axes)
+    virtual = settings.virtual_batch_size(config, count)
+    self.model = models.create(config, IMAGE_SHAPE, CLASSES, axes, virtual)
     self.optimizer = optimizers.create(config)
     self.state = steps.init_state(self.model, self.optimizer, config.seed, IMAGE_SHAPE)
     self.train_body = functools.partial(
