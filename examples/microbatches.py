@@ -13,7 +13,9 @@ a batch normalization uses (`config.microbatch_statistics`):
           from what accumulating does.
 
 With "each", microbatch k has the examples k, K + k, 2K + k, ... of the share, and so, wherever K
-divides the shares, of the global batch: the result does not depend on the number of devices.
+divides the shares, of the global batch: the result does not depend on the number of devices. Their
+gradients are added up on each device and once, at the end, over the devices; but under jit, where
+the compiler decides, over the devices in each microbatch.
 """
 
 import functools

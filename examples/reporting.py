@@ -162,7 +162,7 @@ class Reporter:
       f"step {step:>6} of {self._config.steps}: "
       + ("" if training is None else f"training loss {training:.4f}, ")
       + f"test loss {loss:.4f}, test accuracy {accuracy:.2%}"
-      + (f", {skipped} steps skipped" if skipped else ""),
+      + (f", steps skipped {skipped}" if skipped else ""),
       highlight=False,
     )
 

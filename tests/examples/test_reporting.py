@@ -117,7 +117,7 @@ def test_skipped_steps_are_counted_and_not_averaged(tmp_path):
   report, console = reporter(tmp_path, start=4, steps=8)
   with report:
     report.tested(5, 0.25, 0.5, 10)
-  assert "training loss 1.0000, test loss 0.2500, test accuracy 50.00%, 3 steps skipped" in (
+  assert "training loss 1.0000, test loss 0.2500, test accuracy 50.00%, steps skipped 3" in (
     console.file.getvalue()
   )
 
@@ -129,4 +129,4 @@ def test_a_result_before_any_step_counted_has_no_training_loss(tmp_path):
     report.finish_window(1)
     report.tested(1, 0.25, 0.5, 10)
   shown = console.file.getvalue()
-  assert "step      1 of 6: test loss 0.2500, test accuracy 50.00%, 1 steps skipped" in shown
+  assert "step      1 of 6: test loss 0.2500, test accuracy 50.00%, steps skipped 1" in shown
