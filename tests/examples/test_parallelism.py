@@ -1,7 +1,11 @@
 """The same numbers however many devices share the work, and in which of the three ways."""
 
 import itertools
+import json
 import logging
+import socket
+import subprocess
+import sys
 
 import chex
 import jax
@@ -10,7 +14,7 @@ import pytest
 
 from configs import digits
 from examples import data, parallelism, steps
-from tests.examples import helpers
+from tests.examples import helpers, one_of_two
 
 MODES = list(parallelism.MODES)
 
@@ -140,3 +144,28 @@ def test_a_batch_without_valid_examples_teaches_nothing(mode):
   chex.assert_trees_all_equal(state.params, jax.device_get(job.state.params))
   chex.assert_trees_all_equal(state.batch_stats, jax.device_get(job.state.batch_stats))
   assert (float(sums.loss), int(sums.count)) == (0.0, 0)
+
+
+def test_two_processes_with_two_devices_are_one_with_four():
+  """Each has its half of a batch only; both end with the same state."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  command = [sys.executable, "-m", "tests.examples.one_of_two", str(port)]
+  processes = [
+    subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for i in range(2)
+  ]
+  try:
+    outputs = [process.communicate(timeout=240) for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  assert [process.returncode for process in processes] == [0, 0], outputs
+  first, second = (json.loads(out.splitlines()[-1]) for out, _ in outputs)
+  assert first == second
+  for mode in MODES:
+    state, results = helpers.Job(one_of_two.config(mode), 4).train(one_of_two.STEPS)
+    losses, kernel = first[mode]
+    np.testing.assert_allclose(losses, helpers.mean_losses(results), rtol=1e-5)
+    np.testing.assert_allclose(kernel, state.params["head"]["kernel"], **REORDERED)
