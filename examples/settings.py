@@ -211,6 +211,16 @@ def virtual_batch_size(config: ml_collections.ConfigDict, device_count: int) -> 
   given = config.virtual_batch_size
   if given == "global":
     return None
+  if config.norm == "none":
+    raise UserError(
+      f"config.virtual_batch_size is {given!r}, but config.norm is 'none' and has no statistics: "
+      "leave one of them out"
+    )
+  if config.microbatches > 1 and config.microbatch_statistics == "merged":
+    raise UserError(
+      f"config.virtual_batch_size is {given!r} and config.microbatch_statistics is 'merged', which "
+      "are two sizes for one batch: try --config.microbatch_statistics=each"
+    )
   share = config.batch_size // device_count // config.microbatches
   if given == "device":
     return share
@@ -220,11 +230,6 @@ def virtual_batch_size(config: ml_collections.ConfigDict, device_count: int) -> 
       f"config.virtual_batch_size is {given!r}, but must be a number that divides the {share} "
       f"examples that each of the {device_count} devices normalizes at a time, or holds those of "
       f"some of them: choose one of {', '.join(map(str, fitting))}, or device, or global"
-    )
-  if config.microbatches > 1 and config.microbatch_statistics == "merged":
-    raise UserError(
-      f"config.virtual_batch_size is {given!r} and config.microbatch_statistics is 'merged', which "
-      "are two sizes for one batch: try --config.microbatch_statistics=each"
     )
   return int(given)
 

@@ -109,7 +109,18 @@ def train_step(
   grads, sums = total((grads, sums), axis_name)  # (microbatches,) of sums and of batch_stats
   batch_stats = _mean_where(sums.count > 0, batch_stats)
   sums = jax.tree.map(lambda x: x.sum(0), sums)
+  return _update(state, grads, batch_stats, sums, optimizer, skip_nonfinite)
 
+
+def _update(
+  state: TrainState,
+  grads: Any,
+  batch_stats: Any,
+  sums: Sums,
+  optimizer: optax.GradientTransformation,
+  skip_nonfinite: int,
+) -> tuple[TrainState, Sums]:
+  """The optimizer's step; where it is skipped, all but counters stays as it was."""
   if skip_nonfinite:  # what the optimizer looks at has to speak for the rest
     good = _all_finite((sums.loss, batch_stats))
     grads = jax.tree.map(lambda g: jnp.where(good, g, jnp.nan), grads)

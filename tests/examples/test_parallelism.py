@@ -14,6 +14,7 @@ import pytest
 
 from configs import digits
 from examples import data, parallelism, steps
+from jaxbn import linen as bn
 from tests.examples import helpers, one_of_two
 
 MODES = list(parallelism.MODES)
@@ -169,3 +170,19 @@ def test_two_processes_with_two_devices_are_one_with_four():
     losses, kernel = first[mode]
     np.testing.assert_allclose(losses, helpers.mean_losses(results), rtol=1e-5)
     np.testing.assert_allclose(kernel, state.params["head"]["kernel"], **REORDERED)
+
+
+@pytest.mark.skipif(
+  "virtual_batch_size" not in bn.BatchNorm.__dataclass_fields__, reason="not in the layers yet"
+)
+@pytest.mark.parametrize("size", ["2", "8"])
+@pytest.mark.parametrize("mode", MODES)
+def test_virtual_batches_do_not_depend_on_the_devices(mode, size):
+  """Groups within a device, and of several: of the 16 examples of a microbatch, in order."""
+  config = helpers.config(model="mlp", virtual_batch_size=size, microbatches=2, parallelism=mode)
+  two, eight = (helpers.Job(config, count).train(2)[0]._asdict() for count in (2, 8))
+  chex.assert_trees_all_close(two, eight, **REORDERED)
+  config.virtual_batch_size = "global"
+  other = helpers.Job(config, 2).train(2)[0]
+  difference = other.params["head"]["kernel"] - two["params"]["head"]["kernel"]
+  assert np.abs(difference).max() > 1e-4
