@@ -99,6 +99,13 @@ def test_every_device_has_the_same_state(mode):
       np.testing.assert_array_equal(other.data, first.data)
 
 
+def test_shard_map_checks_that_a_state_is_the_same_on_every_device():
+  parallel = parallelism.create(helpers.config(parallelism="shard_map"), jax.devices()[:4])
+  step = parallel.step(lambda state, batch, axis_name: state + batch["x"].sum())
+  with pytest.raises(ValueError, match="out_specs"):
+    step(parallel.replicate(np.float32(1)), parallel.shard({"x": np.ones(8, np.float32)}))
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_examples_are_dealt_out_in_order(mode):
   helper = parallelism.MODES[mode](jax.devices()[:4])
