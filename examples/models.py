@@ -4,8 +4,8 @@ All three are described by the same few numbers: stages, where stage `i` has
 `blocks[i]` blocks of width `widths[i]`. A block is one dense layer (MLP), one 3x3
 convolution (VGG) or one residual pair of 3x3 convolutions (ResNet), each followed by a
 norm. Any norm of `NORMS` fits any network of `MODELS`: a norm is a function of
-`(train, dtype, axis_name, momentum)` that gives a layer constructor taking `scale_init` and
-`activation`. The activation is the norm's to apply, so that it need not be kept for the derivative.
+`(network, train, mask)` that gives a layer constructor taking `scale_init` and `activation`. The
+activation is the norm's to apply, so that it need not be kept for the derivative.
 """
 
 import functools
@@ -41,21 +41,31 @@ class Affine(nn.Module):
     return y if self.activation is None else self.activation(y)
 
 
-def batch_norm(train: bool, dtype: Any, axis_name: str | None, momentum: float) -> Layer:
-  """Batch statistics over the whole global batch while training, running ones otherwise."""
-  return functools.partial(
-    bn.BatchNorm,
-    use_running_average=not train,
-    momentum=momentum,
-    dtype=dtype,
-    axis_name=axis_name if train else None,
-  )
+def batch_norm(network: "Network", train: bool, mask: jax.Array | None) -> Layer:
+  """Batch statistics of all valid examples of the global batch in training, running ones else."""
+  sharing: dict[str, Any] = {"axis_name": network.axis_name} if train else {}
+  if train and network.virtual_batch_size is not None:
+    sharing["virtual_batch_size"] = network.virtual_batch_size
+
+  def layer(**options: Any) -> Callable[[jax.Array], jax.Array]:
+    norm = bn.BatchNorm(
+      use_running_average=not train,
+      momentum=network.momentum,
+      dtype=network.dtype,
+      **sharing,
+      **options,
+    )
+    if mask is None:
+      return norm
+    return lambda x: norm(x, mask=mask.reshape(-1, *[1] * (x.ndim - 1)))
+
+  return layer
 
 
-def no_norm(train: bool, dtype: Any, axis_name: str | None, momentum: float) -> Layer:
+def no_norm(network: "Network", train: bool, mask: jax.Array | None) -> Layer:
   """Nothing but the affine map: the network to compare batch normalization with."""
-  del train, axis_name, momentum  # a norm without statistics has no use for them
-  return functools.partial(Affine, dtype=dtype)
+  del train, mask  # a norm without statistics has no use for them
+  return functools.partial(Affine, dtype=network.dtype)
 
 
 NORMS = {"batch": batch_norm, "none": no_norm}
@@ -78,7 +88,8 @@ class Network(nn.Module):
     norm: a name in `NORMS`.
     momentum: share of the old running statistics kept at each step.
     dtype: of the computation; parameters, statistics and logits stay float32.
-    axis_name: the device axis over which the norm is synchronized; None for one device.
+    axis_name: the axis or axes over which the norm is synchronized; None for one device.
+    virtual_batch_size: how many examples share statistics; None for all.
   """
 
   classes: int
@@ -88,12 +99,19 @@ class Network(nn.Module):
   norm: str = "batch"
   momentum: float = 0.9
   dtype: Any = jnp.float32
-  axis_name: str | None = None
+  axis_name: Any = None
+  virtual_batch_size: int | None = None
 
   @nn.compact
-  def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-    """(B, H, W, C) images to (B, classes) float32 logits."""
-    norm = NORMS[self.norm](train, self.dtype, self.axis_name, self.momentum)
+  def __call__(self, images: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
+    """(B, H, W, C) images to (B, classes) float32 logits.
+
+    Where a mask (B,) is given, the statistics are of the examples for which it is true. The others
+    are blank, so that whatever they hold does not reach a gradient: 0 * NaN is NaN.
+    """
+    if mask is not None:
+      images = jnp.where(mask.reshape(-1, 1, 1, 1), images, 0)
+    norm = NORMS[self.norm](self, train, mask)
     x = space_to_depth(images.astype(self.dtype), self.patch)
     x = self.features(x, norm)
     return nn.Dense(self.classes, name="head")(x.astype(jnp.float32))
@@ -151,7 +169,13 @@ class ResNet(Network):
 MODELS: dict[str, type[Network]] = {"mlp": MLP, "vgg": VGG, "resnet": ResNet}
 
 
-def create(config: Any, image_shape: Sequence[int], classes: int, axis_name: str | None) -> Network:
+def create(
+  config: Any,
+  image_shape: Sequence[int],
+  classes: int,
+  axis_name: Any,
+  virtual_batch_size: int | None = None,
+) -> Network:
   """The network that `config` describes, for images of shape (H, W, C)."""
   model = lookup(MODELS, config.model, "config.model")
   lookup(NORMS, config.norm, "config.norm")
@@ -176,4 +200,5 @@ def create(config: Any, image_shape: Sequence[int], classes: int, axis_name: str
     momentum=config.norm_momentum,
     dtype=jnp.dtype(config.dtype),
     axis_name=axis_name,
+    virtual_batch_size=virtual_batch_size,
   )

@@ -1,11 +1,13 @@
 """The optimizer that a config names, with its schedule and its weight decay."""
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from examples.settings import lookup
+from examples.settings import LARGEST_LOSS_SCALE, lookup
 
 
 def decayed(params: Any) -> Any:
@@ -44,7 +46,68 @@ def sgd(rate: optax.Schedule, weight_decay: float) -> optax.GradientTransformati
 OPTIMIZERS = {"adamw": adamw, "sgd": sgd}
 
 
+GOOD_STEPS = 2000  # before the scale is tried at twice its value
+
+
+class LossScale(NamedTuple):
+  """State of `scaled_loss`; `loss_scale` is what the loss has to be multiplied by."""
+
+  loss_scale: Any
+  good_steps: Any  # since it last changed
+  inner_state: Any
+
+
+def scaled_loss(
+  inner: optax.GradientTransformation, initial: float
+) -> optax.GradientTransformation:
+  """Dynamic loss scaling (Micikevicius et al., 2018, section 3.2) around an optimizer.
+
+  Takes the gradients of the loss times `loss_scale(state)`, so that small ones survive float16,
+  and divides them again. Where one overflows the scale is halved, down to 1, and after `GOOD_STEPS`
+  without it is doubled; that `inner` skips the step is `inner`'s business.
+  """
+
+  def init(params: Any) -> LossScale:
+    return LossScale(jnp.float32(initial), jnp.int32(0), inner.init(params))
+
+  def update(grads: Any, state: LossScale, params: Any = None) -> tuple[Any, LossScale]:
+    scale, good_steps, inner_state = state
+    grads = jax.tree.map(lambda g: g / scale, grads)
+    finite = jnp.all(jnp.array([jnp.isfinite(g).all() for g in jax.tree.leaves(grads)]))
+    good_steps = jnp.where(finite, good_steps + 1, 0)
+    grow = good_steps == GOOD_STEPS
+    larger = jnp.where(grow, jnp.minimum(2 * scale, LARGEST_LOSS_SCALE), scale)
+    scale = jnp.where(finite, larger, jnp.maximum(scale / 2, 1))
+    updates, inner_state = inner.update(grads, inner_state, params)
+    return updates, LossScale(scale, jnp.where(grow, 0, good_steps), inner_state)
+
+  return optax.GradientTransformation(init, update)
+
+
+def loss_scale(opt_state: Any) -> Any:
+  """What the loss has to be multiplied by: 1 without loss scaling."""
+  return optax.tree.get(opt_state, "loss_scale", default=1.0)
+
+
+def skips(config: Any) -> int:
+  """How many steps in a row are skipped where the gradients are not finite.
+
+  With loss scaling, that many after the scale has come down to 1, be it from its largest value.
+  """
+  halvings = int(math.log2(LARGEST_LOSS_SCALE)) if config.loss_scale else 0
+  return config.skip_nonfinite + halvings
+
+
+def skipped(opt_state: Any, limit: int) -> jax.Array:
+  """Whether the update that gave this state was skipped, where up to `limit` in a row are."""
+  bad = optax.tree.get(opt_state, "notfinite_count")
+  return (bad > 0) & (bad <= limit)
+
+
 def create(config: Any) -> optax.GradientTransformation:
   """The gradient transformation that `config` describes."""
   optimizer = lookup(OPTIMIZERS, config.optimizer, "config.optimizer")
-  return optimizer(schedule(config), config.weight_decay)
+  result = optimizer(schedule(config), config.weight_decay)
+  if skips(config):
+    result = optax.apply_if_finite(result, skips(config))
+  return scaled_loss(result, config.loss_scale) if config.loss_scale else result

@@ -117,22 +117,27 @@ class Reporter:
   def finish_window(self, step: int) -> None:
     """Writes what was measured since the last window, if anything; waits for the devices."""
     self._read(0)
-    count = self._window.count
+    count, skipped = self._window.count, self._window.skipped
+    if skipped:
+      self._write(step, skipped_steps=skipped)
     if not count:
+      self._window = steps.Sums(0.0, 0, 0)
       return
     seconds = time.perf_counter() - self._clock
     loss, accuracy = self._window.loss / count, self._window.correct / count
     if not math.isfinite(loss):
       raise UserError(
         f"the training loss became {loss} by step {step}, where config.learning_rate is "
-        f"{self._config.learning_rate}; start afresh with a lower one"
+        f"{self._config.learning_rate} and config.skip_nonfinite {self._config.skip_nonfinite}; "
+        "start afresh with a lower rate, or, if single batches are to blame, let more steps be "
+        "skipped with --config.skip_nonfinite=10"
       )
     rate = (count - self._untimed) / seconds
     self._write(
       step,
       train_loss=loss,
       train_accuracy=accuracy,
-      learning_rate=float(self._schedule(step - 1)),
+      learning_rate=float(self._schedule(step - 1 - self._skipped())),
       examples_per_second=rate,
     )
     self._bar.update(
@@ -145,13 +150,19 @@ class Reporter:
     self._window, self._untimed = steps.Sums(0.0, 0, 0), 0
     self._clock = time.perf_counter()
 
+  def _skipped(self) -> int:
+    """The steps that were skipped so far."""
+    return sum(row.get("skipped_steps", 0) for row in self.rows)
+
   def tested(self, step: int, loss: float, accuracy: float, count: int) -> None:
     """Writes a result on the test set, and a line for those who have no progress bar to watch."""
     self._write(step, test_loss=loss, test_accuracy=accuracy, test_examples=count)
+    training, skipped = latest(self.rows, "train_loss"), self._skipped()
     self._console.print(
-      f"step {step:>6} of {self._config.steps}: training loss "
-      f"{latest(self.rows, 'train_loss'):.4f}, test loss {loss:.4f}, "
-      f"test accuracy {accuracy:.2%}",
+      f"step {step:>6} of {self._config.steps}: "
+      + ("" if training is None else f"training loss {training:.4f}, ")
+      + f"test loss {loss:.4f}, test accuracy {accuracy:.2%}"
+      + (f", steps skipped {skipped}" if skipped else ""),
       highlight=False,
     )
 

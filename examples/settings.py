@@ -19,7 +19,9 @@ from ml_collections import config_flags
 T = TypeVar("T")
 
 # Where and on what a run runs, not what it computes: these may change when it resumes.
-FREE_KEYS = ("workdir", "data_dir", "download", "devices", "keep")
+FREE_KEYS = ("workdir", "data_dir", "download", "devices", "parallelism", "keep")
+
+LARGEST_LOSS_SCALE = 2.0**24  # times the smallest float16 is 1; below 1 there is nothing to save
 
 
 class UserError(Exception):
@@ -41,7 +43,8 @@ def defaults(name: str) -> ml_collections.ConfigDict:
   config.patch = 1  # side of the squares of pixels that become one position
   config.norm = "batch"
   config.norm_momentum = 0.9  # share of the old running statistics kept at each step
-  config.dtype = "float32"  # of the computation: float32 or bfloat16
+  config.virtual_batch_size = "global"  # examples normalized together: a number, device or global
+  config.dtype = "float32"  # of the computation: float32, bfloat16 or float16
   # How it is learned; see examples/optimizers.py.
   config.optimizer = "adamw"
   config.learning_rate = 3e-3  # the peak, after the warmup
@@ -52,6 +55,12 @@ def defaults(name: str) -> ml_collections.ConfigDict:
   config.steps = 500
   config.seed = 0
   config.devices = 0  # how many to use; 0: all
+  config.parallelism = "pmap"  # or shard_map, or jit; see examples/parallelism.py
+  config.microbatches = 1  # that a device cuts its share into; see examples/microbatches.py
+  config.microbatch_statistics = "each"  # or merged
+  # What happens when numbers run out; see examples/optimizers.py.
+  config.loss_scale = 0.0  # at first, such as 32768 for float16; 0: no loss scaling
+  config.skip_nonfinite = 0  # steps in a row that may be skipped; 0: the first ends the run
   # What is kept of it.
   config.workdir = f"runs/{name}"
   config.eval_batch_size = 512  # over all devices; any size gives the same result
@@ -157,6 +166,8 @@ def check(config: ml_collections.ConfigDict, device_count: int) -> None:
         f"config.{key} is {size}, but must be a positive multiple of the {device_count} "
         f"devices that share it; try --config.{key}={below} or --config.devices=1"
       )
+  _check_microbatches(config, device_count)
+  virtual_batch_size(config, device_count)
   for key in ("steps", "log_every", "eval_every", "save_every", "keep", "patch"):
     if config[key] < 1:
       raise UserError(f"config.{key} is {config[key]}, but must be at least 1")
@@ -173,7 +184,58 @@ def check(config: ml_collections.ConfigDict, device_count: int) -> None:
       "positive whole number for each stage of the network, as in --config.widths=16,32 "
       "--config.blocks=1,1"
     )
-  lookup({"float32": 0, "bfloat16": 0}, config.dtype, "config.dtype")
+  lookup(dict.fromkeys(("float32", "bfloat16", "float16")), config.dtype, "config.dtype")
+  if config.skip_nonfinite < 0:
+    raise UserError(f"config.skip_nonfinite is {config.skip_nonfinite}, but must be at least 0")
+  if config.loss_scale and not 1 <= config.loss_scale <= LARGEST_LOSS_SCALE:
+    raise UserError(
+      f"config.loss_scale is {config.loss_scale}, but must be 0 for none, or from 1 to "
+      f"{LARGEST_LOSS_SCALE:.0f}; try --config.loss_scale=32768"
+    )
+
+
+def _check_microbatches(config: ml_collections.ConfigDict, device_count: int) -> None:
+  share, count = config.batch_size // device_count, config.microbatches
+  if count < 1 or share % count:
+    fitting = ", ".join(map(str, divisors(share)))
+    raise UserError(
+      f"config.microbatches is {count}, but must divide the {share} examples of each of the "
+      f"{device_count} devices: choose one of {fitting}, or another config.batch_size"
+    )
+  choices = dict.fromkeys(("each", "merged"))
+  lookup(choices, config.microbatch_statistics, "config.microbatch_statistics")
+
+
+def virtual_batch_size(config: ml_collections.ConfigDict, device_count: int) -> int | None:
+  """How many examples share statistics: a number, or None for those of all devices."""
+  given = config.virtual_batch_size
+  if given == "global":
+    return None
+  if config.norm == "none":
+    raise UserError(
+      f"config.virtual_batch_size is {given!r}, but config.norm is 'none' and has no statistics: "
+      "leave one of them out"
+    )
+  if config.microbatches > 1 and config.microbatch_statistics == "merged":
+    raise UserError(
+      f"config.virtual_batch_size is {given!r} and config.microbatch_statistics is 'merged', which "
+      "are two sizes for one batch: try --config.microbatch_statistics=each"
+    )
+  share = config.batch_size // device_count // config.microbatches
+  if given == "device":
+    return share
+  fitting = sorted({*divisors(share), *(share * n for n in divisors(device_count))})
+  if not given.isdecimal() or int(given) not in fitting:
+    raise UserError(
+      f"config.virtual_batch_size is {given!r}, but must be a number that divides the {share} "
+      f"examples that each of the {device_count} devices normalizes at a time, or holds those of "
+      f"some of them: choose one of {', '.join(map(str, fitting))}, or device, or global"
+    )
+  return int(given)
+
+
+def divisors(n: int) -> list[int]:
+  return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def claim(directory: Path, config: ml_collections.ConfigDict) -> None:
@@ -184,8 +246,9 @@ def claim(directory: Path, config: ml_collections.ConfigDict) -> None:
   file = directory / "config.json"
   mine = json.loads(config.to_json())
   if file.exists():
-    theirs = json.loads(file.read_text())
-    keys = [k for k in {**theirs, **mine} if k not in FREE_KEYS and theirs.get(k) != mine.get(k)]
+    # A key that a run is older than has, in it, the value by default: what was done before.
+    theirs = json.loads(defaults(config.dataset).to_json()) | json.loads(file.read_text())
+    keys = [k for k in theirs | mine if k not in FREE_KEYS and theirs.get(k) != mine.get(k)]
     if keys:
       changes = ", ".join(f"{k} was {theirs.get(k)!r} and is now {mine.get(k)!r}" for k in keys)
       raise UserError(

@@ -1,12 +1,11 @@
-"""One step of training, one of evaluation, and how both are spread over devices.
+"""One step of training, one of evaluation.
 
-`train_step` and `eval_step` are functions of (state, batch) that know the devices only as
-an optional axis name: `pmap_step` gives them one; another builder could give them another.
-Randomness and input are those of the global batch, gradients and statistics are averaged
-over it, so the numbers do not depend on how many devices share the work.
+Both are functions of (state, batch) that know the devices only as an optional axis name, which
+`examples.parallelism` gives them or not. Randomness and input are those of the global batch,
+gradients and statistics are of all its valid examples, so the numbers do not depend on how many
+devices share the work, nor how.
 """
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,9 +15,9 @@ import numpy as np
 import optax
 from jax import lax
 
+from examples import microbatches, optimizers
 from examples.models import Network
-
-AXIS = "batch"
+from examples.parallelism import Parallelism
 
 
 class TrainState(NamedTuple):
@@ -31,11 +30,15 @@ class TrainState(NamedTuple):
 
 
 class Sums(NamedTuple):
-  """Sums over examples. They add up exactly over batches and devices; means do not."""
+  """Sums over examples. They add up exactly over batches and devices; means do not.
+
+  Of a step that was skipped, nothing but that is counted.
+  """
 
   loss: Any
   correct: Any
   count: Any
+  skipped: Any = 0  # steps
 
 
 def init_state(
@@ -62,36 +65,72 @@ def train_step(
   model: Network,
   optimizer: optax.GradientTransformation,
   label_smoothing: float = 0.0,
+  accumulate: Callable[..., Any] = microbatches.whole,
+  skip_nonfinite: int = 0,
   axis_name: str | None = None,
 ) -> tuple[TrainState, Sums]:
   """One optimizer step.
 
   Args:
     state: the state, the same on every device.
-    batch: this device's share of it: "image" (b, H, W, C) float32, "label" (b,) int32.
-    model: built with the same `axis_name`.
+    batch: this device's share of it: "image" (b, H, W, C) float32, "label" (b,) int32, and
+      "mask" (b,) bool where only some examples are valid: the others might as well not be there.
+    model: built with the same `axis_name` (see `microbatches.axes` for accumulation).
     optimizer: the gradient transformation that `state.opt_state` belongs to.
     label_smoothing: share of the target that is spread evenly over the classes.
-    axis_name: the axis of the devices, which must hold equal shares; None for one device.
+    accumulate: how the share is worked off; see `examples.microbatches`.
+    skip_nonfinite: how many steps in a row the optimizer skips (see `examples.optimizers`): the
+      running statistics then keep their last good values as well.
+    axis_name: the axis of the devices, which must hold equal shares; None where the batch is whole.
 
   Returns:
     The next state, and the sums over the global batch.
   """
+  count = batch["mask"].sum(dtype=jnp.int32) if "mask" in batch else len(batch["label"])
+  valid = total(count, axis_name)  # of a known number this is known: nothing is sent
+  # The loss is a mean over the global batch, of which this is the share that these examples add.
+  weight = optimizers.loss_scale(state.opt_state) / jnp.maximum(valid, 1)
 
-  def loss_fn(params: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Any]]:
+  def loss_fn(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, tuple[Sums, Any]]:
     variables = {"params": params, "batch_stats": state.batch_stats}
-    logits, updated = model.apply(variables, batch["image"], train=True, mutable=["batch_stats"])
+    logits, updated = model.apply(
+      variables, batch["image"], train=True, mask=batch.get("mask"), mutable=["batch_stats"]
+    )
     targets = jax.nn.one_hot(batch["label"], model.classes)
     targets = optax.smooth_labels(targets, label_smoothing)
     losses = optax.softmax_cross_entropy(logits, targets)
-    return losses.mean(), (losses, logits, updated.get("batch_stats", {}))
+    sums = _sums(losses, logits, batch)
+    return sums.loss * weight, (sums, updated.get("batch_stats", {}))
 
-  grads, (losses, logits, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
-  if axis_name is not None:
-    grads = lax.pmean(grads, axis_name)  # equal shares: the mean of means is the mean
+  # Differentiated as this device's own: with respect to parameters that all share, shard_map would
+  # add up the gradient of each layer and microbatch on its own, where once at the end is enough.
+  params = own(state.params, axis_name)
+  grads, (sums, batch_stats) = accumulate(loss_fn, params, batch)
+  grads, sums = total((grads, sums), axis_name)  # (microbatches,) of sums and of batch_stats
+  batch_stats = _mean_where(sums.count > 0, batch_stats)
+  sums = jax.tree.map(lambda x: x.sum(0), sums)
+  return _update(state, grads, batch_stats, sums, optimizer, skip_nonfinite)
+
+
+def _update(
+  state: TrainState,
+  grads: Any,
+  batch_stats: Any,
+  sums: Sums,
+  optimizer: optax.GradientTransformation,
+  skip_nonfinite: int,
+) -> tuple[TrainState, Sums]:
+  """The optimizer's step; where it is skipped, all but counters stays as it was."""
+  if skip_nonfinite:  # what the optimizer looks at has to speak for the rest
+    good = _all_finite((sums.loss, batch_stats))
+    grads = jax.tree.map(lambda g: jnp.where(good, g, jnp.nan), grads)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  sums = _sums(losses, logits, batch["label"], jnp.ones_like(losses, bool), axis_name)
+  if skip_nonfinite:
+    skipped = optimizers.skipped(opt_state, skip_nonfinite)
+    old, nothing = (state.params, state.batch_stats), Sums(0.0, 0, 0, 1)
+    params, batch_stats = _select(skipped, old, (params, batch_stats))
+    sums = _select(skipped, nothing, sums)
   return TrainState(state.step + 1, params, batch_stats, opt_state), sums
 
 
@@ -109,82 +148,81 @@ def eval_step(
   variables = {"params": state.params, "batch_stats": state.batch_stats}
   logits: Any = model.apply(variables, batch["image"], train=False)
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-  return _sums(losses, logits, batch["label"], batch["mask"], axis_name)
+  return total(_sums(losses, logits, batch), axis_name)
 
 
-def _sums(
-  losses: jax.Array, logits: jax.Array, labels: jax.Array, mask: jax.Array, axis_name: str | None
-) -> Sums:
-  sums = Sums(
+def own(tree: Any, axis_name: str | None) -> Any:
+  """Values that all devices share, as this device's own."""
+  return tree if axis_name is None else lax.pcast(tree, axis_name, to="varying")
+
+
+def total(tree: Any, axis_name: str | None) -> Any:
+  """The sum over the devices of what each has."""
+  return tree if axis_name is None else lax.psum(tree, axis_name)
+
+
+def _valid(batch: dict[str, jax.Array]) -> jax.Array:
+  return batch["mask"] if "mask" in batch else jnp.ones_like(batch["label"], bool)
+
+
+def _sums(losses: jax.Array, logits: jax.Array, batch: dict[str, jax.Array]) -> Sums:
+  mask = _valid(batch)
+  return Sums(
     loss=jnp.sum(losses, where=mask),
-    correct=jnp.sum(logits.argmax(-1) == labels, where=mask, dtype=jnp.int32),
+    correct=jnp.sum(logits.argmax(-1) == batch["label"], where=mask, dtype=jnp.int32),
     count=jnp.sum(mask, dtype=jnp.int32),
-  )
-  return sums if axis_name is None else lax.psum(sums, axis_name)
-
-
-def pmap_step(
-  body: Callable[..., Any], devices: Sequence[jax.Device], *, donate_state: bool = False
-) -> Callable[..., Any]:
-  """`body(state, batch, axis_name=...)` on every device, compiled once.
-
-  Takes what `replicate` and `shard` give. A donated state's memory becomes the new state's.
-  """
-  return jax.pmap(
-    functools.partial(body, axis_name=AXIS),
-    axis_name=AXIS,
-    devices=devices,
-    donate_argnums=(0,) if donate_state else (),
+    skipped=jnp.int32(0),
   )
 
 
-def _sharding(devices: Sequence[jax.Device]) -> jax.sharding.NamedSharding:
-  """The placement that pmap's results have: anything else would be copied, or compiled, anew."""
-  return jax.NamedSharding(jax.sharding.Mesh(np.array(devices), (AXIS,)), jax.P(AXIS))
+def _mean_where(mask: jax.Array, tree: Any) -> Any:
+  """The mean over the first axis of those entries for which `mask` is true, or of all if none."""
+  mask = mask | ~mask.any()
+
+  def mean(x: jax.Array) -> jax.Array:
+    where = mask.reshape(-1, *[1] * (x.ndim - 1))
+    return (jnp.sum(x, 0, where=where) / mask.sum()).astype(x.dtype)
+
+  return jax.tree.map(mean, tree)
 
 
-def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
-  """Gives each device a copy: leaves of shape (...) become (devices, ...)."""
-  copies = jax.tree.map(
-    lambda x: np.broadcast_to(np.asarray(x), (len(devices), *np.shape(x))), tree
-  )
-  return jax.device_put(copies, _sharding(devices))
+def _all_finite(tree: Any) -> jax.Array:
+  return jnp.all(jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]))
 
 
-def shard(batch: Any, devices: Sequence[jax.Device]) -> Any:
-  """Deals the examples out: leaves of shape (B, ...) become (devices, B/devices, ...)."""
-  n = len(devices)
-  parts = jax.tree.map(lambda x: x.reshape(n, len(x) // n, *x.shape[1:]), batch)
-  return jax.device_put(parts, _sharding(devices))
+def _select(condition: jax.Array, yes: Any, no: Any) -> Any:
+  return jax.tree.map(lambda y, n: jnp.where(condition, y, n).astype(n.dtype), yes, no)
 
 
 def unreplicate(tree: Any) -> Any:
-  """The first device's copy, on the host; waits for it.
+  """This process's copy of replicated arrays, on the host; waits for it.
 
   A real copy: the memory of a donated state is overwritten by the next step.
   """
-  return jax.tree.map(lambda x: np.array(x.addressable_shards[0].data[0]), tree)
+  return jax.tree.map(lambda x: np.array(x.addressable_shards[0].data), tree)
 
 
 def evaluate(
-  step: Callable[..., Sums],
-  state: TrainState,
-  batches: Iterable[Any],
-  devices: Sequence[jax.Device],
+  step: Callable[..., Sums], state: TrainState, batches: Iterable[Any], parallel: Parallelism
 ) -> tuple[float, float, int]:
   """Loss, accuracy and number of examples over all of `batches`, whatever their size."""
-  total = Sums(0.0, 0, 0)
+  result = Sums(0.0, 0, 0)
   waiting: list[Sums] = []
   for batch in batches:
-    waiting.append(step(state, shard(batch, devices)))
+    waiting.append(step(state, parallel.shard(batch)))
     if len(waiting) > 1:  # let the host prepare one batch while the devices work on another
-      total = add(total, waiting.pop(0))
+      result = add(result, waiting.pop(0))
   for sums in waiting:
-    total = add(total, sums)
-  return total.loss / total.count, total.correct / total.count, total.count
+    result = add(result, sums)
+  return result.loss / result.count, result.correct / result.count, result.count
 
 
-def add(total: Sums, sums: Sums) -> Sums:
+def add(result: Sums, sums: Sums) -> Sums:
   """Adds a step's sums on the host, in double precision and whole numbers; waits for them."""
-  loss, correct, count = unreplicate(sums)
-  return Sums(total.loss + float(loss), total.correct + int(correct), total.count + int(count))
+  loss, correct, count, skipped = unreplicate(sums)
+  return Sums(
+    result.loss + float(loss),
+    result.correct + int(correct),
+    result.count + int(count),
+    result.skipped + int(skipped),
+  )

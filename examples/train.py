@@ -26,8 +26,10 @@ from examples import (
   curves,
   data,
   interrupts,
+  microbatches,
   models,
   optimizers,
+  parallelism,
   reporting,
   settings,
   steps,
@@ -65,10 +67,14 @@ def run(config: Any, command: str = "the same command") -> int:
   # Whatever can be wrong is found here, before any work.
   devices = choose_devices(config.devices)
   settings.check(config, len(devices))
+  parallel = parallelism.create(config, devices)
+  accumulation = config.microbatches, config.microbatch_statistics
   optimizer = optimizers.create(config)
   dataset, batches = load(config)
   image_shape = dataset.train_images.shape[1:]
-  model = models.create(config, image_shape, len(dataset.class_names), steps.AXIS)
+  axes = microbatches.axes(parallel.axis_name, *accumulation)
+  virtual = settings.virtual_batch_size(config, len(devices))
+  model = models.create(config, image_shape, len(dataset.class_names), axes, virtual)
   directory = Path(config.workdir)
   settings.claim(directory, config)
 
@@ -90,31 +96,32 @@ def run(config: Any, command: str = "the same command") -> int:
     if step:
       state = store.restore(step, state, batches)
       console.print(f"Resuming {directory} after step {step} of {config.steps}.")
-    state = steps.replicate(state, devices)
+    state = parallel.replicate(state)
 
     # The one body of each step, on every device.
-    train_step = steps.pmap_step(
+    train_step = parallel.step(
       functools.partial(
         steps.train_step,
         model=model,
         optimizer=optimizer,
         label_smoothing=config.label_smoothing,
+        accumulate=microbatches.create(*accumulation),
+        skip_nonfinite=optimizers.skips(config),
       ),
-      devices,
       donate_state=True,
     )
-    eval_step = steps.pmap_step(functools.partial(steps.eval_step, model=model), devices)
+    eval_step = parallel.step(functools.partial(steps.eval_step, model=model))
 
     with reporting.Reporter(directory, config, step, console) as report:
       while step < config.steps and not interrupt:
-        batch = steps.shard(report.take(batches), devices)
+        batch = parallel.shard(report.take(batches))
         state, sums = train_step(state, batch)
         step += 1
         report.stepped(step, sums)
         if step % config.eval_every == 0 or step == config.steps:
           with report.pause(step):
             tests = data.test_batches(dataset, config.eval_batch_size)
-            report.tested(step, *steps.evaluate(eval_step, state, tests, devices))
+            report.tested(step, *steps.evaluate(eval_step, state, tests, parallel))
         if step % config.save_every == 0:
           with report.pause(step):
             store.save(step, steps.unreplicate(state), batches)
@@ -138,8 +145,8 @@ def run(config: Any, command: str = "the same command") -> int:
 
 
 def choose_devices(count: int) -> list[jax.Device]:
-  """The first `count` local devices; all of them for 0."""
-  devices = jax.local_devices()
+  """The first `count` devices; all of them for 0."""
+  devices = jax.devices()
   if not 0 <= count <= len(devices):
     raise UserError(
       f"config.devices is {count}, but there are {len(devices)} devices "

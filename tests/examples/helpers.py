@@ -7,7 +7,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from examples import models, optimizers, settings, steps
+from examples import microbatches, models, optimizers, parallelism, settings, steps
 
 IMAGE_SHAPE = (8, 8, 1)
 CLASSES = 10
@@ -48,9 +48,12 @@ def batch(size: int, seed: int = 0) -> dict[str, np.ndarray]:
 class Job:
   """Model, first state and steps of a config, on the first `count` devices."""
 
-  def __init__(self, config: Any, count: int, axis_name: str | None = steps.AXIS):
-    self.devices = jax.local_devices()[:count]
-    self.model = models.create(config, IMAGE_SHAPE, CLASSES, axis_name)
+  def __init__(self, config: Any, count: int):
+    self.parallel = parallelism.create(config, jax.devices()[:count])
+    accumulation = config.microbatches, config.microbatch_statistics
+    axes = microbatches.axes(self.parallel.axis_name, *accumulation)
+    virtual = settings.virtual_batch_size(config, count)
+    self.model = models.create(config, IMAGE_SHAPE, CLASSES, axes, virtual)
     self.optimizer = optimizers.create(config)
     self.state = steps.init_state(self.model, self.optimizer, config.seed, IMAGE_SHAPE)
     self.train_body = functools.partial(
@@ -58,15 +61,26 @@ class Job:
       model=self.model,
       optimizer=self.optimizer,
       label_smoothing=config.label_smoothing,
+      accumulate=microbatches.create(*accumulation),
+      skip_nonfinite=optimizers.skips(config),
     )
     self.eval_body = functools.partial(steps.eval_step, model=self.model)
 
-  def train(self, count: int) -> tuple[steps.TrainState, list[float]]:
-    """The state (still on the devices) after `count` steps, and the mean loss of each."""
-    step = steps.pmap_step(self.train_body, self.devices, donate_state=True)
-    state, losses = steps.replicate(self.state, self.devices), []
-    for i in range(count):
-      state, sums = step(state, steps.shard(batch(32, seed=i), self.devices))
-      sums = steps.unreplicate(sums)
-      losses.append(float(sums.loss) / int(sums.count))
-    return state, losses
+  def train(self, batches: Any) -> tuple[steps.TrainState, list[steps.Sums]]:
+    """The state and the sums, on the host, after a step with each of `batches`.
+
+    A number stands for so many batches of noise.
+    """
+    if isinstance(batches, int):
+      batches = [batch(32, seed=i) for i in range(batches)]
+    step = self.parallel.step(self.train_body, donate_state=True)
+    state, results = self.parallel.replicate(self.state), []
+    for each in batches:
+      state, sums = step(state, self.parallel.shard(each))
+      results.append(steps.unreplicate(sums))
+    return steps.unreplicate(state), results
+
+
+def mean_losses(results: list[steps.Sums]) -> list[float]:
+  """The mean loss of each step."""
+  return [float(sums.loss) / int(sums.count) for sums in results]

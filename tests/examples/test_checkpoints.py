@@ -68,12 +68,12 @@ def test_another_shape_is_refused(tmp_path, changes, message):
 def test_training_on_does_not_change_what_is_being_saved(tmp_path):
   """The state is written while the next steps reuse its memory."""
   job = helpers.Job(helpers.config(model="mlp"), 4)
-  step = steps.pmap_step(job.train_body, job.devices, donate_state=True)
-  live = steps.replicate(job.state, job.devices)
+  step = job.parallel.step(job.train_body, donate_state=True)
+  live = job.parallel.replicate(job.state)
   with Checkpoints(tmp_path, keep=1) as store:
     store.save(0, steps.unreplicate(live), batches())
     for i in range(5):
-      live, _ = step(live, steps.shard(helpers.batch(32, seed=i), job.devices))
+      live, _ = step(live, job.parallel.shard(helpers.batch(32, seed=i)))
   with Checkpoints(tmp_path, keep=1) as store:
     restored = store.restore(0, job.state, batches())
   chex.assert_trees_all_equal(restored._asdict(), jax.device_get(job.state._asdict()))

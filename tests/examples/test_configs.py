@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from examples import models, optimizers, settings, steps
+from examples import models, optimizers, settings
 
 # ml_collections loads config files by a method that Python will drop.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -31,7 +31,7 @@ def test_config_describes_a_job(file):
   settings.check(config, 4)
   assert config.workdir == f"runs/{file.stem}"
   shape = SHAPES[config.dataset]
-  model = models.create(config, shape, 10, steps.AXIS)
+  model = models.create(config, shape, 10, None)
   optimizers.create(config)
   images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
   init = functools.partial(model.init, train=False)

@@ -1,7 +1,9 @@
 """The optimizers: what decays, and how the learning rate goes."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from examples import optimizers
@@ -33,3 +35,47 @@ def test_learning_rate_warms_up_and_falls_to_zero():
 def test_unknown_name_is_refused_with_the_nearest():
   with pytest.raises(UserError, match=r"config.optimizer is 'adam'.*did you mean 'adamw'"):
     optimizers.create(helpers.config(optimizer="adam"))
+
+
+def scaled(initial, gradients):
+  """The loss scale after each of these gradients, and the parameter at the end."""
+  config = helpers.config(loss_scale=initial, optimizer="sgd", weight_decay=0.0, warmup_steps=0)
+  optimizer = optimizers.create(config)
+  params = {"kernel": jnp.zeros(2)}
+
+  def update(carry, gradient):
+    params, state = carry
+    grads = {"kernel": jnp.full(2, gradient) * optimizers.loss_scale(state)}
+    updates, state = optimizer.update(grads, state, params)
+    return (optax.apply_updates(params, updates), state), optimizers.loss_scale(state)
+
+  (params, _), scales = jax.lax.scan(
+    update, (params, optimizer.init(params)), jnp.array(gradients, jnp.float32)
+  )
+  return scales, params["kernel"]
+
+
+def test_loss_scale_is_halved_by_an_overflow_but_not_below_one():
+  scales, _ = scaled(4.0, [1.0, np.inf, np.nan, np.inf, 1.0])
+  np.testing.assert_array_equal(scales, [4.0, 2.0, 1.0, 1.0, 1.0])
+
+
+def test_loss_scale_is_doubled_after_2000_good_steps_up_to_its_largest():
+  gradients = np.ones(4100)
+  gradients[50] = np.inf
+  scales, _ = scaled(2.0**22, gradients)
+  changes = {i: float(scales[i]) for i in range(1, 4100) if scales[i] != scales[i - 1]}
+  assert changes == {50: 2.0**21, 2050: 2.0**22, 4050: 2.0**23}
+  assert scaled(2.0**24, np.ones(2001))[0][-1] == 2.0**24
+
+
+def test_a_scaled_step_is_the_step():
+  """Powers of two scale exactly."""
+  gradients = [1.0, 0.25, 3.0]
+  np.testing.assert_array_equal(scaled(0.0, gradients)[1], scaled(1024.0, gradients)[1])
+
+
+def test_scaling_brings_the_skips_that_it_takes_to_come_down():
+  assert optimizers.skips(helpers.config()) == 0
+  assert optimizers.skips(helpers.config(skip_nonfinite=3)) == 3
+  assert optimizers.skips(helpers.config(skip_nonfinite=3, loss_scale=1.0)) == 27

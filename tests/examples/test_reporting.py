@@ -14,8 +14,8 @@ from examples.settings import UserError
 from tests.examples import helpers
 
 
-def sums(loss, correct=1, count=4):
-  return steps.Sums(jnp.array([loss]), jnp.array([correct]), jnp.array([count]))
+def sums(loss, correct=1, count=4, skipped=0):
+  return steps.Sums(*map(jnp.array, (loss, correct, count, skipped)))
 
 
 def reporter(directory, start=0, terminal=False, **changes):
@@ -102,3 +102,31 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     report.stepped(1, sums(np.nan))
     with pytest.raises(UserError, match=r"loss became nan by step 2.*learning_rate is 0.1"):
       report.stepped(2, sums(1.0))
+
+
+def test_skipped_steps_are_counted_and_not_averaged(tmp_path):
+  with reporter(tmp_path, steps=8)[0] as report:
+    for step in (1, 2):
+      report.stepped(step, sums(0.0, 0, 0, skipped=1))
+    report.stepped(3, sums(4.0))
+    report.stepped(4, sums(0.0, 0, 0, skipped=1))
+  assert [row.get("skipped_steps") for row in report.rows] == [2, 1, None]
+  assert [(row["step"], row["train_loss"]) for row in report.rows[2:]] == [(4, 1.0)]
+  # The schedule is at its second step: the optimizer did not see the others.
+  assert report.rows[2]["learning_rate"] == pytest.approx(float(report._schedule(0)))
+  report, console = reporter(tmp_path, start=4, steps=8)
+  with report:
+    report.tested(5, 0.25, 0.5, 10)
+  assert "training loss 1.0000, test loss 0.2500, test accuracy 50.00%, steps skipped 3" in (
+    console.file.getvalue()
+  )
+
+
+def test_a_result_before_any_step_counted_has_no_training_loss(tmp_path):
+  report, console = reporter(tmp_path)
+  with report:
+    report.stepped(1, sums(0.0, 0, 0, skipped=1))
+    report.finish_window(1)
+    report.tested(1, 0.25, 0.5, 10)
+  shown = console.file.getvalue()
+  assert "step      1 of 6: test loss 0.2500, test accuracy 50.00%, steps skipped 1" in shown

@@ -53,6 +53,18 @@ def test_wrong_command_lines_are_refused(argument, message):
     ({"widths": (4, 8)}, r"config.widths is \(4, 8\) and config.blocks is \(1,\)"),
     ({"widths": (0,)}, "positive whole number"),
     ({"dtype": "bfloat"}, "config.dtype is 'bfloat', .*did you mean 'bfloat16'"),
+    ({"microbatches": 3}, "config.microbatches is 3, .* 8 examples .* 4 devices.* 1, 2, 4, 8, or"),
+    ({"microbatches": 0}, "config.microbatches is 0, "),
+    ({"microbatch_statistics": "merge"}, "config.microbatch_statistics is 'merge', .*'merged'"),
+    ({"virtual_batch_size": "6"}, "virtual_batch_size is '6', .* 1, 2, 4, 8, 16, 32, or device"),
+    ({"virtual_batch_size": "16", "microbatches": 4}, "the 2 examples .* 1, 2, 4, 8, or device"),
+    (
+      {"virtual_batch_size": "2", "microbatches": 4, "microbatch_statistics": "merged"},
+      "two sizes for one batch",
+    ),
+    ({"virtual_batch_size": "device", "norm": "none"}, "'none' and has no statistics"),
+    ({"skip_nonfinite": -1}, "config.skip_nonfinite is -1, but must be at least 0"),
+    ({"loss_scale": 0.5}, "config.loss_scale is 0.5, .* 0 for none, or from 1 to 16777216"),
   ],
 )
 def test_impossible_settings_are_refused(changes, message):
@@ -62,6 +74,27 @@ def test_impossible_settings_are_refused(changes, message):
 
 def test_possible_settings_pass():
   settings.check(helpers.config(), 4)
+  settings.check(helpers.config(microbatches=8, loss_scale=2.0**24, skip_nonfinite=3), 4)
+
+
+@pytest.mark.parametrize(
+  ("given", "examples"), [("global", None), ("device", 4), ("2", 2), ("16", 16)]
+)
+def test_virtual_batch_sizes_are_numbers_of_examples(given, examples):
+  config = helpers.config(virtual_batch_size=given, microbatches=2)
+  settings.check(config, 4)
+  assert settings.virtual_batch_size(config, 4) == examples
+
+
+def test_a_run_that_is_older_than_a_key_goes_on(tmp_path):
+  settings.claim(tmp_path, helpers.config())
+  file = tmp_path / "config.json"
+  keys = json.loads(file.read_text())
+  del keys["microbatches"], keys["loss_scale"]
+  file.write_text(json.dumps(keys))
+  settings.claim(tmp_path, helpers.config())
+  with pytest.raises(UserError, match=r"microbatches was 1 and is now 2\)"):
+    settings.claim(tmp_path, helpers.config(microbatches=2))
 
 
 def test_a_run_directory_belongs_to_its_config(tmp_path):

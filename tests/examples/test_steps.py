@@ -1,7 +1,6 @@
-"""The steps: the same numbers however many devices share the work, and one compilation."""
+"""The steps: what they compute. tests/examples/test_parallelism.py spreads them over devices."""
 
 import functools
-import logging
 
 import chex
 import jax
@@ -11,21 +10,8 @@ import optax
 import pytest
 from flax import linen as nn
 
-from examples import steps
+from examples import parallelism, steps
 from tests.examples import helpers
-
-# Sums over a batch are taken in another order on another number of devices: a relative
-# error of some 2**-24 a sum, which a few steps at learning rate 0.1 may enlarge tenfold.
-REORDERED = {"rtol": 2e-5, "atol": 2e-6}
-
-
-def test_training_gives_the_same_numbers_on_1_2_and_4_devices():
-  states, losses = zip(*(helpers.Job(helpers.config(), n).train(4) for n in (1, 2, 4)), strict=True)
-  assert len(set(losses[0])) == 4
-  one, *others = (steps.unreplicate(state)._asdict() for state in states)
-  for other in others:
-    chex.assert_trees_all_close(other, one, **REORDERED)
-  np.testing.assert_allclose(losses[1:], [losses[0]] * 2, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -35,75 +21,16 @@ def trained():
   return job, job.train(2)[0]
 
 
-def test_every_device_has_the_same_state(trained):
-  _, state = trained
-  assert jax.tree.leaves(state.batch_stats)
-  for leaf in jax.tree.leaves(state):
-    copies = np.asarray(leaf)
-    assert len(copies) == 4
-    np.testing.assert_array_equal(copies, np.broadcast_to(copies[0], copies.shape))
-
-
 def test_statistics_are_those_of_the_global_batch():
   """Devices with very different shares would disagree, were the norm not synchronized."""
   job = helpers.Job(helpers.config(model="mlp", norm_momentum=0.0), 4)
   batch = helpers.batch(32)
   batch["image"] *= np.repeat([1.0, 2.0, 3.0, 4.0], 8).astype(np.float32)[:, None, None, None]
-  step = steps.pmap_step(job.train_body, job.devices)
-  state, _ = step(steps.replicate(job.state, job.devices), steps.shard(batch, job.devices))
+  state, _ = job.train([batch])
   first = batch["image"].reshape(32, -1) @ np.asarray(job.state.params["Dense_0"]["kernel"])
-  stats = steps.unreplicate(state).batch_stats["BatchNorm_0"]
+  stats = state.batch_stats["BatchNorm_0"]
   np.testing.assert_allclose(stats["mean"], first.mean(0), rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(stats["var"], first.var(0), rtol=1e-4)
-
-
-def test_both_steps_compile_once(caplog):
-  job = helpers.Job(helpers.config(model="mlp"), 4)
-  chex.clear_trace_counter()
-
-  @chex.assert_max_traces(n=1)
-  def train_body(*args, **kwargs):
-    return job.train_body(*args, **kwargs)
-
-  @chex.assert_max_traces(n=1)
-  def eval_body(*args, **kwargs):
-    return job.eval_body(*args, **kwargs)
-
-  train = steps.pmap_step(train_body, job.devices, donate_state=True)
-  evaluate = steps.pmap_step(eval_body, job.devices)
-  state = steps.replicate(job.state, job.devices)
-  with caplog.at_level(logging.WARNING), jax.log_compiles():
-    for i in range(3):
-      batch = steps.shard(helpers.batch(32, seed=i), job.devices)
-      state, _ = train(state, batch)
-      evaluate(state, batch)
-  # One trace may still be compiled twice, for arguments that are placed differently.
-  compiled = [
-    r.getMessage() for r in caplog.records if "Finished XLA compilation" in r.getMessage()
-  ]
-  assert len(compiled) == 2, compiled
-
-
-def test_training_gives_its_old_state_away():
-  job = helpers.Job(helpers.config(model="mlp"), 4)
-  before = steps.replicate(job.state, job.devices)
-  step = steps.pmap_step(job.train_body, job.devices, donate_state=True)
-  step(before, steps.shard(helpers.batch(32), job.devices))
-  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
-
-
-def test_unreplicate_copies():
-  state = steps.replicate({"x": np.arange(3.0)}, jax.local_devices()[:4])
-  copy = steps.unreplicate(state)["x"]
-  assert copy.base is None
-  np.testing.assert_array_equal(copy, [0.0, 1.0, 2.0])
-
-
-def test_shard_deals_out_in_order():
-  devices = jax.local_devices()[:4]
-  shares = steps.shard({"x": np.arange(8)}, devices)["x"]
-  np.testing.assert_array_equal(shares, np.arange(8).reshape(4, 2))
-  assert [s.device for s in shares.addressable_shards] == devices
 
 
 class Constant(nn.Module):
@@ -112,7 +39,7 @@ class Constant(nn.Module):
   classes: int = 3
 
   @nn.compact
-  def __call__(self, images, train):
+  def __call__(self, images, train, mask=None):
     logits = self.param("logits", lambda key: jnp.array([2.0, 0.0, -1.0]))
     return jnp.broadcast_to(logits, (len(images), 3))
 
@@ -149,11 +76,10 @@ def padded_batches(examples, size):
 def test_evaluation_counts_every_example_once_whatever_the_batch_size(trained):
   job, state = trained
   examples = helpers.batch(50, seed=5)
-  step = steps.pmap_step(job.eval_body, job.devices)
+  step, placed = job.parallel.step(job.eval_body), job.parallel.replicate(state)
   results = [
-    steps.evaluate(step, state, padded_batches(examples, size), job.devices) for size in (20, 52)
+    steps.evaluate(step, placed, padded_batches(examples, size), job.parallel) for size in (20, 52)
   ]
-  state = steps.unreplicate(state)
   variables = {"params": state.params, "batch_stats": state.batch_stats}
   logits = jax.jit(functools.partial(job.model.apply, train=False))(variables, examples["image"])
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, examples["label"])
@@ -166,7 +92,7 @@ def test_evaluation_counts_every_example_once_whatever_the_batch_size(trained):
 
 def test_evaluation_uses_the_running_statistics():
   """Alone or among others that are quite different, an example scores the same."""
-  job = helpers.Job(helpers.config(model="mlp"), 1, axis_name=None)
+  job = helpers.Job(helpers.config(model="mlp", parallelism="jit"), 1)
   one, many = helpers.batch(1), helpers.batch(8, seed=1)
   many["image"] *= 50
   mixed = {key: np.concatenate([one[key], many[key]]) for key in one}
@@ -178,8 +104,8 @@ def test_evaluation_uses_the_running_statistics():
 
 
 def test_bfloat16_computes_in_it_but_keeps_float32():
-  config = helpers.config(dtype="bfloat16")
-  job = helpers.Job(config, 1, axis_name=None)
+  config = helpers.config(dtype="bfloat16", parallelism="jit")
+  job = helpers.Job(config, 1)
   state, sums = jax.eval_shape(job.train_body, job.state, helpers.batch(32))
   kept = jax.tree.leaves((state.params, state.batch_stats, sums.loss))
   assert {leaf.dtype for leaf in kept} == {jnp.dtype(jnp.float32)}
@@ -194,3 +120,91 @@ def test_the_first_state_follows_from_the_seed():
   chex.assert_trees_all_equal(states[0]._asdict(), states[1]._asdict())
   first, _, other = (state.params["Dense_0"]["kernel"] for state in states)
   assert not np.allclose(first, other)
+
+
+# Steps that are skipped because numbers ran out: nothing remembers them but the counters.
+
+MODES = list(parallelism.MODES)
+COUNTERS = ("step", "loss_scale", "good_steps", "notfinite_count", "last_finite", "total_notfinite")
+
+
+def poisoned(seed=7, value=np.nan):
+  """A batch with one bad pixel."""
+  batch = helpers.batch(32, seed)
+  batch["image"][17, 3, 4] = value
+  return batch
+
+
+def learned(state):
+  """The state without its counters."""
+  return optax.tree.set(state, **{name: None for name in COUNTERS if in_tree(state, name)})
+
+
+def in_tree(state, name):
+  return bool(optax.tree.get_all_with_path(state, name))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"skip_nonfinite": 2},
+    {"skip_nonfinite": 2, "microbatches": 2},
+    {"skip_nonfinite": 2, "microbatches": 2, "microbatch_statistics": "merged"},
+    {"loss_scale": 128.0, "dtype": "float16", "optimizer": "adamw", "learning_rate": 1e-2},
+  ],
+  ids=["plain", "each", "merged", "float16"],
+)
+def test_a_batch_with_nan_leaves_no_trace(mode, changes):
+  job = helpers.Job(helpers.config(model="mlp", parallelism=mode, **changes), 4)
+  good = [helpers.batch(32, seed) for seed in range(3)]
+  without, _ = job.train(good)
+  state, results = job.train([good[0], poisoned(), poisoned(), good[1], good[2]])
+  assert [int(sums.skipped) for sums in results] == [0, 1, 1, 0, 0]
+  assert [int(sums.count) for sums in results] == [32, 0, 0, 32, 32]
+  assert np.isfinite([sums.loss for sums in results]).all()
+  assert int(state.step) == 5
+  assert optax.tree.get(state.opt_state, "total_notfinite") == 2
+  chex.assert_trees_all_equal(learned(state)._asdict(), learned(without)._asdict())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_statistics_that_overflow_are_a_reason_as_well(mode):
+  """The variance overflows, and the output, divided by it, is merely 0."""
+  config = helpers.config(model="mlp", skip_nonfinite=1, parallelism=mode)
+  job = helpers.Job(config, 4)
+  state, (sums,) = job.train([poisoned(value=1e25)])
+  assert int(sums.skipped) == 1
+  chex.assert_trees_all_equal(state.batch_stats, jax.device_get(job.state.batch_stats))
+
+
+def test_more_in_a_row_than_allowed_are_not_hidden():
+  job = helpers.Job(helpers.config(model="mlp", skip_nonfinite=2), 4)
+  _, results = job.train([poisoned(), poisoned(), helpers.batch(32), *[poisoned()] * 3])
+  assert [int(sums.skipped) for sums in results] == [1, 1, 0, 1, 1, 0]
+  assert np.isnan(results[-1].loss)
+
+
+def test_nothing_is_skipped_by_default():
+  job = helpers.Job(helpers.config(model="mlp"), 4)
+  state, (sums,) = job.train([poisoned()])
+  assert int(sums.skipped) == 0
+  assert np.isnan(sums.loss)
+  assert np.isnan(state.params["head"]["kernel"]).any()
+
+
+def test_float16_overflows_until_the_scale_fits():
+  """Real overflow: the largest scale is halved until the gradients fit, then float16 trains."""
+  config = helpers.config(model="vgg", dtype="float16", loss_scale=2.0**24)
+  job = helpers.Job(config, 4)
+  state, results = job.train([helpers.batch(32)] * 20)
+  skipped = [int(sums.skipped) for sums in results]
+  halvings = sum(skipped)
+  assert 1 <= halvings < 15
+  assert skipped == [1] * halvings + [0] * (20 - halvings)
+  assert optax.tree.get(state.opt_state, "loss_scale") == 2.0 ** (24 - halvings)
+  left = 20 - halvings
+  single = helpers.Job(helpers.config(model="vgg"), 4).train([helpers.batch(32)] * left)[1]
+  half = helpers.mean_losses(results[halvings:])
+  # float16 rounds each of a handful of layers by 2**-11.
+  np.testing.assert_allclose(half, helpers.mean_losses(single), rtol=10 * 2**-11)

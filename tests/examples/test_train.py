@@ -14,6 +14,7 @@ import pytest
 from examples import checkpoints, data, reporting, settings, train
 from examples.settings import UserError
 from tests.examples import helpers
+from tests.examples.test_parallelism import REORDERED
 
 # ml_collections loads config files by a method that Python will drop.
 OLD_IMPORT = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -68,6 +69,22 @@ def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(tmp_path, monkeypa
   assert [row["step"] for row in results[0]] == [10]
 
 
+def test_a_run_goes_on_under_another_parallelism(tmp_path, monkeypatch):
+  changes = {"model": "mlp", "steps": 4, "microbatches": 2}
+  whole, parts = (
+    helpers.config(workdir=str(tmp_path / name), **changes) for name in ("whole", "parts")
+  )
+  assert train.run(whole) == 0
+  with monkeypatch.context() as patch:
+    interrupt_at(2, patch)
+    parts.parallelism = "jit"
+    assert train.run(parts) == 128 + signal.SIGINT
+  parts.parallelism = "shard_map"
+  assert train.run(parts) == 0
+  expected, resumed = (saved_state(config, 4)[0] for config in (whole, parts))
+  chex.assert_trees_all_close(resumed, expected, **REORDERED)
+
+
 @OLD_IMPORT
 @pytest.mark.parametrize(
   ("arguments", "message"),
@@ -75,6 +92,7 @@ def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(tmp_path, monkeypa
     (["--config.batchsize=1"], "did you mean 'batch_size'"),
     (["--config.batch_size=130"], "config.batch_size is 130, but must be a positive multiple"),
     (["--config.model=resnt"], "did you mean 'resnet'"),
+    (["--config.parallelism=shardmap"], "did you mean 'shard_map'"),
     (["--config.norm=bach"], "did you mean 'batch'"),
     (["--config.dataset=digit"], "did you mean 'digits'"),
     (["--config.augment=shif"], "augment='shif'"),
