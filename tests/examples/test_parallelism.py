@@ -14,7 +14,6 @@ import pytest
 
 from configs import digits
 from examples import data, parallelism, steps
-from jaxbn import linen as bn
 from tests.examples import helpers, one_of_two
 
 MODES = list(parallelism.MODES)
@@ -179,9 +178,6 @@ def test_two_processes_with_two_devices_are_one_with_four():
     np.testing.assert_allclose(kernel, state.params["head"]["kernel"], **REORDERED)
 
 
-@pytest.mark.skipif(
-  "virtual_batch_size" not in bn.BatchNorm.__dataclass_fields__, reason="not in the layers yet"
-)
 @pytest.mark.parametrize("size", ["2", "8"])
 @pytest.mark.parametrize("mode", MODES)
 def test_virtual_batches_do_not_depend_on_the_devices(mode, size):
