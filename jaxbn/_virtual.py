@@ -146,9 +146,15 @@ def _as_given(activation: Any, given: Given) -> Callable[..., jax.Array] | None:
 
 
 def _by_group(
-  groups: Groups, step: Any, unbiased: bool, form: Form, how: How, given: Given, *rest: Any
+  groups: Groups,
+  step: Callable[..., tuple[jax.Array, Moments]],
+  unbiased: bool,
+  form: Form,
+  how: How,
+  given: Given,
+  weight: Any,
+  pivot: Any,
 ) -> tuple[jax.Array, Moments]:
-  weight, pivot = rest
   shape, position = given.x.shape, None
   how = how._replace(axis_name=groups.sharing[0], axis_index_groups=groups.sharing[1])
   if groups.number > 1:
