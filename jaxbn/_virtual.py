@@ -78,7 +78,7 @@ def groups(virtual_batch_size: Any, x: jax.Array, how: How) -> Groups | None:
   axis = how.axes.reduced[0]
   share, devices = x.shape[axis], 1 if how.axis_name is None else _checks.axis_size(how.axis_name)
   size = share if virtual_batch_size == "device" else operator.index(virtual_batch_size)
-  if size not in (fitting := _fitting(share, devices)):
+  if share % size and (size % share or devices % (size // share)):
     held = f"x holds {share} examples, along axis {axis}"
     if how.axis_name is not None:
       held += f", on each of the {devices} devices of axis_name={how.axis_name!r}"
@@ -86,7 +86,7 @@ def groups(virtual_batch_size: Any, x: jax.Array, how: How) -> Groups | None:
     raise ValueError(
       f"virtual_batch_size={size} does not fit: {held}. All groups have the same size, and each is "
       "part of a device's examples or all those of some devices: pass one of "
-      f"{', '.join(map(str, fitting))}."
+      f"{', '.join(map(str, _fitting(share, devices)))}."
     )
   if size == share * devices:
     return None
@@ -98,7 +98,7 @@ def groups(virtual_batch_size: Any, x: jax.Array, how: How) -> Groups | None:
 
 
 def _fitting(share: int, devices: int) -> list[int]:
-  """All sizes that a group can have."""
+  """All sizes that a group can have: what divides a share, and shares of what divides devices."""
   within = [n for n in range(1, share + 1) if share % n == 0]
   across = [share * n for n in range(2, devices + 1) if devices % n == 0]
   return within + across
@@ -146,9 +146,15 @@ def _as_given(activation: Any, given: Given) -> Callable[..., jax.Array] | None:
 
 
 def _by_group(
-  groups: Groups, step: Any, unbiased: bool, form: Form, how: How, given: Given, *rest: Any
+  groups: Groups,
+  step: Callable[..., tuple[jax.Array, Moments]],
+  unbiased: bool,
+  form: Form,
+  how: How,
+  given: Given,
+  weight: Any,
+  pivot: Any,
 ) -> tuple[jax.Array, Moments]:
-  weight, pivot = rest
   shape, position = given.x.shape, None
   how = how._replace(axis_name=groups.sharing[0], axis_index_groups=groups.sharing[1])
   if groups.number > 1:
@@ -187,7 +193,7 @@ def _split_examples(groups: Groups, x: jax.Array | None) -> jax.Array | None:
 
 
 def _mean(batch: Moments, unbiased: bool, position: int | None, axis_name: Any) -> Moments:
-  """The plain mean over all groups that are not empty; the count is their number."""
+  """The plain mean over all groups that are not empty; the count is 0 where all are."""
   var = unbiased_variance(batch) if unbiased else batch.var
   there = jnp.broadcast_to(jnp.asarray(batch.count) > 0, var.shape)
   sums = [there.astype(var.dtype), batch.mean, var]  # the moments of nothing are 0

@@ -142,6 +142,7 @@ OUR_CASES = {
   "masked_value": Case({"masked_value": 7.0}, {"mask": MASK}),
   "weights": Case(call={"weights": WEIGHTS}),
   "mask and weights": Case({"masked_value": 0.0}, {"weights": WEIGHTS, "mask": MASK}),
+  "virtual batches": Case({"virtual_batch_size": 4}, {"mask": MASK}),
 }
 CASES = FLAX_CASES | OUR_CASES
 MAKERS = {

@@ -233,6 +233,20 @@ def test_one_and_two_passes_agree_on_benign_data():
   assert np.all(np.abs(one.var - two.var) <= tolerance)
 
 
+@pytest.mark.parametrize("axis", [-1, 1, (1, 3), ()])
+def test_with_a_mask_the_pivot_is_an_element_that_exists(axis):
+  # A tenth exist, at 1e4 deviations; all others are NaN, and a pivot of 0 would lose every digit.
+  # It is at most sqrt(n) deviations away: R^2 <= (1 + n) var, in the tolerance for n elements.
+  rng = np.random.default_rng(0)
+  x = (1e4 + rng.normal(size=(20, 3, 7, 2))).astype(np.float32)
+  mask = rng.random(x.shape) < 0.1
+  found = jaxbn.moments(np.where(mask, x, np.float32(np.nan)), axis, mask=mask)
+  right = oracle.moments(x, axis, mask)
+  n = right.count
+  allowed = (3 * n + 18) * unit_roundoff(np.float32) * (1 + n) * right.var
+  bounds.assert_within(found.var, right.var, allowed)
+
+
 # ---------------------------------------------------------------------------------------------
 # Counts
 

@@ -21,7 +21,8 @@ from tests import oracle
 
 N, CHANNELS = 6, 2
 MASK = np.arange(12).reshape(N, CHANNELS) % 5 > 0  # of three rows each, no channel lacks two
-KINDS = ["plain", "masked", "synchronized", "activation"]
+GROUP = 3  # examples of a virtual batch
+KINDS = ["plain", "masked", "synchronized", "activation", "virtual"]
 MODES = ["training", "evaluation"]
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -52,6 +53,8 @@ def layer(kind, mode):
   options = {"use_running_average": mode == "evaluation", "momentum": 0.9}
   if kind == "masked":
     options |= {"mask": MASK, "masked_value": 0.0}
+  if kind == "virtual":
+    options["virtual_batch_size"] = GROUP
 
   def whole(x, scale, bias, state):
     if kind == "activation":  # a block of a residual network
@@ -73,7 +76,16 @@ def sigmoid(z):
   return 1 / (1 + np.exp(-z))
 
 
+def by_group(x, *others):
+  """What belongs together, group by group."""
+  return [(x[i : i + GROUP], *(a[i : i + GROUP] for a in others)) for i in range(0, N, GROUP)]
+
+
 def before_activation(kind, mode, x, scale, bias, state):
+  if kind == "virtual" and mode == "training":
+    groups = [before_activation("plain", mode, *g, scale, bias, state) for g in by_group(x)]
+    ys, batches = zip(*groups, strict=True)
+    return np.concatenate(ys), oracle.Stats(*(np.mean(v, 0) for v in zip(*batches, strict=True)))
   mask = MASK if kind == "masked" else None
   batch = oracle.moments(x, mask=mask)
   stats = batch if mode == "training" else state
@@ -111,6 +123,11 @@ def right_gradient(kind, mode, x, scale, bias, state):
     g = g * sigmoid(z) * (1 + z * (1 - sigmoid(z)))
     past_layer = g
   mask = MASK if kind == "masked" else np.ones_like(MASK)
+  if kind == "virtual" and mode == "training":
+    d_x, d_scale, d_bias = zip(
+      *(oracle.gradients(some, scale, g_some) for some, g_some in by_group(x, g)), strict=True
+    )
+    return np.concatenate(d_x), sum(d_scale), sum(d_bias)
   if mode == "training":
     d_x, d_scale, d_bias = oracle.gradients(x, scale, g, mask=mask)
     return d_x + past_layer, d_scale, d_bias
@@ -280,6 +297,7 @@ def of_shard(kind, mode, x, mask, scale, bias, state):
     "masked": {"mask": mask, "masked_value": 0.0},
     "synchronized": {"axis_name": "batch"},
     "activation": {"activation": jax.nn.silu, "residual": x},
+    "virtual": {"axis_name": "batch", "virtual_batch_size": "device"},
   }.get(kind, {})
   options["use_running_average"] = mode == "evaluation"
   return jaxbn.batch_norm(x, scale, bias, state, **options)[0]
