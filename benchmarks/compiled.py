@@ -659,7 +659,11 @@ else the machine does.
 On the H100 the bytes are those of every kernel's operands and results; of an operand that a kernel
 only slices, the slice. On the TPU they are the compiler's own count, on padded layouts, which the
 floor is not: compare Flax with jaxbn there. *Sum inside* hands the layer the residual, *output
-kept* keeps the activated output in place of the input."""
+kept* keeps the activated output in place of the input.
+
+XLA's count for the CPU takes a branch for its longer side: in jaxbn's passes, and in its
+all-reduces under jit, is the second reading of a channel whose mean is far from 0, which others do
+not run."""
 
 
 def _of(rows: list[Row], kind: str) -> list[Row]:

@@ -183,28 +183,26 @@ def d_apply(
     from_moments = centered * expand(a) + expand(b)
   else:
     from_moments = expand(b - mean * a) + x * expand(a)
-  direct = [] if d_x is None else [d_x * expand(k)]
-  direct += [] if d.residual is None else [_wide(d.residual)]
+  direct = _sum(None if d_x is None else d_x * expand(k), _wide(d.residual))
   if form.activation is None:
-    return _sum(*direct, from_moments).astype(form.dtype)
+    return _sum(direct, from_moments).astype(form.dtype)
 
-  # Transposed, one term is elementwise and the other two sums. Were they to go through the
-  # activation together, XLA would store what both need, such as ReLU's mask. So each has its y.
-  if kept is None:
-    shift = _sum(-mean * k, given.bias)
-    at_moments, at_direct = (
-      _sum(x * expand(k), expand(shift), _wide(given.residual))
-      # Different barriers: XLA merges equal ones.
-      for k, shift in (lax.optimization_barrier((k, shift)), (k, lax.optimization_barrier(shift)))
-    )
-  else:
-    at_moments = at_direct = _scaled(form, given, centered, k)
-  activated = functools.partial(_activated, form.activation, given.constants)
   no_d = tuple(map(jnp.zeros_like, given.constants))
   d_constants = tuple(z if d_c is None else d_c for z, d_c in zip(no_d, d.constants, strict=True))
-  d_y = activated(at_moments, from_moments, d_constants)
-  if direct:
-    d_y = d_y + activated(at_direct, _sum(*direct), no_d)
+  activated = functools.partial(_activated, form.activation, given.constants)
+  shift, apart = _sum(-mean * k, given.bias), lax.optimization_barrier
+  if kept is not None:
+    d_y = activated(_scaled(form, given, centered, k), _sum(direct, from_moments), d_constants)
+  elif given.residual is not None or direct is None:
+    y = _sum(x * expand(k), expand(apart(shift)), _wide(given.residual))
+    d_y = activated(y, _sum(direct, from_moments), d_constants)
+  else:
+    # Transposed, one term is elementwise and the other two sums. Were they to go through the
+    # activation together, XLA would store what both need, such as ReLU's mask. So each has its y,
+    # behind barriers that differ: it merges equal ones. (Beside a residual that would move more.)
+    k_too, shift_too = apart((k, shift))
+    d_y = activated(x * expand(k_too) + expand(shift_too), from_moments, d_constants)
+    d_y = d_y + activated(x * expand(k) + expand(apart(shift)), direct, no_d)
   return d_y.astype(form.dtype)
 
 
