@@ -28,6 +28,13 @@ class UserError(Exception):
   """A mistake in what the user gave: shown as one line, without a traceback."""
 
 
+class Failure(Exception):
+  """What stops a run through no mistake in the command: shown as one line too.
+
+  A full disk, a process that died: once that is mended, the same command goes on.
+  """
+
+
 def defaults(name: str) -> ml_collections.ConfigDict:
   """Every key that the trainer knows; the files in configs/ say what differs."""
   config = ml_collections.ConfigDict()

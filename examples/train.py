@@ -34,14 +34,17 @@ from examples import (
   settings,
   steps,
 )
-from examples.settings import UserError
+from examples.settings import Failure, UserError
 
 DEFAULT_CONFIG = "configs/digits.py"
 VIRTUAL_DEVICES = 4  # where only a CPU is found
 
 
 def main(argv: Sequence[str]) -> int:
-  """Runs the job; returns the exit status: 0 done, 2 a user's mistake, 128 + a signal."""
+  """Runs the job; returns the exit status.
+
+  0: done. 1: stopped by something else, such as a full disk. 2: a user's mistake. 128 + a signal.
+  """
   if {"-h", "--help"} & set(argv):
     print(__doc__)
     return 0
@@ -54,6 +57,9 @@ def main(argv: Sequence[str]) -> int:
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
+  except (Failure, OSError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
   except KeyboardInterrupt:
     print("Stopped without saving; what was saved before is kept.", file=sys.stderr)
     return 130
@@ -81,7 +87,7 @@ def run(config: Any, command: str = "the same command") -> int:
   with (
     contextlib.closing(batches),
     interrupts.requests() as interrupt,
-    checkpoints.Checkpoints(directory / "checkpoints", config.keep) as store,
+    checkpoints.Checkpoints(directory / "checkpoints", config.keep, console.print) as store,
   ):
     # Start from the seed, or from where the last run stopped.
     step = store.latest() or 0
