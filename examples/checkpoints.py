@@ -34,7 +34,7 @@ class Checkpoints:
     """
     self._directory = directory
     self._saving = 0
-    hosts.after_first(lambda: _set_aside_damaged(directory, say))
+    hosts.in_turn(lambda: _set_aside_damaged(directory, say))
     options = ocp.CheckpointManagerOptions(
       preservation_policy=ocp.checkpoint_managers.LatestN(keep),
       cleanup_tmp_directories=True,
@@ -57,8 +57,8 @@ class Checkpoints:
     error: BaseException | None,
     trace: TracebackType | None,
   ) -> None:
-    if isinstance(error, Failure):  # it may be the last save's, or another process be gone
-      return
+    if isinstance(error, Failure) or (error and jax.process_count() > 1):
+      return  # the last save failed, or waits for a process that is gone
     with self._writing():
       self._manager.wait_until_finished()
       self._manager.close()
@@ -137,7 +137,9 @@ def _steps(directory: Path) -> list[int]:
 
 
 def _set_aside_damaged(directory: Path, say: Callable[[str], Any]) -> None:
-  """Renames damaged checkpoints that are newer than the last good one."""
+  """Renames damaged checkpoints that are newer than the last good one; process 0 does it for all."""
+  if not hosts.is_first():
+    return
   for step in reversed(_steps(directory)):
     wrong = integrity.damage(directory / str(step))
     if wrong is None:

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import tensorboardX
 from rich import progress
 from rich.console import Console
 
-from examples import optimizers, steps
+from examples import hosts, optimizers, steps
 from examples.settings import UserError, write_atomically
 
 # Steps given to the devices before the oldest is waited for: enough that they never run
@@ -30,7 +30,7 @@ def read_rows(directory: Path) -> list[dict[str, Any]]:
   """The rows of metrics.jsonl, up to a line that a crash cut short."""
   file = directory / "metrics.jsonl"
   rows = []
-  for line in file.read_text().splitlines() if file.exists() else []:
+  for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
     try:
       rows.append(json.loads(line))
     except ValueError:
@@ -64,11 +64,12 @@ class Reporter:
     self._config, self._console = config, console
     self._schedule = optimizers.schedule(config)
     file = directory / "metrics.jsonl"
-    write_atomically(file, "".join(json.dumps(row) + "\n" for row in self.rows))
-    self._file = file.open("a")
-    self._board = tensorboardX.SummaryWriter(
-      str(directory / "tensorboard"), purge_step=start + 1 if start else None
-    )
+    self._file: TextIO | None = None
+    if hosts.is_first():  # the others measure the same
+      write_atomically(file, "".join(json.dumps(row) + "\n" for row in self.rows))
+      self._file = file.open("a")
+      # What an earlier run wrote after `start`, even one that saved nothing, TensorBoard forgets.
+      self._board = tensorboardX.SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
     self._bar = _bar(console)
     self._task = self._bar.add_task(
       config.dataset, total=config.steps, completed=start, loss="", accuracy="", rate=""
@@ -89,8 +90,9 @@ class Reporter:
     trace: TracebackType | None,
   ) -> None:
     self._bar.stop()
-    self._file.close()
-    self._board.close()
+    if self._file:
+      self._file.close()
+      self._board.close()
 
   def take(self, batches: Iterator[Any]) -> Any:
     """The next batch; counts the time it takes, if the devices were idle at the end of it."""
@@ -181,6 +183,8 @@ class Reporter:
   def _write(self, step: int, **measured: float) -> None:
     row = {"step": step, **measured}
     self.rows.append(row)
+    if not self._file:
+      return
     self._file.write(json.dumps(row) + "\n")
     self._file.flush()
     for name, value in measured.items():
