@@ -137,7 +137,7 @@ def _steps(directory: Path) -> list[int]:
 
 
 def _set_aside_damaged(directory: Path, say: Callable[[str], Any]) -> None:
-  """Renames damaged checkpoints that are newer than the last good one; process 0 does it for all."""
+  """Renames damaged checkpoints newer than the last good one; process 0 does it for all."""
   if not hosts.is_first():
     return
   for step in reversed(_steps(directory)):
