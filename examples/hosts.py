@@ -7,7 +7,9 @@ config.peer_timeout: what they would compute without it is another training.
 
 import collections
 import os
+import re
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -21,6 +23,7 @@ from examples.settings import UserError
 T = TypeVar("T")
 
 CONNECT_TIMEOUT = 300  # seconds until all processes must have started
+PATIENCE = 15  # seconds before it is said that some are missing
 LONGEST = 4096  # bytes of a message from process 0
 LAG = 2  # steps between a request to stop and its being granted, so that no step waits for it
 LINGER = 2  # seconds that process 0 outlives its own mistakes, lest the others only miss it
@@ -49,6 +52,8 @@ def join(config: Any) -> None:
       "cluster_detection_method": "deactivate",
     }
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  patience = threading.Timer(PATIENCE, _say_that_it_waits, [config])
+  patience.start()
   try:
     jax.distributed.initialize(
       **where,
@@ -58,10 +63,21 @@ def join(config: Any) -> None:
     )
   except (ValueError, RuntimeError) as error:
     raise UserError(
-      f"the processes did not meet at config.coordinator, {config.coordinator!r} "
-      f"({str(error).splitlines()[0]}); start all of them, each with the same --config.coordinator "
-      "and its own --config.process_id, or auto on a cluster that JAX knows"
+      f"config.coordinator is {config.coordinator!r}, but that is not to be had "
+      f"({_first_line(error)}); give HOST:PORT of process 0, with a port that is free there, or "
+      "auto on a cluster that JAX knows"
     ) from error
+  finally:
+    patience.cancel()
+
+
+def _say_that_it_waits(config: Any) -> None:
+  print(
+    f"Waiting for the other processes at {config.coordinator}, up to {CONNECT_TIMEOUT} seconds. "
+    "All need the same --config.coordinator and each its own --config.process_id.",
+    file=sys.stderr,
+    flush=True,
+  )
 
 
 def _check(config: Any) -> None:
@@ -122,26 +138,26 @@ class Agreement:
     return len(self._asked) > LAG and bool(self._asked.popleft())
 
 
-def explain(error: Exception) -> str:
-  """What to say when the others can no longer be reached; takes until it is known who is gone."""
-  name = f"process {jax.process_index()} of {jax.process_count()}"
+def is_loss(error: Exception) -> bool:
+  """Whether this is how JAX says that another process can no longer be reached."""
+  status = re.match("UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED", str(error))
+  return jax.distributed.is_initialized() and status is not None
+
+
+def wait_for_verdict(error: Exception, timeout: float) -> int:
+  """Says what happened and lets JAX say to whom: its heartbeats find out, and end this process.
+
+  Returns the exit status, should they not.
+  """
   print(
-    f"error: {name} has lost another one ({_first_line(error)}); "
-    "waiting until it is known which ...",
+    f"error: process {jax.process_index()} of {jax.process_count()} stops, because another one is "
+    f"gone ({_first_line(error)}). JAX says below which of them it no longer hears from, within "
+    f"{timeout} seconds. Start all of them again, and they go on from the last checkpoint.",
     file=sys.stderr,
     flush=True,
   )
-  gone = "unknown"
-  try:
-    with multihost_utils.live_devices(jax.devices()) as live:
-      alive = {d.process_index for d in live}
-      gone = ", ".join(str(i) for i in range(jax.process_count()) if i not in alive) or "none"
-  except Exception:  # whatever it is, the first error is the one to report
-    pass
-  return (
-    f"{name} stops, because others no longer answer (which: {gone}): {_first_line(error)}. Start "
-    "all of them again, and they go on from the last checkpoint"
-  )
+  time.sleep(2 * timeout)
+  return 1
 
 
 def leave(code: int, together: bool) -> int:

@@ -66,10 +66,10 @@ def main(argv: Sequence[str]) -> int:
     code, message = 1, f"error: {error}"
   except KeyboardInterrupt:
     code, message = 130, "Stopped without saving; what was saved before is kept."
-  except jax.errors.JaxRuntimeError as error:
-    if not jax.distributed.is_initialized():
+  except Exception as error:
+    if not hosts.is_loss(error):
       raise
-    code, message = 1, f"error: {hosts.explain(error)}"
+    return hosts.leave(hosts.wait_for_verdict(error, config.peer_timeout), together=False)
   print(message, file=sys.stderr)
   return hosts.leave(code, together=False)
 
