@@ -8,6 +8,7 @@ is used. With several processes, process 0 writes and all read: they share the d
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -114,8 +115,8 @@ class Checkpoints:
       steps = ", ".join(map(str, _steps(self._directory))) or "none"
       raise Failure(
         f"the checkpoint of step {self._saving} could not be written to "
-        f"{str(self._directory)!r}: {_first_line(error)}. Those written before are whole (steps: "
-        f"{steps}); mend it and start the same command again"
+        f"{str(self._directory)!r}: {_reason(error)}. Those written before are whole (steps: "
+        f"{steps}); make room, or mend what it is, and the same command goes on from there"
       ) from error
 
   def _check_shapes(self, step: int, like: TrainState) -> None:
@@ -162,13 +163,15 @@ def _free_name(path: Path) -> Path:
   return candidate
 
 
-def _first_line(error: BaseException) -> str:
-  """What an error says, in one line; that of the system where that is its cause."""
-  cause = error
-  while not isinstance(cause, OSError) and (cause.__cause__ or cause.__context__):
-    cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
-  best = cause if isinstance(cause, OSError) else error
-  return (str(best).splitlines() or [type(best).__name__])[0].rstrip(". ")
+def _reason(error: BaseException) -> str:
+  """What an error says, in one line; only what the system said, where it is the cause."""
+  cause: BaseException | None = error
+  while cause:
+    told = re.search(r"os_error_code='(\d+)'", str(cause))  # TensorStore's way to say it
+    if told or (isinstance(cause, OSError) and cause.errno):
+      return os.strerror(int(told[1]) if told else cause.errno)  # type: ignore[attr-defined]
+    cause = cause.__cause__ or cause.__context__
+  return (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
 
 
 def _shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -63,7 +63,7 @@ def join(config: Any) -> None:
     )
   except (ValueError, RuntimeError) as error:
     raise UserError(
-      f"config.coordinator is {config.coordinator!r}, but that is not to be had "
+      f"config.coordinator is {config.coordinator!r}, but nothing comes of that "
       f"({_first_line(error)}); give HOST:PORT of process 0, with a port that is free there, or "
       "auto on a cluster that JAX knows"
     ) from error

@@ -29,9 +29,12 @@ def main(argv: Sequence[str]) -> int:
     for process in processes:
       process.send_signal(number)
 
-  for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, pass_on)
-  failed = wait(processes)
+  before = {s: signal.signal(s, pass_on) for s in (signal.SIGINT, signal.SIGTERM)}
+  try:
+    failed = wait(processes)
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
   if failed is None:
     return 0
   code = processes[failed].returncode

@@ -5,11 +5,11 @@ others, and the curves of `examples.curves`, are views of those rows.
 """
 
 import collections
+import contextlib
 import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -19,7 +19,7 @@ from rich import progress
 from rich.console import Console
 
 from examples import hosts, optimizers, steps
-from examples.settings import UserError, write_atomically
+from examples.settings import Failure, UserError, write_atomically
 
 # Steps given to the devices before the oldest is waited for: enough that they never run
 # dry, few enough that Ctrl-C is answered at once and the progress bar tells the truth.
@@ -91,7 +91,8 @@ class Reporter:
   ) -> None:
     self._bar.stop()
     if self._file:
-      self._file.close()
+      with contextlib.suppress(OSError):  # a row that did not fit is not whole, and dropped
+        self._file.close()
       self._board.close()
 
   def take(self, batches: Iterator[Any]) -> Any:
@@ -168,7 +169,7 @@ class Reporter:
       highlight=False,
     )
 
-  @contextmanager
+  @contextlib.contextmanager
   def pause(self, step: int) -> Iterator[None]:
     """Does something other than training: ends the window, and stops the clock meanwhile."""
     self.finish_window(step)
@@ -185,8 +186,14 @@ class Reporter:
     self.rows.append(row)
     if not self._file:
       return
-    self._file.write(json.dumps(row) + "\n")
-    self._file.flush()
+    try:
+      self._file.write(json.dumps(row) + "\n")
+      self._file.flush()
+    except OSError as error:
+      raise Failure(
+        f"{self._file.name!r} cannot be written: {error.strerror}; make room, and the same command "
+        "goes on from the last checkpoint"
+      ) from error
     for name, value in measured.items():
       self._board.add_scalar(name.replace("_", "/", 1), value, step)
 

@@ -8,6 +8,7 @@ the same command run again continues there. Ctrl-C saves and stops; twice, it ju
 
 import contextlib
 import functools
+import logging
 import shlex
 import signal
 import sys
@@ -52,6 +53,7 @@ def main(argv: Sequence[str]) -> int:
   if {"-h", "--help"} & set(argv):
     print(__doc__)
     return 0
+  logging.getLogger("absl").setLevel(logging.CRITICAL)  # what failed is said once, below
   try:
     config = settings.from_command_line(argv, DEFAULT_CONFIG)
     if jax.config.values["jax_num_cpu_devices"] < 0:  # not set by the user
