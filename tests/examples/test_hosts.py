@@ -68,22 +68,28 @@ def environment(cache):
 class Pair:
   """A run of two processes with two devices each, which have to end by themselves."""
 
-  def __init__(self, workdir, cache, **changes):
+  def __init__(self, workdir, cache, slurm=False):
     self.workdir = workdir
-    place = {"coordinator": f"127.0.0.1:{launch.free_port()}", "processes": 2}
-    self.processes = [
-      subprocess.Popen(
-        [
-          *(sys.executable, "-m", "examples.train"),
-          *arguments(workdir, **changes, **place, process_id=i),
-        ],
-        env=environment(cache),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-      )
-      for i in range(2)
-    ]
+    port = launch.free_port()
+    self.processes = [self.start(workdir, cache, i, slurm, port) for i in range(2)]
+
+  def start(self, workdir, cache, i, slurm, port):
+    """One of them, told its place by the config, or by what Slurm puts into the environment."""
+    if slurm:
+      place = {"coordinator": "auto"}
+      told = {"JOB_ID": 1, "STEP_NODELIST": "localhost", "NTASKS": 2, "PROCID": i, "LOCALID": i}
+      told = {f"SLURM_{key}": str(value) for key, value in told.items()}
+      told["JAX_COORDINATOR_PORT"] = str(port)
+    else:
+      place = {"coordinator": f"127.0.0.1:{port}", "processes": 2, "process_id": i}
+      told = {}
+    return subprocess.Popen(
+      [sys.executable, "-m", "examples.train", *arguments(workdir, **place)],
+      env=environment(cache) | told,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
 
   def signal(self, process, number, after_step):
     """Sends a signal to one of them once that step is saved."""
@@ -133,7 +139,7 @@ def disturbed(tmp_path_factory, alone):
   shutil.copytree(alone, workdir)
   forget(workdir, after=3)
   results = []
-  pair = Pair(workdir, cache)
+  pair = Pair(workdir, cache, slurm=True)
   pair.signal(1, signal.SIGTERM, after_step=5)
   results.append(pair.end())
   pair = Pair(workdir, cache)

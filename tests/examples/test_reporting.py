@@ -3,6 +3,7 @@
 import io
 import json
 import time
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -52,7 +53,7 @@ def test_a_row_that_does_not_fit_stops_the_run(tmp_path):
   with reporter(tmp_path)[0] as report:
     report.tested(1, 0.5, 0.5, 1)
     report._file.close()
-    report._file = open("/dev/full", "w")  # where every write meets a full disk
+    report._file = Path("/dev/full").open("w")  # where every write meets a full disk
     with pytest.raises(Failure, match="'/dev/full' cannot be written: No space left on device"):
       report.tested(2, 0.5, 0.5, 1)
   assert [row["step"] for row in reporting.read_rows(tmp_path)] == [1]

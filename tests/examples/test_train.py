@@ -91,7 +91,7 @@ def test_a_run_goes_on_under_another_parallelism(tmp_path, monkeypatch):
 
 def test_goes_on_with_fewer_devices(tmp_path):
   """Saved on four devices, resumed on four, two and one: the same losses within rounding."""
-  changes = {"batch_size": 320, "eval_every": 1, "save_every": 5}
+  changes = {"model": "mlp", "batch_size": 320, "eval_every": 1, "save_every": 5}
   assert train.run(helpers.config(workdir=str(tmp_path / "4"), **changes)) == 0
   shutil.rmtree(tmp_path / "4" / "checkpoints" / "10")
   results = []
@@ -111,6 +111,8 @@ def test_goes_on_with_fewer_devices(tmp_path):
     assert result != results[0]  # the devices did differ
 
 
+# TensorStore calls back when Orbax has given up and closed its loop.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_ends_in_a_sentence_and_loses_nothing(tmp_path, monkeypatch, capfd):
   """A file may grow no further than a checkpoint needs: the system's own error, halfway through."""
   config = helpers.config(
@@ -139,9 +141,8 @@ def test_a_full_disk_ends_in_a_sentence_and_loses_nothing(tmp_path, monkeypatch,
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
   error = capfd.readouterr().err.splitlines()[-1]
   directory = tmp_path / "run" / "checkpoints"
-  assert (
-    f"error: the checkpoint of step 10 could not be written to '{directory}': File too" in error
-  )
+  assert "error: the checkpoint of step 10 could not be written to " in error
+  assert f"{str(directory)!r}: File too large. " in error
   assert "Those written before are whole (steps: 5); make room" in error
   monkeypatch.undo()
   assert train.run(config) == 0
