@@ -68,8 +68,10 @@ class Reporter:
     if hosts.is_first():  # the others measure the same
       write_atomically(file, "".join(json.dumps(row) + "\n" for row in self.rows))
       self._file = file.open("a")
-      # What an earlier run wrote after `start`, even one that saved nothing, TensorBoard forgets.
-      self._board = tensorboardX.SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
+      # TensorBoard forgets what an earlier run wrote, of which a kill loses the last two minutes.
+      self._board = tensorboardX.SummaryWriter(str(directory / "tensorboard"), purge_step=0)
+      for row in self.rows:
+        self._show(row)
     self._bar = _bar(console)
     self._task = self._bar.add_task(
       config.dataset, total=config.steps, completed=start, loss="", accuracy="", rate=""
@@ -194,8 +196,12 @@ class Reporter:
         f"{self._file.name!r} cannot be written: {error.strerror}; make room, and the same command "
         "goes on from the last checkpoint"
       ) from error
-    for name, value in measured.items():
-      self._board.add_scalar(name.replace("_", "/", 1), value, step)
+    self._show(row)
+
+  def _show(self, row: dict[str, Any]) -> None:
+    for name, value in row.items():
+      if name != "step":
+        self._board.add_scalar(name.replace("_", "/", 1), value, row["step"])
 
 
 def _bar(console: Console) -> progress.Progress:

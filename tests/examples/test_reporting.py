@@ -53,7 +53,8 @@ def test_a_row_that_does_not_fit_stops_the_run(tmp_path):
   with reporter(tmp_path)[0] as report:
     report.tested(1, 0.5, 0.5, 1)
     report._file.close()
-    report._file = Path("/dev/full").open("w")  # where every write meets a full disk
+    # Where every write meets a full disk; the report closes it.
+    report._file = Path("/dev/full").open("w")  # noqa: SIM115
     with pytest.raises(Failure, match="'/dev/full' cannot be written: No space left on device"):
       report.tested(2, 0.5, 0.5, 1)
   assert [row["step"] for row in reporting.read_rows(tmp_path)] == [1]
