@@ -7,6 +7,7 @@ is used. With several processes, process 0 writes and all read: they share the d
 """
 
 import contextlib
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -22,6 +23,9 @@ import orbax.checkpoint as ocp
 from examples import hosts, integrity
 from examples.settings import Failure, UserError
 from examples.steps import TrainState
+
+# Where the input's position was before checkpoints were sealed; those are used as they are.
+EARLIER = Path("input", "process_0-of-1.json")
 
 
 class Checkpoints:
@@ -94,11 +98,12 @@ class Checkpoints:
     """The state at `step`, of the shapes of `like`; moves `batches` to where it was."""
     like = jax.tree.map(np.asarray, like)
     self._check_shapes(step, like)
-    restored = self._manager.restore(
-      step,
-      args=ocp.args.Composite(state=ocp.args.StandardRestore(like), input=ocp.args.JsonRestore()),
-    )
-    batches.set_state(restored.input)
+    items = {"state": ocp.args.StandardRestore(like), "input": ocp.args.JsonRestore()}
+    earlier = self._directory / str(step) / EARLIER
+    if earlier.exists():
+      del items["input"]
+    restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+    batches.set_state(json.loads(earlier.read_text()) if earlier.exists() else restored.input)
     return restored.state
 
   def _seal(self) -> None:
@@ -143,7 +148,7 @@ def _set_aside_damaged(directory: Path, say: Callable[[str], Any]) -> None:
     return
   for step in reversed(_steps(directory)):
     wrong = integrity.damage(directory / str(step))
-    if wrong is None:
+    if wrong is None or (directory / str(step) / EARLIER).exists():
       return
     aside = _free_name(directory / f"{step}.damaged")
     os.rename(directory / str(step), aside)

@@ -127,6 +127,19 @@ def test_what_orbax_notes_last_does_not_matter(tmp_path):
     chex.assert_trees_all_equal(store.restore(1, state(), batches())._asdict(), state(1)._asdict())
 
 
+def test_those_from_before_sums_are_used_as_they_are(tmp_path):
+  taken = batches()
+  next(taken)
+  with Checkpoints(tmp_path, keep=1) as store:
+    store.save(1, state(1), taken)
+  (tmp_path / "1" / integrity.SUMS).unlink()
+  (tmp_path / "1" / "input" / "metadata").rename(tmp_path / "1" / "input" / "process_0-of-1.json")
+  resumed = batches()
+  with Checkpoints(tmp_path, keep=1, say=pytest.fail) as store:
+    assert store.restore(store.latest(), state(), resumed).step == 1
+  assert resumed.get_state() == {"next_index": 1}
+
+
 def test_older_ones_go_only_when_the_newer_is_sealed(tmp_path, monkeypatch):
   """A save that fails at its very end leaves the one before it to go on from."""
   with Checkpoints(tmp_path, keep=1) as store:
