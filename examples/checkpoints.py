@@ -146,17 +146,18 @@ def _set_aside_damaged(directory: Path, say: Callable[[str], Any]) -> None:
   """Renames damaged checkpoints newer than the last good one; process 0 does it for all."""
   if not hosts.is_first():
     return
+  found = []
   for step in reversed(_steps(directory)):
     wrong = integrity.damage(directory / str(step))
     if wrong is None or (directory / str(step) / EARLIER).exists():
-      return
+      break
     aside = _free_name(directory / f"{step}.damaged")
     os.rename(directory / str(step), aside)
-    earlier = [s for s in _steps(directory) if s < step]
-    say(
-      f"The checkpoint of step {step} in {directory} is damaged: {wrong}. It is kept as "
-      f"{aside.name}; going on from {f'step {earlier[-1]}' if earlier else 'the start'}."
-    )
+    found.append(f"The checkpoint of step {step} is damaged: {wrong}. It is kept as {aside}.")
+  if found:
+    good = _steps(directory)
+    found.append(f"Going on from {f'step {good[-1]}' if good else 'the start'}.")
+    say("\n".join(found))
 
 
 def _free_name(path: Path) -> Path:
