@@ -5,21 +5,21 @@ others, and the curves of `examples.curves`, are views of those rows.
 """
 
 import collections
+import contextlib
 import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import tensorboardX
 from rich import progress
 from rich.console import Console
 
-from examples import optimizers, steps
-from examples.settings import UserError, write_atomically
+from examples import hosts, optimizers, steps
+from examples.settings import Failure, UserError, write_atomically
 
 # Steps given to the devices before the oldest is waited for: enough that they never run
 # dry, few enough that Ctrl-C is answered at once and the progress bar tells the truth.
@@ -30,7 +30,7 @@ def read_rows(directory: Path) -> list[dict[str, Any]]:
   """The rows of metrics.jsonl, up to a line that a crash cut short."""
   file = directory / "metrics.jsonl"
   rows = []
-  for line in file.read_text().splitlines() if file.exists() else []:
+  for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
     try:
       rows.append(json.loads(line))
     except ValueError:
@@ -64,11 +64,14 @@ class Reporter:
     self._config, self._console = config, console
     self._schedule = optimizers.schedule(config)
     file = directory / "metrics.jsonl"
-    write_atomically(file, "".join(json.dumps(row) + "\n" for row in self.rows))
-    self._file = file.open("a")
-    self._board = tensorboardX.SummaryWriter(
-      str(directory / "tensorboard"), purge_step=start + 1 if start else None
-    )
+    self._file: TextIO | None = None
+    if hosts.is_first():  # the others measure the same
+      write_atomically(file, "".join(json.dumps(row) + "\n" for row in self.rows))
+      self._file = file.open("a")
+      # TensorBoard forgets what an earlier run wrote, of which a kill loses the last two minutes.
+      self._board = tensorboardX.SummaryWriter(str(directory / "tensorboard"), purge_step=0)
+      for row in self.rows:
+        self._show(row)
     self._bar = _bar(console)
     self._task = self._bar.add_task(
       config.dataset, total=config.steps, completed=start, loss="", accuracy="", rate=""
@@ -89,8 +92,10 @@ class Reporter:
     trace: TracebackType | None,
   ) -> None:
     self._bar.stop()
-    self._file.close()
-    self._board.close()
+    if self._file:
+      with contextlib.suppress(OSError):  # a row that did not fit is not whole, and dropped
+        self._file.close()
+      self._board.close()
 
   def take(self, batches: Iterator[Any]) -> Any:
     """The next batch; counts the time it takes, if the devices were idle at the end of it."""
@@ -166,7 +171,7 @@ class Reporter:
       highlight=False,
     )
 
-  @contextmanager
+  @contextlib.contextmanager
   def pause(self, step: int) -> Iterator[None]:
     """Does something other than training: ends the window, and stops the clock meanwhile."""
     self.finish_window(step)
@@ -181,10 +186,22 @@ class Reporter:
   def _write(self, step: int, **measured: float) -> None:
     row = {"step": step, **measured}
     self.rows.append(row)
-    self._file.write(json.dumps(row) + "\n")
-    self._file.flush()
-    for name, value in measured.items():
-      self._board.add_scalar(name.replace("_", "/", 1), value, step)
+    if not self._file:
+      return
+    try:
+      self._file.write(json.dumps(row) + "\n")
+      self._file.flush()
+    except OSError as error:
+      raise Failure(
+        f"{self._file.name!r} cannot be written: {error.strerror}; make room, and the same command "
+        "goes on from the last checkpoint"
+      ) from error
+    self._show(row)
+
+  def _show(self, row: dict[str, Any]) -> None:
+    for name, value in row.items():
+      if name != "step":
+        self._board.add_scalar(name.replace("_", "/", 1), value, row["step"])
 
 
 def _bar(console: Console) -> progress.Progress:

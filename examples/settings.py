@@ -19,13 +19,23 @@ from ml_collections import config_flags
 T = TypeVar("T")
 
 # Where and on what a run runs, not what it computes: these may change when it resumes.
-FREE_KEYS = ("workdir", "data_dir", "download", "devices", "parallelism", "keep")
+FREE_KEYS = (
+  *("workdir", "data_dir", "download", "devices", "parallelism", "keep"),
+  *("coordinator", "processes", "process_id", "peer_timeout"),
+)
 
 LARGEST_LOSS_SCALE = 2.0**24  # times the smallest float16 is 1; below 1 there is nothing to save
 
 
 class UserError(Exception):
   """A mistake in what the user gave: shown as one line, without a traceback."""
+
+
+class Failure(Exception):
+  """What stops a run through no mistake in the command: shown as one line too.
+
+  A full disk, a process that died: once that is mended, the same command goes on.
+  """
 
 
 def defaults(name: str) -> ml_collections.ConfigDict:
@@ -54,10 +64,15 @@ def defaults(name: str) -> ml_collections.ConfigDict:
   config.batch_size = 128  # over all devices
   config.steps = 500
   config.seed = 0
-  config.devices = 0  # how many to use; 0: all
+  config.devices = 0  # how many to use, over all processes; 0: all
   config.parallelism = "pmap"  # or shard_map, or jit; see examples/parallelism.py
   config.microbatches = 1  # that a device cuts its share into; see examples/microbatches.py
   config.microbatch_statistics = "each"  # or merged
+  # Where the other processes are; see examples/hosts.py.
+  config.coordinator = ""  # HOST:PORT of process 0; auto: the cluster knows; empty: alone
+  config.processes = 1
+  config.process_id = 0
+  config.peer_timeout = 30  # seconds after which a process that does not answer counts as dead
   # What happens when numbers run out; see examples/optimizers.py.
   config.loss_scale = 0.0  # at first, such as 32768 for float16; 0: no loss scaling
   config.skip_nonfinite = 0  # steps in a row that may be skipped; 0: the first ends the run
@@ -168,7 +183,7 @@ def check(config: ml_collections.ConfigDict, device_count: int) -> None:
       )
   _check_microbatches(config, device_count)
   virtual_batch_size(config, device_count)
-  for key in ("steps", "log_every", "eval_every", "save_every", "keep", "patch"):
+  for key in ("steps", "log_every", "eval_every", "save_every", "keep", "patch", "peer_timeout"):
     if config[key] < 1:
       raise UserError(f"config.{key} is {config[key]}, but must be at least 1")
   if not 0 <= config.warmup_steps < config.steps:

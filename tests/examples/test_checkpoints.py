@@ -1,14 +1,18 @@
 """Checkpoints: what is saved comes back bit for bit, or is refused."""
 
+import os
+import pathlib
+import shutil
+
 import chex
 import grain
 import jax
 import numpy as np
 import pytest
 
-from examples import steps
+from examples import integrity, steps
 from examples.checkpoints import Checkpoints
-from examples.settings import UserError
+from examples.settings import Failure, UserError
 from tests.examples import helpers
 
 
@@ -48,6 +52,109 @@ def test_the_latest_are_kept_and_the_same_step_is_saved_once(tmp_path):
   assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "3"]
   with Checkpoints(tmp_path, keep=2) as store:
     assert store.restore(3, state(), batches()).step == 3
+
+
+def flip(file):
+  content = bytearray(file.read_bytes())
+  content[len(content) // 2] ^= 1
+  file.write_bytes(content)
+
+
+def truncate(file):
+  os.truncate(file, file.stat().st_size // 2)
+
+
+def empty(file):
+  """The whole directory that the file is in."""
+  for path in file.parents:
+    if path.name == "3":
+      shutil.rmtree(path)
+      path.mkdir()
+
+
+def files(directory):
+  return sorted(p.relative_to(directory) for p in directory.rglob("*"))
+
+
+@pytest.mark.parametrize("harm", [flip, truncate, pathlib.Path.unlink, empty])
+@pytest.mark.parametrize("name", ["state/d/*", "state/_METADATA", "input/metadata"])
+def test_the_last_good_one_is_used_and_nothing_is_deleted(tmp_path, harm, name):
+  with Checkpoints(tmp_path, keep=2) as store:
+    for step in (1, 2, 3):
+      store.save(step, state(step), batches())
+  (file,) = (tmp_path / "3").glob(name)
+  harm(file)
+  left = files(tmp_path / "3")
+  said = []
+  with Checkpoints(tmp_path, keep=2, say=said.append) as store:
+    assert store.latest() == 2
+    assert store.restore(2, state(), batches()).step == 2
+    store.save(3, state(3), batches())
+  (message,) = said
+  assert message.startswith("The checkpoint of step 3 is damaged: ")
+  assert message.endswith(f"It is kept as {tmp_path / '3.damaged'}.\nGoing on from step 2.")
+  assert (
+    sorted(p.relative_to(tmp_path / "3.damaged") for p in (tmp_path / "3.damaged").rglob("*"))
+    == left
+  )
+  with Checkpoints(tmp_path, keep=2, say=pytest.fail) as store:
+    assert store.restore(3, state(), batches()).step == 3
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "3", "3.damaged"]
+
+
+def test_a_damaged_one_is_not_the_one_kept(tmp_path):
+  """Twice damaged: even names that are taken lose nothing; and the start is better than damage."""
+  for attempt in ("1.damaged", "1.damaged-2"):
+    with Checkpoints(tmp_path, keep=1) as store:
+      store.save(1, state(1), batches())
+    flip(tmp_path / "1" / "input" / "metadata")
+    said = []
+    with Checkpoints(tmp_path, keep=1, say=said.append) as store:
+      assert store.latest() is None
+    assert f"kept as {tmp_path / attempt}.\nGoing on from the start." in said[0]
+  with Checkpoints(tmp_path, keep=1) as store:
+    store.save(2, state(2), batches())
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["1.damaged", "1.damaged-2", "2"]
+
+
+def test_what_orbax_notes_last_does_not_matter(tmp_path):
+  """The two files without a sum: whatever is in them, the same state comes back."""
+  with Checkpoints(tmp_path, keep=1) as store:
+    store.save(1, state(1), batches())
+  for name in integrity.NOTES:
+    (tmp_path / "1" / name).write_bytes(b"\xff{")
+  with Checkpoints(tmp_path, keep=1) as store:
+    chex.assert_trees_all_equal(store.restore(1, state(), batches())._asdict(), state(1)._asdict())
+
+
+def test_those_from_before_sums_are_used_as_they_are(tmp_path):
+  taken = batches()
+  next(taken)
+  with Checkpoints(tmp_path, keep=1) as store:
+    store.save(1, state(1), taken)
+  (tmp_path / "1" / integrity.SUMS).unlink()
+  (tmp_path / "1" / "input" / "metadata").rename(tmp_path / "1" / "input" / "process_0-of-1.json")
+  resumed = batches()
+  with Checkpoints(tmp_path, keep=1, say=pytest.fail) as store:
+    assert store.restore(store.latest(), state(), resumed).step == 1
+  assert resumed.get_state() == {"next_index": 1}
+
+
+def test_older_ones_go_only_when_the_newer_is_sealed(tmp_path, monkeypatch):
+  """A save that fails at its very end leaves the one before it to go on from."""
+  with Checkpoints(tmp_path, keep=1) as store:
+    store.save(1, state(1), batches())
+  monkeypatch.setattr(integrity, "seal", lambda directory: (directory / "no" / "such").touch())
+  with (
+    pytest.raises(Failure, match=r"step 2 could not be .*No such file .*whole \(steps: 1\)"),
+    Checkpoints(tmp_path, keep=1) as store,
+  ):
+    store.save(2, state(2), batches())
+  monkeypatch.undo()
+  with Checkpoints(tmp_path, keep=1, say=pytest.fail) as store:
+    assert store.latest() == 1
+    store.save(2, state(2), batches())
+  assert [p.name for p in tmp_path.iterdir()] == ["2"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Tests of examples/data: real files, a real server, real iterators."""
 
 import contextlib
+import functools
 import gzip
 import hashlib
 import http.server
@@ -12,9 +13,11 @@ import tarfile
 import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
+from grain.sharding import ShardOptions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -645,6 +648,72 @@ def test_resumption_is_exact(before, batch_size, augment):
   take(resumed, 2)  # whatever it prefetched and served before must not matter
   resumed.set_state(state)
   assert_same_batches(take(resumed, 15), take(iterator, 15))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+  shards=st.sampled_from([1, 2, 4]),
+  others=st.sampled_from([1, 2, 4]),
+  augment=st.sampled_from(["none", "shift", "flip_shift"]),
+)
+def test_shards_make_up_the_whole_batch_and_resume_each_others_state(shards, others, augment):
+  def iterators(count):
+    return [
+      data.train_batches(
+        numbered_dataset(), 8, seed=1, augment=augment, shard=ShardOptions(index, count)
+      )
+      for index in range(count)
+    ]
+
+  def joined(shares):
+    return {key: np.concatenate([share[key] for share in shares]) for key in shares[0]}
+
+  whole = take(data.train_batches(numbered_dataset(), 8, seed=1, augment=augment), 6)
+  first = iterators(shards)
+  assert_same_batches([joined([next(it) for it in first]) for _ in range(3)], whole[:3])
+  assert all(it.get_state() == {"next_index": 3} for it in first)
+  second = iterators(others)
+  for it in second:
+    it.set_state(first[0].get_state())
+  assert_same_batches([joined([next(it) for it in second]) for _ in range(3)], whole[3:])
+
+
+class Watched(np.ndarray):
+  """Images that note which of them were asked for."""
+
+  asked: ClassVar[list[int]] = []
+
+  def __getitem__(self, rows):
+    self.asked.extend(np.atleast_1d(rows).tolist())
+    return np.asarray(self)[rows]
+
+
+def test_a_shard_touches_no_other_images():
+  dataset = numbered_dataset(1000)
+  watched = dataset._replace(train_images=dataset.train_images.view(Watched))
+  batches = data.train_batches(watched, 10, seed=0, shard=ShardOptions(1, 5))
+  Watched.asked.clear()  # the mean and the standard deviation are of all images
+  own = labels_of(take(batches, 3)).tolist()
+  batches.close()
+  whole = labels_of(take(data.train_batches(dataset, 10, seed=0), 100)).reshape(100, 10)
+  assert own == whole[:3, 2:4].ravel().tolist()
+  assert set(own) <= set(Watched.asked) <= set(whole[:, 2:4].ravel().tolist())
+
+
+def test_shards_that_cannot_be_equal():
+  for make in (functools.partial(data.train_batches, seed=0), data.test_batches):
+    with pytest.raises(ValueError, match=r"batch_size=7 is not a multiple of shard_count=2; .* 6"):
+      make(numbered_dataset(), 7, shard=ShardOptions(0, 2))
+
+
+@pytest.mark.parametrize("tests", [0, 3, 5, 8, 9])
+def test_test_batches_are_split_over_the_shards(tests):
+  dataset = numbered_dataset(tests=tests)
+  shares = [list(data.test_batches(dataset, 4, ShardOptions(index, 2))) for index in range(2)]
+  joined = [
+    {key: np.concatenate([a[key], b[key]]) for key in a} for a, b in zip(*shares, strict=True)
+  ]
+  assert_same_batches(joined, list(data.test_batches(dataset, 4)))
 
 
 def test_state_counts_what_the_caller_took():

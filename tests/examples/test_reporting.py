@@ -3,6 +3,7 @@
 import io
 import json
 import time
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from examples import reporting, steps
-from examples.settings import UserError
-from tests.examples import helpers
+from examples.settings import Failure, UserError
+from tests.examples import chaos, helpers
 
 
 def sums(loss, correct=1, count=4, skipped=0):
@@ -46,6 +47,25 @@ def test_rows_after_the_checkpoint_are_dropped(tmp_path):
     report.tested(6, 0.5, 0.5, 1)
   assert [row["step"] for row in reporting.read_rows(tmp_path)] == [2, 4, 6]
   assert "test_loss" in report.rows[-1]
+
+
+def test_a_row_that_does_not_fit_stops_the_run(tmp_path):
+  with reporter(tmp_path)[0] as report:
+    report.tested(1, 0.5, 0.5, 1)
+    report._file.close()
+    # Where every write meets a full disk; the report closes it.
+    report._file = Path("/dev/full").open("w")  # noqa: SIM115
+    with pytest.raises(Failure, match="'/dev/full' cannot be written: No space left on device"):
+      report.tested(2, 0.5, 0.5, 1)
+  assert [row["step"] for row in reporting.read_rows(tmp_path)] == [1]
+
+
+def test_a_run_that_saved_nothing_leaves_nothing_in_tensorboard(tmp_path):
+  for loss in (1.0, 2.0):
+    with reporter(tmp_path)[0] as report:
+      report.tested(1, loss, 0.5, 1)
+    time.sleep(1.1)  # its files are named after the second
+  assert [value for _, name, value in chaos.board(tmp_path) if name == "test/loss"] == [2.0]
 
 
 def test_waiting_counts_only_while_the_devices_are_idle(tmp_path):

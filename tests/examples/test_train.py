@@ -2,13 +2,17 @@
 
 import os
 import pty
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import chex
 import jax
+import numpy as np
 import pytest
 
 from examples import checkpoints, data, reporting, settings, train
@@ -83,6 +87,95 @@ def test_a_run_goes_on_under_another_parallelism(tmp_path, monkeypatch):
   assert train.run(parts) == 0
   expected, resumed = (saved_state(config, 4)[0] for config in (whole, parts))
   chex.assert_trees_all_close(resumed, expected, **REORDERED)
+
+
+def test_goes_on_with_fewer_devices(tmp_path):
+  """Saved on four devices, resumed on four, two and one: the same losses within rounding."""
+  changes = {"model": "mlp", "batch_size": 320, "eval_every": 1, "save_every": 5}
+  assert train.run(helpers.config(workdir=str(tmp_path / "4"), **changes)) == 0
+  shutil.rmtree(tmp_path / "4" / "checkpoints" / "10")
+  results = []
+  for devices in (4, 2, 1):
+    workdir = tmp_path / f"on{devices}"
+    shutil.copytree(tmp_path / "4", workdir)
+    assert train.run(helpers.config(workdir=str(workdir), devices=devices, **changes)) == 0
+    rows = reporting.read_rows(workdir)
+    results.append([(row["step"], row.get("train_loss", row.get("test_loss"))) for row in rows])
+  assert [step for step, _ in results[0]] == sorted([*range(1, 11)] * 2)
+  assert results[0] == [
+    (row["step"], row.get("train_loss", row.get("test_loss")))
+    for row in reporting.read_rows(tmp_path / "4")
+  ]
+  for result in results[1:]:
+    np.testing.assert_allclose(result, results[0], rtol=1e-5)
+    assert result != results[0]  # the devices did differ
+
+
+# TensorStore calls back when Orbax has given up and closed its loop.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_full_disk_ends_in_a_sentence_and_loses_nothing(tmp_path, monkeypatch, capfd):
+  """A file may grow no further than a checkpoint needs: the system's own error, halfway through."""
+  config = helpers.config(
+    model="mlp", widths=(256,), steps=15, keep=1, workdir=str(tmp_path / "run")
+  )
+  monkeypatch.setattr(settings, "from_command_line", lambda argv, default: config)
+  stepped, limits = reporting.Reporter.stepped, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+  def stepped_and_filled(self, now, sums):
+    stepped(self, now, sums)
+    if now == 8:
+      saved.wait_until_finished()
+      resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, limits[1]))
+
+  def remembered(self, *arguments):
+    opened(self, *arguments)
+    nonlocal saved
+    saved = self._manager
+
+  saved, opened = None, checkpoints.Checkpoints.__init__
+  monkeypatch.setattr(checkpoints.Checkpoints, "__init__", remembered)
+  monkeypatch.setattr(reporting.Reporter, "stepped", stepped_and_filled)
+  try:
+    assert train.main(["train.py"]) == 1
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  error = capfd.readouterr().err.splitlines()[-1]
+  directory = tmp_path / "run" / "checkpoints"
+  assert "error: the checkpoint of step 10 could not be written to " in error
+  assert f"{str(directory)!r}: File too large. " in error
+  assert "Those written before are whole (steps: 5); make room" in error
+  monkeypatch.undo()
+  assert train.run(config) == 0
+  assert "after step 5 of 15" in capfd.readouterr().out
+  assert [path.name for path in directory.iterdir()] == ["15"]
+
+
+def test_curves_are_drawn_when_the_run_died_before_it_could(tmp_path, capsys):
+  config = helpers.config(model="mlp", steps=4, warmup_steps=1, workdir=str(tmp_path))
+  assert train.run(config) == 0
+  (tmp_path / "curves.png").unlink()
+  assert train.run(config) == 0
+  assert "is finished already" in capsys.readouterr().out
+  assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+  ("count", "message"), [(3, "config.devices is 3, but 2 processes .*they have 4, 4; try .*=2")]
+)
+def test_processes_bring_the_same_number_of_devices(count, message, monkeypatch):
+  """Devices as a job of two processes would have them."""
+
+  class Device(NamedTuple):
+    process_index: int
+    platform: str = "cpu"
+
+  theirs = [Device(i % 2) for i in range(8)]  # in no order of processes
+  monkeypatch.setattr(jax, "devices", lambda: theirs)
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  assert [d.process_index for d in train.choose_devices(4)] == [0, 0, 1, 1]
+  assert [d.process_index for d in train.choose_devices(0)] == [0] * 4 + [1] * 4
+  with pytest.raises(UserError, match=message):
+    train.choose_devices(count)
 
 
 @OLD_IMPORT
