@@ -89,9 +89,11 @@ def test_a_run_goes_on_under_another_parallelism(tmp_path, monkeypatch):
   chex.assert_trees_all_close(resumed, expected, **REORDERED)
 
 
-def test_goes_on_with_fewer_devices(tmp_path):
+@pytest.mark.parametrize("size", ["global", "80", "160"])  # of 320, a device's share and two's
+def test_goes_on_with_fewer_devices(size, tmp_path):
   """Saved on four devices, resumed on four, two and one: the same losses within rounding."""
   changes = {"model": "mlp", "batch_size": 320, "eval_every": 1, "save_every": 5}
+  changes["virtual_batch_size"] = size
   assert train.run(helpers.config(workdir=str(tmp_path / "4"), **changes)) == 0
   shutil.rmtree(tmp_path / "4" / "checkpoints" / "10")
   results = []
