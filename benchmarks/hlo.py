@@ -28,6 +28,16 @@ ITEM_BYTES = {
 FREE = frozenset({"parameter", "get-tuple-element", "tuple", "bitcast", "constant"})
 SLICES = frozenset({"slice", "dynamic-slice", "gather"})
 TRANSPARENT = frozenset({"bitcast", "convert", "copy", "reshape"})  # they read what is read of them
+COLLECTIVES = (
+  "all-reduce",
+  "all-gather",
+  "reduce-scatter",
+  "all-to-all",
+  "ragged-all-to-all",
+  "collective-permute",
+  "collective-broadcast",
+)
+_NAMED = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = ")
 
 
 class Instruction(NamedTuple):
@@ -38,6 +48,18 @@ class Instruction(NamedTuple):
   op: str
   operands: tuple[str, ...]
   calls: str | None
+
+
+class Collective(NamedTuple):
+  """One operation between devices: what each puts in, and how many devices take part together.
+
+  Of the algorithm the TPU's compiler gives the name; others choose it when the program runs.
+  """
+
+  op: str
+  bytes: int
+  members: int
+  algorithm: str = ""
 
 
 class Program(NamedTuple):
@@ -82,6 +104,34 @@ def traffic_as_printed(text: str) -> int:
   return sum(i.bytes + sum(body[o].bytes for _, o in _known(i, body)) for i in program.kernels)
 
 
+def collectives(text: str, devices: int) -> list[Collective]:
+  """The operations between devices in a program for that many, wherever they stand.
+
+  A variadic operation is one, and so are the two halves, start and done, of an asynchronous one. In
+  the body of a loop an operation counts once.
+  """
+  lines = {name[1]: line for line in text.splitlines() if (name := _NAMED.match(line))}
+  program = parse(text)
+  found = []
+  for body in program.computations.values():
+    for i in body.values():
+      op = i.op.removesuffix("-start")
+      if op in COLLECTIVES:
+        size = sum(body[o].bytes for _, o in _known(i, body))
+        emitter = re.search(r'"emitter":"(\w+)"', lines[i.name])
+        members = _members(lines[i.name]) or devices
+        found.append(Collective(op, size, members, emitter[1] if emitter else ""))
+  return found
+
+
+def _members(line: str) -> int:
+  """How many devices the groups of a collective have; 0: all there are."""
+  if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
+    return int(iota[1])
+  listed = re.search(r"replica_groups=\{\{([0-9,]+)\}", line)
+  return len(listed[1].split(",")) if listed else 0
+
+
 def _parse(text: str) -> Program:
   computations: dict[str, dict[str, Instruction]] = {}
   entry = ""
@@ -99,7 +149,7 @@ def _parse(text: str) -> Program:
 
 
 def _instruction(line: str) -> Instruction | None:
-  found = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line)
+  found = _NAMED.match(line)
   if not found:
     return None
   start = found.end()

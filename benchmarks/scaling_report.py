@@ -1,0 +1,536 @@
+"""Writes docs/scaling.md and its figure from benchmarks/results/scaling.json, and nothing else.
+
+  python -m benchmarks.scaling_report
+
+What a chip does stands in the results; how long that takes on many is `benchmarks.interconnect`'s.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks import interconnect
+from benchmarks import results as stored
+from benchmarks.interconnect import CHIPS, HOP, POD_HOP, SLOW_HOP, Step
+from benchmarks.report import DOCS
+from benchmarks.slices import GROUP, NETWORKS, WAYS
+
+PAGE = DOCS / "scaling.md"
+FIGURE = DOCS / "scaling.png"
+# The programs that the predictions are made from: on each kind of chip the largest slice.
+LARGEST = {"v5e": "v5e:16x16", "v4": "v4:8x8x16"}
+CHIP_COUNTS = (4, 16, 64, 256, 512, 1024, 2048)
+GROUPS = (2, 4, 8, 16, 32, 64, 256)  # chips
+ENOUGH = 64  # examples that a choice of group aims at
+Row = dict[str, Any]
+
+
+def main() -> None:
+  """Writes the page and the figure."""
+  results = stored.read("scaling")
+  if results is None:
+    raise SystemExit("There are no results yet: run `make bench-scaling` first.")
+  PAGE.write_text(page(results))
+  draw(results)
+  Console().print(f"Wrote docs/{PAGE.name} and docs/{FIGURE.name}.")
+
+
+def page(results: Row) -> str:
+  """docs/scaling.md."""
+  parts = [
+    HEAD,
+    _origin(results),
+    *_counts(results["rows"]),
+    *_predictions(results["rows"]),
+    *_choice(results["rows"]),
+    *_measured(results["rows"]),
+    "## What is assumed",
+    _assumptions(),
+    "## Sources",
+    _sources(),
+  ]
+  return "\n\n".join(parts) + "\n"
+
+
+HEAD = """# Towards a thousand chips
+
+Made by `python -m benchmarks.scaling_report` from benchmarks/results/scaling.json, which
+`make bench-scaling` writes. No figure here is typed by hand, and none of the times of a TPU is
+measured: the counts are facts about compiled programs, the times a model's."""
+
+
+def _origin(results: Row) -> str:
+  versions = results["versions"]
+  named = [f"{name} {versions[name]}" for name in ("jax", "flax", "libtpu") if name in versions]
+  return f"`{results['command']}`, {results['date']}: {', '.join(named)}."
+
+
+# Counts.
+
+
+def _counts(rows: list[Row]) -> Iterator[str]:
+  yield "## What one chip does"
+  yield COUNTS
+  for network, described in NETWORKS.items():
+    chosen = [row for row in rows if row["kind"] == "program" and row["network"] == network]
+    if not chosen:
+      continue
+    shape = "x".join(map(str, described.shape))
+    yield f"### {described.title}: {described.batch} of {shape} on each chip, bfloat16"
+    yield stored.table(_lines(chosen), range(3, 11))
+  yield "### What grows with the chips"
+  yield "\n".join(f"- {sentence}" for sentence in growth(rows)) or "Nothing."
+  yield "### What synchronization adds"
+  yield "\n".join(f"- {sentence}" for sentence in additions(rows))
+
+
+COUNTS = f"""\
+A step of training, or one layer forward and backward, is compiled by XLA for slices of a TPU, with
+none present. The batch of each chip is the same on all of them. *Synchronized*: all chips share the
+statistics of every layer; *grouped*: each square of {GROUP} chips does, as an axis of the mesh or,
+*by index*, as `axis_index_groups`; *local*: each chip has its own; *none*: there are no norm
+layers. Running statistics that differ are averaged. Memory is what the program holds at most:
+arguments, results and temporaries. Bytes moved are the compiler's own count, on padded layouts.
+
+An operation between chips is counted in the compiled program, where the compiler has combined some
+into one, and, *traced*, before that (by jit there are none yet). All are all-reduces unless the
+column says so. *Sent* is what a chip puts into them."""
+
+
+def _lines(rows: list[Row]) -> list[list[str]]:
+  heading = ["slice", "by", "statistics", "chips", "GFLOP", "moves", "memory"]
+  lines = [[*heading, "all-reduces", "sent", "traced", "compile time"]]
+  order = {way: at for at, way in enumerate(WAYS[rows[0]["network"]])}
+  ordered = sorted(rows, key=lambda row: order[row["mode"], row["statistics"]])
+  return lines + [_line(row) for row in ordered]
+
+
+def _line(row: Row) -> list[str]:
+  return [
+    row["target"],
+    row["mode"],
+    row["statistics"],
+    f"{row['chips']:,}",
+    f"{row['flops'] / 1e9:,.1f}",
+    f"{row['bytes'] / 1e6:,.0f} MB",
+    f"{row['memory_bytes'] / 1e6:,.0f} MB",
+    _operations(row),
+    _size(sent(row)),
+    f"{row['traced_all_reduces'] or ''}",
+    f"{row['compile_s']:.0f} s",
+  ]
+
+
+def _operations(row: Row) -> str:
+  """How many all-reduces, and whatever else there is."""
+  totals: dict[str, int] = {"all-reduce": 0}
+  for op, *_, count in row["collectives"]:
+    totals[op] = totals.get(op, 0) + count
+  others = [f"{count} {op}" for op, count in totals.items() if op != "all-reduce"]
+  return ", ".join([str(totals["all-reduce"]), *others])
+
+
+def count(row: Row) -> int:
+  """Operations between chips."""
+  return sum(one[-1] for one in row["collectives"])
+
+
+def sent(row: Row) -> int:
+  """Bytes that a chip puts into them."""
+  return sum(size * times for _, size, _, _, times in row["collectives"])
+
+
+def _size(size: float) -> str:
+  return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB"
+
+
+def growth(rows: list[Row]) -> Iterator[str]:
+  """In sentences, for each program: what is more on a larger slice than on the smallest."""
+  programs = [row for row in rows if row["kind"] == "program"]
+  measures = {"operations": count, "bytes sent": sent, "bytes moved": moved, "memory": held}
+  for (network, mode, statistics), group in itertools.groupby(sorted(programs, key=_way), _way):
+    slices = sorted(group, key=lambda row: row["chips"])
+    changes = [
+      f"{title} {_times(of(slices[-1]) / of(slices[0]))}"
+      for title, of in measures.items()
+      if of(slices[-1]) > 1.005 * of(slices[0])
+    ]
+    if changes:
+      ends = f"from {slices[0]['chips']} to {slices[-1]['chips']:,} chips"
+      name = f"{NETWORKS[network].title}, {mode}, {statistics}"
+      yield f"{name}: {', '.join(changes)}, {ends}."
+
+
+def moved(row: Row) -> float:
+  """Bytes that a chip moves through its memory."""
+  return row["bytes"]
+
+
+def held(row: Row) -> int:
+  """Bytes that it keeps there at most."""
+  return row["memory_bytes"]
+
+
+def _way(row: Row) -> tuple[str, str, str]:
+  return row["network"], row["mode"], row["statistics"]
+
+
+def _times(ratio: float) -> str:
+  return f"x {ratio:.2f}" if ratio < 10 else f"x {ratio:.0f}"
+
+
+def additions(rows: list[Row]) -> Iterator[str]:
+  """What synchronized statistics add to local ones, against two operations for each layer."""
+  programs = {row["name"]: row for row in rows if row["kind"] == "program"}
+  for row in programs.values():
+    local = programs.get(f"{row['network']}/{row['target']}/shard_map/local")
+    if row["statistics"] == "synchronized" and local:
+      more, layers = count(row) - count(local), row["layers"]
+      yield (
+        f"{NETWORKS[row['network']].title}, {row['target']}, {row['mode']}: {more} operations for "
+        f"{layers} layers, {more / layers:.2f} each (at most 2: one forward, one backward); "
+        f"{_size(sent(row) - sent(local))} more sent, "
+        f"{(row['bytes'] - local['bytes']) / 1e6:+.1f} MB moved."
+      )
+
+
+# Predictions.
+
+
+def program_of(rows: list[Row], chip: str, statistics: str) -> Row | None:
+  """The compiled ResNet that a prediction is made from."""
+  wanted = f"resnet50/{LARGEST[chip]}/shard_map/{statistics}"
+  return next((row for row in rows if row["name"] == wanted), None)
+
+
+def steps(rows: list[Row], chip: str, chips: int, hop: float = HOP) -> dict[str, Step]:
+  """The predicted step by kind of statistics, on a number of chips."""
+  found = {}
+  for title, statistics, group in (
+    ("local", "local", None),
+    (f"groups of {GROUP}", "grouped", GROUP),
+    ("groups of 16", "grouped", 16),
+    ("synchronized", "synchronized", None),
+  ):
+    program = program_of(rows, chip, statistics)
+    if program and (group or 0) <= chips:
+      found[title] = interconnect.predict(program, chips, group, hop)
+  return found
+
+
+def _predictions(rows: list[Row]) -> Iterator[str]:
+  yield "## How long a step takes, and how well it scales"
+  yield PREDICTIONS
+  yield f"![Efficiency over chips, and the cost of a group over its size]({FIGURE.name})"
+  for name, chip in CHIPS.items():
+    lines = [["chips", "statistics", "own work", "all-reduces", "step", "efficiency"]]
+    lines[0].append(f"at {SLOW_HOP * 1e6:.1f} µs a hop")
+    for chips in CHIP_COUNTS:
+      slow = steps(rows, name, chips, SLOW_HOP)
+      for title, step in steps(rows, name, chips).items():
+        times = (step.compute, step.communication, step.seconds)
+        lines.append(
+          [
+            f"{chips:,}",
+            title,
+            *(f"{1e3 * seconds:.2f} ms" for seconds in times),
+            f"{step.efficiency:.1%}",
+            f"{slow[title].efficiency:.1%}",
+          ]
+        )
+    yield f"### {chip.title}"
+    yield stored.table(lines, [0, 2, 3, 4, 5, 6])
+
+
+PREDICTIONS = """\
+ResNet-50's step from the counts above: the larger of the time that its FLOPs take at the chip's
+peak and the time that its bytes take at its memory's bandwidth, and after that its all-reduces, one
+after another, each by latency and bandwidth. Efficiency is that of weak scaling: the chip's own
+work over the step. Local statistics have no all-reduces but those of the gradients and of the
+running statistics, so that what they lose is every data-parallel trainer's loss."""
+
+
+# The choice of a group.
+
+
+def group_cost(rows: list[Row], chip: str, chips: int, group: int, hop: float = HOP) -> float:
+  """Seconds that the all-reduces within groups add to a step; all chips are a group too."""
+  program = program_of(rows, chip, "grouped")
+  if program is None:
+    return math.nan
+  shared = [c for c in program["collectives"] if c[2] == GROUP]
+  among = None if group >= chips else group
+  seconds = (
+    times * interconnect.all_reduce_seconds(CHIPS[chip], size, chips, among, hop)
+    for _, size, _, _, times in shared
+  )
+  return sum(seconds)
+
+
+def _choice(rows: list[Row]) -> Iterator[str]:
+  yield "## Which group to choose"
+  yield CHOICE
+  if program_of(rows, "v5e", "grouped") is None or program_of(rows, "v4", "grouped") is None:
+    return
+  yield stored.table(_cost_lines(rows), range(6))
+  yield LITERATURE
+  yield stored.table(_choice_lines(rows), range(6))
+  yield ADVICE
+
+
+WHERE = {"v5e": 256, "v4": 1024}  # chips: on which slices the tables of groups are
+
+
+def _added(rows: list[Row], group: int) -> list[str]:
+  cells = []
+  for chip, chips in WHERE.items():
+    if group > chips:
+      cells += ["", ""]
+      continue
+    program = program_of(rows, chip, "local")
+    assert program
+    seconds = group_cost(rows, chip, chips, group)
+    share = seconds / interconnect.predict(program, chips).seconds
+    cells += [f"{1e3 * seconds:.2f} ms", f"{share:.1%}"]
+  return cells
+
+
+def _headings() -> list[str]:
+  return [
+    cell
+    for chip, chips in WHERE.items()
+    for cell in (f"adds on {chips:,} {chip}", "to a local step")
+  ]
+
+
+def _cost_lines(rows: list[Row]) -> list[list[str]]:
+  lines = [["chips in a group", "error of the mean", *_headings()]]
+  batch = NETWORKS["resnet50"].batch
+  for group in (1, *GROUPS, 1024):
+    error = f"{1 / math.sqrt(group * batch):.1%}"
+    lines.append([f"{group:,}", error, *(_added(rows, group))])
+  return lines
+
+
+def choice(batch: int) -> int:
+  """Chips of a group, a power of two, for a batch on each: as few as have enough examples."""
+  return 2 ** max(0, math.ceil(math.log2(ENOUGH / batch)))
+
+
+def _choice_lines(rows: list[Row]) -> list[list[str]]:
+  lines = [["batch of a chip", "group", "examples in it", *_headings()]]
+  for batch in (1, 2, 4, 8, 16, 32, 64, 128):
+    group = choice(batch)
+    size = f"{group} chips" if group > 1 else "none: local"
+    lines.append([str(batch), size, str(group * batch), *_added(rows, group)])
+  return lines
+
+
+CHOICE = f"""\
+What a group costs is latency: its all-reduces are of some kilobytes, and there are two for every
+layer. So it costs by the hops across the group, not by the bytes. What it buys is statistics of
+more examples. The error of a mean over V examples, in standard deviations between examples, is
+1 / sqrt(V) (that of a variance, relative, sqrt(2 / V)); the first table has it for
+{NETWORKS["resnet50"].batch} examples on each chip."""
+
+LITERATURE = f"""\
+What statistics are good for has been measured by others, on ImageNet unless it says otherwise:
+
+- Few examples are bad. ResNet-50's error is 23.6 % with statistics of 32 examples, 23.7 of 16, 24.8
+  of 8, 27.3 of 4 and 34.7 of 2 (Wu & He 2018). Batch renormalization was made for small batches and
+  for those that are not drawn independently (Ioffe 2017).
+- Very many are not better. Goyal et al. (2017) keep statistics of 32 whatever the number of
+  workers, so that the loss stays the same function, and lose nothing up to batches of 8192. With
+  large batches, statistics of 128 examples at a time generalize better than those of all of them
+  (Hoffer et al. 2017, "ghost batches").
+- Where a device holds one or two images, as in detection, statistics must be shared between devices
+  (Peng et al. 2018).
+- On 1024 chips with small batches on each, groups of chips shared them, not all (Ying et al. 2018).
+
+So the second table aims at {ENOUGH} examples, in the smallest block of neighbours that has them."""
+
+ADVICE = f"""\
+In short: share among as few neighbouring chips as make {ENOUGH // 2} to {2 * ENOUGH} examples. A
+chip that has {ENOUGH // 2} or more itself needs no sharing, unless one result on any number of
+devices is wanted, which is what global statistics and `virtual_batch_size` are for; the first table
+has their price. A group never leaves its pod. As an axis of the mesh, `axis_name="member"` over
+`("group", "member")`, a group costs the same on any slice. As `axis_index_groups` it does so only
+where shard_map's checks are off: with them JAX has no grouped reduction, and what is sent grows
+with the number of groups."""
+
+
+# What was measured.
+
+
+def _measured(rows: list[Row]) -> Iterator[str]:
+  weak = [row for row in rows if row["kind"] == "weak"]
+  yield "## Measured here: one process and two"
+  if not weak:
+    yield "Not measured yet."
+    return
+  one = weak[0]
+  yield (
+    f"A small ResNet with {one['layers']} norm layers, {one['batch']} images for each process, one "
+    f"core each; two processes talk by gloo over loopback. {one['samples']} samples of "
+    f"{one['steps']} steps with each kind of statistics, in turns. The ratio is of the step with "
+    "synchronized statistics to the one with local statistics; both sum the gradients."
+  )
+  lines = [["processes", "local, min", "median", "synchronized, min", "median"]]
+  lines[0] += ["ratio of minima", "median of ratios", "efficiency, local", "synchronized"]
+  for row in weak:
+    times = [row[f"{s}_{m}_ms"] for s in ("local", "synchronized") for m in ("min", "median")]
+    ratios = [row["ratio_of_min"], row["ratio_median"]]
+    shares = [row["efficiency_local"], row["efficiency_synchronized"]]
+    lines.append(
+      [
+        str(row["processes"]),
+        *(f"{t:.1f} ms" for t in times),
+        *(f"{r:.3f}" for r in ratios),
+        *(f"{share:.1%}" for share in shares),
+      ]
+    )
+  yield stored.table(lines, range(9))
+  yield (
+    "Efficiency is the shortest local step of one process over the shortest step here. Two cores "
+    "share caches and memory, and loopback by gloo is no interconnect of a TPU: what this shows is "
+    "that the collectives are as few as counted, not what they cost elsewhere."
+  )
+
+
+# Assumptions and sources.
+
+
+def _assumptions() -> str:
+  slices = ", ".join(f"{CHIPS[chip].title} from {name}" for chip, name in LARGEST.items())
+  v5e = CHIPS["v5e"]
+  return f"""\
+- A chip's own work takes what the roofline says, the least it can: at the peak, at the whole
+  bandwidth, and with the compiler's count of bytes. A slower chip would make every efficiency here
+  better.
+- Nothing overlaps: every all-reduce waits for the one before it, the gradients' too. Those of the
+  statistics must wait in truth; those of the gradients need not.
+- A hop from chip to chip takes {HOP * 1e6:.0f} µs whatever it carries. That is an assumption
+  (Austin et al. call it typical); their own profile of a small gather makes it
+  {SLOW_HOP * 1e6:.1f} µs, which the last column above and the bands of the figure take.
+- An all-reduce is a reduce-scatter and an all-gather over all axes of the torus at once. For the
+  smallest in small groups the compiler names a ring of a single phase, which has fewer hops there.
+- An axis is closed to a ring on a v5e at {v5e.ring_of} chips and on a v4 at multiples of
+  {CHIPS["v4"].ring_of}; a block shorter than the axis is not.
+- More than {v5e.pod} v5e chips are several pods, between which each chip has its share of the pod's
+  network ({v5e.between_pods / 1e9:.1f} GB/s) and a hop takes {POD_HOP * 1e6:.0f} µs, for which
+  there is no source.
+- The program on any number of chips is that of the largest slice compiled ({slices}): the first
+  section shows that it does not change.
+- Input, the host, stragglers and failures are not in it."""
+
+
+def _sources() -> str:
+  lines = [["", "peak", "memory", "link, one way", "links along", "source"]]
+  lines += [
+    [
+      chip.title,
+      f"{chip.flops / 1e12:.0f} TFLOP/s",
+      f"{chip.memory_rate / 1e9:.0f} GB/s",
+      f"{chip.link / 1e9:.0f} GB/s",
+      f"{len(chip.shapes[4])} axes",
+      " ".join(f"[{n}]({url})" for n, url in enumerate(chip.sources, 1)),
+    ]
+    for chip in CHIPS.values()
+  ]
+  return f"{stored.table(lines, range(1, 5))}\n\n{REFERENCES}"
+
+
+REFERENCES = f"""\
+- J. Austin et al., [How to scale your model]({interconnect.SCALING_BOOK}), 2025: links, hops and
+  the cost of collectives on TPUs.
+- S. Williams, A. Waterman, D. Patterson,
+  [Roofline](https://doi.org/10.1145/1498765.1498785), 2009.
+- R. Thakur, R. Rabenseifner, W. Gropp, [Optimization of collective communication operations in
+  MPICH](https://doi.org/10.1177/1094342005051521), 2005.
+- N. Jouppi et al., [TPU v4](https://arxiv.org/abs/2304.01433), 2023: the torus.
+- S. Ioffe, [Batch renormalization](https://arxiv.org/abs/1702.03275), 2017.
+- P. Goyal et al., [Accurate, large minibatch SGD](https://arxiv.org/abs/1706.02677), 2017.
+- E. Hoffer, I. Hubara, D. Soudry,
+  [Train longer, generalize better](https://arxiv.org/abs/1705.08741), 2017.
+- C. Peng et al., [MegDet](https://arxiv.org/abs/1711.07240), 2018.
+- Y. Wu, K. He, [Group normalization](https://arxiv.org/abs/1803.08494), 2018.
+- C. Ying et al., [Image classification at supercomputer scale](https://arxiv.org/abs/1811.06992),
+  2018."""
+
+
+# The figure.
+
+COLORS = {
+  "local": "#8a8a8a",
+  f"groups of {GROUP}": "#4c86b8",
+  "groups of 16": "#7fb069",
+  "synchronized": "#c8452c",
+}
+
+
+def draw(results: Row) -> None:
+  """Writes the figure: efficiency over chips on each kind, and a group's cost over its size."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(12, 4.4), dpi=150, layout="constrained")
+  FigureCanvasAgg(figure)  # no window system, no global state
+  figure.suptitle("Predicted: ResNet-50, 32 images on each chip; bands: a hop of 1 to 2.7 µs")
+  *efficiencies, cost = figure.subplots(1, 3)
+  for axes, (name, chip) in zip(efficiencies, CHIPS.items(), strict=True):
+    _efficiencies(axes, results["rows"], name)
+    axes.set_title(chip.title, fontsize=10)
+  efficiencies[0].legend(frameon=False, fontsize=8, loc="lower left")
+  _costs(cost, results["rows"])
+  figure.savefig(FIGURE)
+
+
+def _efficiencies(axes: Any, rows: list[Row], name: str) -> None:
+  counts = [n for n in CHIP_COUNTS if n >= GROUP]
+  quick = {n: steps(rows, name, n) for n in counts}
+  slow = {n: steps(rows, name, n, SLOW_HOP) for n in counts}
+  for title, color in COLORS.items():
+    at = [n for n in counts if title in quick[n]]
+    best = [100 * quick[n][title].efficiency for n in at]
+    worst = [100 * slow[n][title].efficiency for n in at]
+    axes.plot(at, best, color=color, marker="o", markersize=3, label=title)
+    axes.fill_between(at, worst, best, color=color, alpha=0.15, linewidth=0)
+  if CHIPS[name].pod < max(counts):
+    axes.axvline(CHIPS[name].pod, color="black", linewidth=0.8, linestyle=":")
+    axes.annotate("one pod ", (CHIPS[name].pod, 3), ha="right", fontsize=8)
+  _chip_axis(axes, counts, "chips")
+  axes.set_ylabel("weak-scaling efficiency, %")
+  axes.set_ylim(0, 102)
+
+
+def _costs(axes: Any, rows: list[Row]) -> None:
+  for (name, chips), color in zip(WHERE.items(), ("#7a1f10", "#2f4b6e"), strict=True):
+    groups = [n for n in (*GROUPS, 1024) if n <= chips]
+    quick = [1e3 * group_cost(rows, name, chips, n) for n in groups]
+    slow = [1e3 * group_cost(rows, name, chips, n, SLOW_HOP) for n in groups]
+    label = f"{chips:,} {CHIPS[name].title}"
+    axes.plot(groups, quick, color=color, marker="o", markersize=3, label=label)
+    axes.fill_between(groups, quick, slow, color=color, alpha=0.15, linewidth=0)
+  _chip_axis(axes, [*GROUPS, 1024], "chips in a group")
+  axes.set_ylabel("added to a step, ms")
+  axes.set_ylim(bottom=0)
+  axes.set_title("What a group costs", fontsize=10)
+  axes.legend(frameon=False, fontsize=8, loc="upper left")
+
+
+def _chip_axis(axes: Any, counts: list[int], label: str) -> None:
+  axes.set_xscale("log", base=2)
+  axes.set_xticks(counts, [str(n) for n in counts], fontsize=8, rotation=45)
+  axes.minorticks_off()
+  axes.set_xlabel(label)
+  axes.grid(alpha=0.25)
+  axes.spines[["top", "right"]].set_visible(False)
+
+
+if __name__ == "__main__":
+  main()
