@@ -116,11 +116,14 @@ def all_reduce_seconds(
 
 
 def _over_pods(chip: Chip, size: float, chips: int, hop: float) -> float:
-  """Within each pod, and a ring of the pods in which each chip has its share of the sum."""
+  """Within each pod, and between pods the share of the sum that each chip then has.
+
+  The network between pods is switched: halving and doubling takes log2 of the pods, there and back.
+  """
   pods = chips // chip.pod
-  share = size / chip.pod
   within = all_reduce_seconds(chip, size, chip.pod, hop=hop)
-  return within + 2 * (pods - 1) * (POD_HOP + share / pods / chip.between_pods)
+  bandwidth = 2 * (size / chip.pod) * (pods - 1) / pods / chip.between_pods
+  return within + 2 * math.ceil(math.log2(pods)) * POD_HOP + bandwidth
 
 
 @dataclasses.dataclass(frozen=True)

@@ -84,9 +84,11 @@ def _counts(rows: list[Row]) -> Iterator[str]:
     yield f"### {described.title}: {described.batch} of {shape} on each chip, bfloat16"
     yield stored.table(_lines(chosen), range(3, 11))
   yield "### What grows with the chips"
+  yield GROWTH
   yield "\n".join(f"- {sentence}" for sentence in growth(rows)) or "Nothing."
   yield "### What synchronization adds"
-  yield "\n".join(f"- {sentence}" for sentence in additions(rows))
+  yield ADDITIONS
+  yield stored.table(additions(rows), range(3, 9))
 
 
 COUNTS = f"""\
@@ -99,7 +101,8 @@ arguments, results and temporaries. Bytes moved are the compiler's own count, on
 
 An operation between chips is counted in the compiled program, where the compiler has combined some
 into one, and, *traced*, before that (by jit there are none yet). All are all-reduces unless the
-column says so. *Sent* is what a chip puts into them."""
+column says so. *Sent* is what a chip puts into them; a convolution's gradient is summed in bfloat16
+there, as shard_map and XLA have it, the cast of the parameters being on the chips' side."""
 
 
 def _lines(rows: list[Row]) -> list[list[str]]:
@@ -146,12 +149,17 @@ def sent(row: Row) -> int:
 
 
 def _size(size: float) -> str:
-  return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB"
+  return f"{size / 1e6:,.1f} MB" if abs(size) >= 1e6 else f"{size / 1e3:,.1f} kB"
+
+
+GROWTH = """\
+Operations, bytes sent and moved, and memory on the largest slice against the smallest (of more than
+one group), where they are more by half a percent:"""
 
 
 def growth(rows: list[Row]) -> Iterator[str]:
   """In sentences, for each program: what is more on a larger slice than on the smallest."""
-  programs = [row for row in rows if row["kind"] == "program"]
+  programs = [row for row in rows if row["kind"] == "program" and not _one_group(row)]
   measures = {"operations": count, "bytes sent": sent, "bytes moved": moved, "memory": held}
   for (network, mode, statistics), group in itertools.groupby(sorted(programs, key=_way), _way):
     slices = sorted(group, key=lambda row: row["chips"])
@@ -164,6 +172,11 @@ def growth(rows: list[Row]) -> Iterator[str]:
       ends = f"from {slices[0]['chips']} to {slices[-1]['chips']:,} chips"
       name = f"{NETWORKS[network].title}, {mode}, {statistics}"
       yield f"{name}: {', '.join(changes)}, {ends}."
+
+
+def _one_group(row: Row) -> bool:
+  """Whether a slice is one group whole, so that there is nothing between groups."""
+  return row["statistics"].startswith("grouped") and row["chips"] == GROUP
 
 
 def moved(row: Row) -> float:
@@ -184,19 +197,24 @@ def _times(ratio: float) -> str:
   return f"x {ratio:.2f}" if ratio < 10 else f"x {ratio:.0f}"
 
 
-def additions(rows: list[Row]) -> Iterator[str]:
-  """What synchronized statistics add to local ones, against two operations for each layer."""
+ADDITIONS = """\
+All-reduces with local statistics, which are the gradients' and the running statistics', and with
+synchronized ones; what these add is at most two for each layer, one forward and one backward."""
+
+
+def additions(rows: list[Row]) -> list[list[str]]:
+  """What synchronized statistics add to local ones."""
   programs = {row["name"]: row for row in rows if row["kind"] == "program"}
+  lines = [["network", "slice", "by", "layers", "local", "synchronized", "for each layer"]]
+  lines[0] += ["more sent", "more moved"]
   for row in programs.values():
     local = programs.get(f"{row['network']}/{row['target']}/shard_map/local")
     if row["statistics"] == "synchronized" and local:
-      more, layers = count(row) - count(local), row["layers"]
-      yield (
-        f"{NETWORKS[row['network']].title}, {row['target']}, {row['mode']}: {more} operations for "
-        f"{layers} layers, {more / layers:.2f} each (at most 2: one forward, one backward); "
-        f"{_size(sent(row) - sent(local))} more sent, "
-        f"{(row['bytes'] - local['bytes']) / 1e6:+.1f} MB moved."
-      )
+      more = (count(row) - count(local)) / row["layers"]
+      sizes = [_size(of(row) - of(local)) for of in (sent, moved)]
+      named = [NETWORKS[row["network"]].title, row["target"], row["mode"], str(row["layers"])]
+      lines.append([*named, str(count(local)), str(count(row)), f"{more:.2f}", *sizes])
+  return lines
 
 
 # Predictions.
@@ -406,7 +424,7 @@ def _measured(rows: list[Row]) -> Iterator[str]:
 
 
 def _assumptions() -> str:
-  slices = ", ".join(f"{CHIPS[chip].title} from {name}" for chip, name in LARGEST.items())
+  slices = ", ".join(LARGEST.values())
   v5e = CHIPS["v5e"]
   return f"""\
 - A chip's own work takes what the roofline says, the least it can: at the peak, at the whole
@@ -423,9 +441,10 @@ def _assumptions() -> str:
   {CHIPS["v4"].ring_of}; a block shorter than the axis is not.
 - More than {v5e.pod} v5e chips are several pods, between which each chip has its share of the pod's
   network ({v5e.between_pods / 1e9:.1f} GB/s) and a hop takes {POD_HOP * 1e6:.0f} µs, for which
-  there is no source.
-- The program on any number of chips is that of the largest slice compiled ({slices}): the first
-  section shows that it does not change.
+  there is no source, in a number that grows as the logarithm of the pods.
+- The program on any number of chips is that of the largest slice compiled ({slices}),
+  since it does not change with the chips. What is sent within groups of {GROUP} chips there is
+  taken to be sent within groups of another size.
 - Input, the host, stragglers and failures are not in it."""
 
 

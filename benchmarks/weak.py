@@ -37,10 +37,11 @@ Row = dict[str, Any]
 def main() -> None:
   """Measures and prints the rows, or is one of the processes."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-  parser.add_argument("--worker", nargs=4, type=int, help=argparse.SUPPRESS)
+  parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
   arguments = parser.parse_args()
   if arguments.worker:
-    print(json.dumps(_worker(*arguments.worker)))
+    *numbers, network = arguments.worker
+    print(json.dumps(_worker(*map(int, numbers), network)))
     return
   console = Console()
   for row in measure(console):
@@ -84,7 +85,7 @@ def row_of(processes: int, runs: list[dict[str, list[float]]]) -> Row:
   }
 
 
-def run(processes: int, samples: int) -> Any:
+def run(processes: int, samples: int, network: str = "resnet") -> Any:
   """What the first of so many processes measured."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
@@ -95,7 +96,7 @@ def run(processes: int, samples: int) -> Any:
     command = [sys.executable, "-m", "benchmarks.weak", "--worker"]
     workers.append(
       subprocess.Popen(
-        [*command, *map(str, (number, processes, port, samples))],
+        [*command, *map(str, (number, processes, port, samples, network))],
         env=environment,
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -117,14 +118,14 @@ def run(processes: int, samples: int) -> Any:
 # In a process.
 
 
-def _worker(number: int, processes: int, port: int, samples: int) -> Row:
+def _worker(number: int, processes: int, port: int, samples: int, network: str) -> Row:
   _keep_to_one_core(number)
   import jax
 
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   if processes > 1:
     jax.distributed.initialize(f"127.0.0.1:{port}", processes, number)
-  steps, layers = _steps()
+  steps, layers = _steps(network)
   times: dict[str, list[float]] = {name: [] for name in steps}
   for name in steps:
     _time(steps[name])  # compiles
@@ -153,7 +154,7 @@ def _time(step: Any) -> float:
   return (time.perf_counter() - start) / STEPS
 
 
-def _steps() -> tuple[dict[str, Any], int]:
+def _steps(name: str) -> tuple[dict[str, Any], int]:
   """The step with either kind of statistics, its arguments bound, and how many layers normalize."""
   import jax
   import numpy as np
@@ -164,13 +165,15 @@ def _steps() -> tuple[dict[str, Any], int]:
   axes = ("batch",)
   mesh = Mesh(np.array(jax.devices()), axes)
   whole, split = (NamedSharding(mesh, PartitionSpec(*s)) for s in ((), axes))
-  network = dataclasses.replace(compiled.CPU_NETWORK, batch=BATCH)
+  tiny = functools.partial(networks.ResNet, networks.Basic, (1,))
+  known = {"resnet": compiled.CPU_NETWORK, "tiny": networks.Network("", tiny, (8, 8, 3), BATCH)}
+  network = dataclasses.replace(known[name], batch=BATCH)
   rng = np.random.default_rng(jax.process_index())
   images = rng.normal(size=(BATCH, *network.shape)).astype(np.float32)
   labels = rng.integers(0, 1000, BATCH).astype(np.int32)
   data = [jax.make_array_from_process_local_data(split, local) for local in (images, labels)]
   steps, layers = {}, 0
-  for name, axis, apart in (("local", None, axes), ("synchronized", axes, ())):
+  for kind, axis, apart in (("local", None, axes), ("synchronized", axes, ())):
     norm = functools.partial(networks.jaxbn, axis_name=axis)
     model = network.model(norm, images.dtype)
     step, tx = networks.train_step(model, axes, apart)
@@ -179,7 +182,7 @@ def _steps() -> tuple[dict[str, Any], int]:
     variables = jax.jit(model.init, out_shardings=whole)(jax.random.key(0), images[:2])
     params, stats = variables["params"], variables["batch_stats"]
     state = jax.jit(tx.init, out_shardings=whole)(params)
-    steps[name] = functools.partial(jax.jit(spread), params, stats, state, *data)
+    steps[kind] = functools.partial(jax.jit(spread), params, stats, state, *data)
     layers = len(jax.tree.leaves(stats)) // 2
   return steps, layers
 
