@@ -5,8 +5,8 @@
 
 No TPU is needed: XLA compiles for a described slice, and what the program for one of its chips
 moves, keeps and sends is then a fact about that program. Each program is compiled in a process of
-its own and stored as soon as it is done. A later run takes over what was compiled from the same
-sources by the same compiler (`--fresh`: nothing), so that it goes on where it was interrupted.
+its own and stored as soon as it is done. A later run leaves what was compiled from the same sources
+by the same compiler (but for `--fresh`), so that it goes on where it was interrupted.
 Then the same step runs on this machine, in one process and in two (`benchmarks.weak`).
 
 `benchmarks.scaling_report` makes docs/scaling.md of it.
@@ -41,18 +41,17 @@ Row = dict[str, Any]
 def main() -> None:
   """Compiles what is missing, measures, and writes after each."""
   arguments = _arguments()
+  compiled.prepare()
   if arguments.one:
-    compiled.prepare()
     print(json.dumps(row_of(Program(*arguments.one.split("/")))))
     return
   console = Console()
   if why := compiled.missing("v5e"):
     raise SystemExit(why)
-  kept = [] if arguments.fresh else _reusable()
+  rows = {row["name"]: row for row in (stored.read("scaling") or {"rows": []})["rows"]}
   wanted = [p for p in programs() if not arguments.only or arguments.only in str(p)]
-  rows = {row["name"]: row for row in kept}
   for number, program in enumerate(wanted, 1):
-    if str(program) not in rows:
+    if arguments.fresh or not would_be_the_same(rows.get(str(program))):
       rows[str(program)] = _in_process_of_its_own(program)
       _write(rows)
       taken = rows[str(program)]["compile_s"]
@@ -60,14 +59,13 @@ def main() -> None:
   if not arguments.only:
     rows |= {row["name"]: row for row in weak.measure(console)}
     _write(rows)
-  console.print("Wrote benchmarks/results/scaling.json.")
+  console.print("benchmarks/results/scaling.json is up to date.")
 
 
-def _reusable() -> list[Row]:
-  """What was measured, and the programs that would be the same: compiler and sources are."""
-  old = (stored.read("scaling") or {"rows": []})["rows"]
+def would_be_the_same(row: Row | None) -> bool:
+  """Whether a program as stored is from the same sources, by the same compiler."""
   same = {"compiler": _compiler(), "source": source()}
-  return [row for row in old if row["kind"] != "program" or same.items() <= row.items()]
+  return row is not None and same.items() <= row.items()
 
 
 def _write(rows: dict[str, Row]) -> None:

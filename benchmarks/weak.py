@@ -40,8 +40,8 @@ def main() -> None:
   parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
   arguments = parser.parse_args()
   if arguments.worker:
-    *numbers, network = arguments.worker
-    print(json.dumps(_worker(*map(int, numbers), network)))
+    number, processes, port, samples = map(int, arguments.worker[:4])
+    print(json.dumps(_worker(number, processes, port, samples, arguments.worker[4])))
     return
   console = Console()
   for row in measure(console):

@@ -94,22 +94,21 @@ def test_blocks_of_chips_lie_next_to_each_other():
   assert [chip.coords[:2] for chip in chips[4:8]] == [(0, 2), (0, 3), (1, 2), (1, 3)]
 
 
-def test_what_was_compiled_from_other_sources_is_compiled_again(tmp_path, monkeypatch):
-  monkeypatch.setattr(stored, "FOLDER", tmp_path)
+def test_what_was_compiled_from_other_sources_is_compiled_again(monkeypatch):
   monkeypatch.setattr(scaling, "_compiler", lambda: "libtpu 1")
-  assert scaling._reusable() == []
-  program = {"kind": "program", "compiler": "libtpu 1", "source": scaling.source()}
-  rows = {
-    name: {**program, "name": name, **change}
-    for name, change in (
-      ("same", {}),
-      ("changed", {"source": "another"}),
-      ("other compiler", {"compiler": "libtpu 2"}),
-      ("measured", {"kind": "weak", "source": ""}),
-    )
-  }
-  scaling._write(rows)
-  assert [row["name"] for row in scaling._reusable()] == ["same", "measured"]
+  row = {"compiler": "libtpu 1", "source": scaling.source(), "bytes": 1.0}
+  assert scaling.would_be_the_same(row)
+  assert not scaling.would_be_the_same(None)
+  assert not scaling.would_be_the_same({**row, "source": "another"})
+  assert not scaling.would_be_the_same({**row, "compiler": "libtpu 2"})
+
+
+def test_rows_are_written_in_the_order_of_the_programs(tmp_path, monkeypatch):
+  monkeypatch.setattr(stored, "FOLDER", tmp_path)
+  names = [str(program) for program in slices.programs()]
+  assert len(names) == len(set(names))
+  scaling._write({name: {"name": name} for name in ("weak/1", names[5], names[2])})
+  assert [row["name"] for row in stored.read("scaling")["rows"]] == [names[2], names[5], "weak/1"]
 
 
 # What is measured.
@@ -171,6 +170,7 @@ def row(target, statistics, chips, **changes):
     "traced_all_reduces": 9,
     "collectives": collectives,
     "compile_s": 1.0,
+    "source": "abc",
     **changes,
   }
   return {"name": f"resnet50/{target}/shard_map/{statistics}", **made}
