@@ -248,31 +248,34 @@ def _predictions(rows: list[Row]) -> Iterator[str]:
   yield PREDICTIONS
   yield f"![Efficiency over chips, and the cost of a group over its size]({FIGURE.name})"
   for name, chip in CHIPS.items():
-    lines = [["chips", "statistics", "own work", "all-reduces", "step", "efficiency"]]
-    lines[0].append(f"at {SLOW_HOP * 1e6:.1f} µs a hop")
-    for chips in CHIP_COUNTS:
-      slow = steps(rows, name, chips, SLOW_HOP)
-      for title, step in steps(rows, name, chips).items():
-        times = (step.compute, step.communication, step.seconds)
-        lines.append(
-          [
-            f"{chips:,}",
-            title,
-            *(f"{1e3 * seconds:.2f} ms" for seconds in times),
-            f"{step.efficiency:.1%}",
-            f"{slow[title].efficiency:.1%}",
-          ]
-        )
-    yield f"### {chip.title}"
-    yield stored.table(lines, [0, 2, 3, 4, 5, 6])
+    known = [title for title in COLORS if title in steps(rows, name, max(CHIP_COUNTS))]
+    if not known:
+      continue
+    own = steps(rows, name, max(CHIP_COUNTS))[known[0]].compute
+    lines = [["chips", *known]]
+    lines += [[f"{chips:,}", *_steps(rows, name, chips, known)] for chips in CHIP_COUNTS]
+    yield f"### {chip.title}: {1e3 * own:.1f} ms of its own, step and efficiency (of slow hops)"
+    yield stored.table(lines, range(len(lines[0])))
 
 
-PREDICTIONS = """\
+def _steps(rows: list[Row], chip: str, chips: int, titles: list[str]) -> Iterator[str]:
+  quick, slow = steps(rows, chip, chips), steps(rows, chip, chips, SLOW_HOP)
+  for title in titles:
+    if title in quick:
+      step = quick[title]
+      worse = slow[title].efficiency
+      yield f"{1e3 * step.seconds:.1f} ms, {step.efficiency:.1%} ({worse:.1%})"
+    else:
+      yield ""
+
+
+PREDICTIONS = f"""\
 ResNet-50's step from the counts above: the larger of the time that its FLOPs take at the chip's
 peak and the time that its bytes take at its memory's bandwidth, and after that its all-reduces, one
 after another, each by latency and bandwidth. Efficiency is that of weak scaling: the chip's own
 work over the step. Local statistics have no all-reduces but those of the gradients and of the
-running statistics, so that what they lose is every data-parallel trainer's loss."""
+running statistics, so that what they lose is every data-parallel trainer's loss. In parentheses the
+efficiency where a hop takes {SLOW_HOP / HOP:.1f} times as long."""
 
 
 # The choice of a group.
@@ -394,11 +397,13 @@ def _measured(rows: list[Row]) -> Iterator[str]:
     yield "Not measured yet."
     return
   one = weak[0]
+  load = max(row["load"] for row in weak)
   yield (
     f"A small ResNet with {one['layers']} norm layers, {one['batch']} images for each process, one "
     f"core each; two processes talk by gloo over loopback. {one['samples']} samples of "
     f"{one['steps']} steps with each kind of statistics, in turns. The ratio is of the step with "
-    "synchronized statistics to the one with local statistics; both sum the gradients."
+    "synchronized statistics to the one with local statistics; both sum the gradients. The load "
+    f"average before a run was at most {load:.1f}."
   )
   lines = [["processes", "local, min", "median", "synchronized, min", "median"]]
   lines[0] += ["ratio of minima", "median of ratios", "efficiency, local", "synchronized"]
@@ -436,7 +441,7 @@ def _assumptions() -> str:
   statistics must wait in truth; those of the gradients need not.
 - A hop from chip to chip takes {HOP * 1e6:.0f} µs whatever it carries. That is an assumption
   (Austin et al. call it typical); their own profile of a small gather makes it
-  {SLOW_HOP * 1e6:.1f} µs, which the last column above and the bands of the figure take.
+  {SLOW_HOP * 1e6:.1f} µs, which the parentheses above and the bands of the figure take.
 - An all-reduce is a reduce-scatter and an all-gather over all axes of the torus at once. For the
   smallest in small groups the compiler names a ring of a single phase, which has fewer hops there.
 - An axis is closed to a ring on a v5e at {v5e.ring_of} chips and on a v4 at multiples of

@@ -51,13 +51,16 @@ def main() -> None:
 def measure(console: Console, rounds: int = ROUNDS, samples: int = SAMPLES) -> list[Row]:
   """A row for each number of processes."""
   found: dict[int, list[dict[str, list[float]]]] = {processes: [] for processes in PROCESSES}
+  load = 0.0
   for _ in range(rounds):
     for processes in PROCESSES:
+      load = max(load, os.getloadavg()[0])
       found[processes].append(run(processes, samples))
       console.print(f"{processes} processes: measured", markup=False)
   rows = [row_of(processes, runs) for processes, runs in found.items()]
   alone = next(row for row in rows if row["processes"] == 1)
   for row in rows:
+    row["load"] = load
     row["efficiency_local"] = alone["local_min_ms"] / row["local_min_ms"]
     row["efficiency_synchronized"] = alone["local_min_ms"] / row["synchronized_min_ms"]
   return rows
