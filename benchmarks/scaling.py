@@ -5,8 +5,9 @@
 
 No TPU is needed: XLA compiles for a described slice, and what the program for one of its chips
 moves, keeps and sends is then a fact about that program. Each program is compiled in a process of
-its own and stored as soon as it is done. A later run leaves what was compiled from the same sources
-by the same compiler (but for `--fresh`), so that it goes on where it was interrupted.
+its own and stored as soon as it is done. A later run traces all of them and compiles those that the
+same compiler has not compiled yet as they are now (`--fresh`: all), so that it goes on where it was
+interrupted.
 Then the same step runs on this machine, in one process and in two (`benchmarks.weak`).
 
 `benchmarks.scaling_report` makes docs/scaling.md of it.
@@ -34,7 +35,6 @@ from benchmarks.slices import NETWORKS, TARGETS, Program, layers, lower, program
 
 COMMAND = "python -m benchmarks.scaling"
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-SOURCES = ("jaxbn", "benchmarks/networks.py", "benchmarks/slices.py")
 Row = dict[str, Any]
 
 
@@ -43,7 +43,8 @@ def main() -> None:
   arguments = _arguments()
   compiled.prepare()
   if arguments.one:
-    print(json.dumps(row_of(Program(*arguments.one.split("/")))))
+    name, known = arguments.one
+    print(json.dumps(row_of(Program(*name.split("/")), known)))
     return
   console = Console()
   if why := compiled.missing("v5e"):
@@ -51,21 +52,22 @@ def main() -> None:
   rows = {row["name"]: row for row in (stored.read("scaling") or {"rows": []})["rows"]}
   wanted = [p for p in programs() if not arguments.only or arguments.only in str(p)]
   for number, program in enumerate(wanted, 1):
-    if arguments.fresh or not would_be_the_same(rows.get(str(program))):
-      rows[str(program)] = _in_process_of_its_own(program)
+    known = "" if arguments.fresh else known_trace(rows.get(str(program)))
+    row = _in_process_of_its_own(program, known)
+    done = f"compiled in {row['compile_s']:.0f} s" if row else "as before"
+    console.print(f"{number}/{len(wanted)} {program}: {done}", markup=False)
+    if row:
+      rows[str(program)] = row
       _write(rows)
-      taken = rows[str(program)]["compile_s"]
-      console.print(f"{number}/{len(wanted)} {program}: compiled in {taken:.0f} s", markup=False)
   if not arguments.only:
     rows |= {row["name"]: row for row in weak.measure(console)}
     _write(rows)
   console.print("benchmarks/results/scaling.json is up to date.")
 
 
-def would_be_the_same(row: Row | None) -> bool:
-  """Whether a program as stored is from the same sources, by the same compiler."""
-  same = {"compiler": _compiler(), "source": source()}
-  return row is not None and same.items() <= row.items()
+def known_trace(row: Row | None) -> str:
+  """The digest of a stored program as traced; empty if another compiler would compile it now."""
+  return row.get("trace", "") if row and row["compiler"] == _compiler() else ""
 
 
 def _write(rows: dict[str, Row]) -> None:
@@ -74,22 +76,12 @@ def _write(rows: dict[str, Row]) -> None:
   stored.write("scaling", COMMAND, ordered, stored.FOLDER / "scaling.json")
 
 
-def _in_process_of_its_own(program: Program) -> Row:
-  command = [sys.executable, "-m", "benchmarks.scaling", "--one", str(program)]
+def _in_process_of_its_own(program: Program, known: str) -> Row | None:
+  command = [sys.executable, "-m", "benchmarks.scaling", "--one", str(program), known]
   done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
   if done.returncode:
     raise SystemExit(f"{program} could not be compiled:\n{done.stderr[-3000:]}")
   return json.loads(done.stdout.splitlines()[-1])
-
-
-def source() -> str:
-  """A digest of what the programs are made from."""
-  digest = hashlib.sha256()
-  for name in SOURCES:
-    path = ROOT / name
-    for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-      digest.update(file.read_bytes())
-  return digest.hexdigest()[:12]
 
 
 def _compiler() -> str:
@@ -99,10 +91,13 @@ def _compiler() -> str:
 # One program.
 
 
-def row_of(program: Program) -> Row:
-  """Compiles a program and reads off what one chip does in it."""
+def row_of(program: Program, known: str) -> Row | None:
+  """Compiles a program and reads off what one chip does in it; None if its trace is the known."""
   devices = TARGETS[program.target].devices()
   lowered = lower(program, devices)
+  trace = digest(lowered)
+  if trace == known:
+    return None
   start = time.perf_counter()
   executable = lowered.compile()
   seconds = time.perf_counter() - start
@@ -124,8 +119,13 @@ def row_of(program: Program) -> Row:
     "collectives": summary(found),
     "compile_s": seconds,
     "compiler": _compiler(),
-    "source": source(),
+    "trace": trace,
   }
+
+
+def digest(lowered: Any) -> str:
+  """Of a program as traced: the same compiler makes the same of it."""
+  return hashlib.sha256(lowered.as_text().encode()).hexdigest()[:12]
 
 
 def summary(found: list[hlo.Collective]) -> list[list[Any]]:
@@ -139,7 +139,7 @@ def _arguments() -> argparse.Namespace:
   )
   parser.add_argument("--only", metavar="TEXT", help="programs whose name has this in it")
   parser.add_argument("--fresh", action="store_true", help="compile again what is stored")
-  parser.add_argument("--one", metavar="PROGRAM", help=argparse.SUPPRESS)
+  parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
   return parser.parse_args()
 
 

@@ -67,9 +67,7 @@ measured: the counts are facts about compiled programs, the times a model's."""
 def _origin(results: Row) -> str:
   versions = results["versions"]
   named = [f"{name} {versions[name]}" for name in ("jax", "flax", "libtpu") if name in versions]
-  said = f"`{results['command']}`, {results['date']}: {', '.join(named)}."
-  sources = {row["source"] for row in results["rows"] if row["kind"] == "program"}
-  return said + " Some programs were compiled from earlier sources." * (len(sources) > 1)
+  return f"`{results['command']}`, {results['date']}: {', '.join(named)}."
 
 
 # Counts.

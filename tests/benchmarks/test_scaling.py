@@ -94,13 +94,16 @@ def test_blocks_of_chips_lie_next_to_each_other():
   assert [chip.coords[:2] for chip in chips[4:8]] == [(0, 2), (0, 3), (1, 2), (1, 3)]
 
 
-def test_what_was_compiled_from_other_sources_is_compiled_again(monkeypatch):
+def test_only_what_has_changed_is_compiled_again(monkeypatch):
+  def traced(statistics):
+    program = slices.Program("layer", "cpu", "shard_map", statistics)
+    return scaling.digest(slices.lower(program, jax.devices()))
+
+  assert traced("local") == traced("local") != traced("synchronized")
   monkeypatch.setattr(scaling, "_compiler", lambda: "libtpu 1")
-  row = {"compiler": "libtpu 1", "source": scaling.source(), "bytes": 1.0}
-  assert scaling.would_be_the_same(row)
-  assert not scaling.would_be_the_same(None)
-  assert not scaling.would_be_the_same({**row, "source": "another"})
-  assert not scaling.would_be_the_same({**row, "compiler": "libtpu 2"})
+  assert scaling.known_trace({"compiler": "libtpu 1", "trace": "abc"}) == "abc"
+  assert scaling.known_trace({"compiler": "libtpu 2", "trace": "abc"}) == ""
+  assert scaling.known_trace(None) == ""
 
 
 def test_rows_are_written_in_the_order_of_the_programs(tmp_path, monkeypatch):
@@ -170,7 +173,6 @@ def row(target, statistics, chips, **changes):
     "traced_all_reduces": 9,
     "collectives": collectives,
     "compile_s": 1.0,
-    "source": "abc",
     **changes,
   }
   return {"name": f"resnet50/{target}/shard_map/{statistics}", **made}
