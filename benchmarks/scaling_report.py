@@ -18,7 +18,7 @@ from benchmarks import interconnect
 from benchmarks import results as stored
 from benchmarks.interconnect import CHIPS, HOP, POD_HOP, SLOW_HOP, Step
 from benchmarks.report import DOCS
-from benchmarks.slices import GROUP, NETWORKS, WAYS
+from benchmarks.slices import GROUP, NETWORKS, WAYS, programs
 
 PAGE = DOCS / "scaling.md"
 FIGURE = DOCS / "scaling.png"
@@ -26,7 +26,7 @@ FIGURE = DOCS / "scaling.png"
 LARGEST = {"v5e": "v5e:16x16", "v4": "v4:8x8x16"}
 CHIP_COUNTS = (4, 16, 64, 256, 512, 1024, 2048)
 GROUPS = (2, 4, 8, 16, 32, 64, 256)  # chips
-ENOUGH = 64  # examples that a choice of group aims at
+ENOUGH = 32  # examples that a choice of group aims at, or up to four times as many
 Row = dict[str, Any]
 
 
@@ -83,6 +83,9 @@ def _counts(rows: list[Row]) -> Iterator[str]:
     shape = "x".join(map(str, described.shape))
     yield f"### {described.title}: {described.batch} of {shape} on each chip, bfloat16"
     yield stored.table(_lines(chosen), range(3, 11))
+  names = {row["name"] for row in rows}
+  if missing := [str(program) for program in programs() if str(program) not in names]:
+    yield f"Not compiled yet: {', '.join(missing)}."
   yield "### What grows with the chips"
   yield GROWTH
   yield "\n".join(f"- {sentence}" for sentence in growth(rows)) or "Nothing."
@@ -307,34 +310,32 @@ def _choice(rows: list[Row]) -> Iterator[str]:
 WHERE = {"v5e": 256, "v4": 1024}  # chips: on which slices the tables of groups are
 
 
-def _added(rows: list[Row], group: int) -> list[str]:
-  cells = []
+def _added(rows: list[Row], group: int) -> Iterator[str]:
+  """What a group adds to a step, on each of the slices, and what share that is of a local step."""
   for chip, chips in WHERE.items():
-    if group > chips:
-      cells += ["", ""]
-      continue
     program = program_of(rows, chip, "local")
-    assert program
-    seconds = group_cost(rows, chip, chips, group)
-    share = seconds / interconnect.predict(program, chips).seconds
-    cells += [f"{1e3 * seconds:.2f} ms", f"{share:.1%}"]
-  return cells
+    if group > chips or not program:
+      yield ""
+    else:
+      seconds = group_cost(rows, chip, chips, group)
+      share = seconds / interconnect.predict(program, chips).seconds
+      yield f"{1e3 * seconds:.2f} ms, {share:.1%}"
 
 
 def _headings() -> list[str]:
-  return [
-    cell
-    for chip, chips in WHERE.items()
-    for cell in (f"adds on {chips:,} {chip}", "to a local step")
-  ]
+  return [f"adds on {chips:,} {CHIPS[chip].title}" for chip, chips in WHERE.items()]
+
+
+def _error(examples: int) -> str:
+  return f"{1 / math.sqrt(examples):.1%}"
 
 
 def _cost_lines(rows: list[Row]) -> list[list[str]]:
-  lines = [["chips in a group", "error of the mean", *_headings()]]
+  lines = [["chips in a group", "examples", "error of the mean", *_headings()]]
   batch = NETWORKS["resnet50"].batch
   for group in (1, *GROUPS, 1024):
-    error = f"{1 / math.sqrt(group * batch):.1%}"
-    lines.append([f"{group:,}", error, *(_added(rows, group))])
+    examples = group * batch
+    lines.append([f"{group:,}", f"{examples:,}", _error(examples), *_added(rows, group)])
   return lines
 
 
@@ -344,20 +345,24 @@ def choice(batch: int) -> int:
 
 
 def _choice_lines(rows: list[Row]) -> list[list[str]]:
-  lines = [["batch of a chip", "group", "examples in it", *_headings()]]
+  lines = [["batch of a chip", "share among", "examples", "error of the mean"]]
+  lines[0] += _headings()
   for batch in (1, 2, 4, 8, 16, 32, 64, 128):
     group = choice(batch)
-    size = f"{group} chips" if group > 1 else "none: local"
-    lines.append([str(batch), size, str(group * batch), *_added(rows, group)])
+    added = [1e3 * group_cost(rows, chip, chips, group) for chip, chips in WHERE.items()]
+    among = f"{group} chips" if group > 1 else "none"
+    cells = [str(batch), among, str(group * batch), _error(group * batch)]
+    lines.append([*cells, *(f"{ms:.2f} ms" for ms in added)])
   return lines
 
 
 CHOICE = f"""\
 What a group costs is latency: its all-reduces are of some kilobytes, and there are two for every
 layer. So it costs by the hops across the group, not by the bytes. What it buys is statistics of
-more examples. The error of a mean over V examples, in standard deviations between examples, is
-1 / sqrt(V) (that of a variance, relative, sqrt(2 / V)); the first table has it for
-{NETWORKS["resnet50"].batch} examples on each chip."""
+more examples. The error of a mean over V examples is 1 / sqrt(V) standard deviations at most, which
+it is where the positions of an example agree. The first table has it for
+{NETWORKS["resnet50"].batch} examples on each chip, and what the group adds to a step, in
+milliseconds and of a step with local statistics."""
 
 LITERATURE = f"""\
 What statistics are good for has been measured by others, on ImageNet unless it says otherwise:
@@ -373,16 +378,19 @@ What statistics are good for has been measured by others, on ImageNet unless it 
   (Peng et al. 2018).
 - On 1024 chips with small batches on each, groups of chips shared them, not all (Ying et al. 2018).
 
-So the second table aims at {ENOUGH} examples, in the smallest block of neighbours that has them."""
+So the second table shares among as few neighbouring chips as have {ENOUGH} examples. What that adds
+does not depend on the batch, since what is sent does not."""
 
 ADVICE = f"""\
-In short: share among as few neighbouring chips as make {ENOUGH // 2} to {2 * ENOUGH} examples. A
-chip that has {ENOUGH // 2} or more itself needs no sharing, unless one result on any number of
-devices is wanted, which is what global statistics and `virtual_batch_size` are for; the first table
-has their price. A group never leaves its pod. As an axis of the mesh, `axis_name="member"` over
-`("group", "member")`, a group costs the same on any slice. As `axis_index_groups` it does so only
-where shard_map's checks are off: with them JAX has no grouped reduction, and what is sent grows
-with the number of groups."""
+In short: share among as few neighbouring chips as have {ENOUGH} examples, and at most among as many
+as have {4 * ENOUGH}. A chip with {ENOUGH} or more needs no sharing, unless one result on any number
+of devices is wanted, which is what global statistics and `virtual_batch_size` are for; the first
+table has their price. A chip with many more than {4 * ENOUGH} may cut its batch, which sends
+nothing. A group never leaves its pod.
+
+As an axis of the mesh, `axis_name="member"` over `("group", "member")`, a group costs the same on
+any slice. As `axis_index_groups` it does so only where shard_map's checks are off: with them JAX
+has no grouped reduction, and what is sent grows with the number of groups."""
 
 
 # What was measured.
@@ -504,7 +512,10 @@ def draw(results: Row) -> None:
 
   figure = Figure(figsize=(12, 4.4), dpi=150, layout="constrained")
   FigureCanvasAgg(figure)  # no window system, no global state
-  figure.suptitle("Predicted: ResNet-50, 32 images on each chip; bands: a hop of 1 to 2.7 µs")
+  batch, quick, slow = NETWORKS["resnet50"].batch, 1e6 * HOP, 1e6 * SLOW_HOP
+  figure.suptitle(
+    f"Predicted: ResNet-50, {batch} images on each chip, {quick:.0f} (line) to {slow:.1f} µs a hop"
+  )
   *efficiencies, cost = figure.subplots(1, 3)
   for axes, (name, chip) in zip(efficiencies, CHIPS.items(), strict=True):
     _efficiencies(axes, results["rows"], name)
