@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
@@ -18,7 +18,7 @@ from benchmarks import interconnect
 from benchmarks import results as stored
 from benchmarks.interconnect import CHIPS, HOP, POD_HOP, SLOW_HOP, Step
 from benchmarks.report import DOCS
-from benchmarks.slices import GROUP, NETWORKS, WAYS, programs
+from benchmarks.slices import GROUP, NETWORKS, TARGETS, WAYS, programs
 
 PAGE = DOCS / "scaling.md"
 FIGURE = DOCS / "scaling.png"
@@ -82,7 +82,8 @@ def _counts(rows: list[Row]) -> Iterator[str]:
       continue
     shape = "x".join(map(str, described.shape))
     yield f"### {described.title}: {described.batch} of {shape} on each chip, bfloat16"
-    yield stored.table(_lines(chosen), range(3, 11))
+    for title, shown in TABLES.items():
+      yield stored.table(_lines(chosen, title, shown), range(3, 3 + len(TARGETS)))
   names = {row["name"] for row in rows}
   if missing := [str(program) for program in programs() if str(program) not in names]:
     yield f"Not compiled yet: {', '.join(missing)}."
@@ -99,37 +100,47 @@ A step of training, or one layer forward and backward, is compiled by XLA for sl
 none present. The batch of each chip is the same on all of them. *Synchronized*: all chips share the
 statistics of every layer; *grouped*: each square of {GROUP} chips does, as an axis of the mesh or,
 *by index*, as `axis_index_groups`; *local*: each chip has its own; *none*: there are no norm
-layers. Running statistics that differ are averaged. Memory is what the program holds at most:
-arguments, results and temporaries. Bytes moved are the compiler's own count, on padded layouts.
+layers. Running statistics that differ are averaged.
 
-An operation between chips is counted in the compiled program, where the compiler has combined some
-into one, and, *traced*, before that (by jit there are none yet). All are all-reduces unless the
-column says so. *Sent* is what a chip puts into them; a convolution's gradient is summed in bfloat16
-there, as shard_map and XLA have it, the cast of the parameters being on the chips' side."""
-
-
-def _lines(rows: list[Row]) -> list[list[str]]:
-  heading = ["slice", "by", "statistics", "chips", "GFLOP", "moves", "memory"]
-  lines = [[*heading, "all-reduces", "sent", "traced", "compile time"]]
-  order = {way: at for at, way in enumerate(WAYS[rows[0]["network"]])}
-  ordered = sorted(rows, key=lambda row: order[row["mode"], row["statistics"]])
-  return lines + [_line(row) for row in ordered]
+The first table has the operations between chips and the bytes that a chip puts into them. All are
+all-reduces unless it says so. They are counted in the compiled program, where the compiler has
+combined some into one, and, *traced*, before that (by jit there are none yet). A convolution's
+gradient is summed in bfloat16, since the parameters are cast on the chips' side. The second table
+has the bytes that a chip moves through its memory, which is the compiler's own count, on padded
+layouts, and those that it holds there at most: arguments, results and temporaries."""
 
 
-def _line(row: Row) -> list[str]:
-  return [
-    row["target"],
-    row["mode"],
-    row["statistics"],
-    f"{row['chips']:,}",
-    f"{row['flops'] / 1e9:,.1f}",
-    f"{row['bytes'] / 1e6:,.0f} MB",
-    f"{row['memory_bytes'] / 1e6:,.0f} MB",
-    _operations(row),
-    _size(sent(row)),
-    f"{row['traced_all_reduces'] or ''}",
-    f"{row['compile_s']:.0f} s",
-  ]
+def _lines(rows: list[Row], title: str, shown: Columns) -> list[list[str]]:
+  """A line for each kind of program, with a column for each slice."""
+  lines = [["by", "statistics", title, *TARGETS]]
+  for way in WAYS[rows[0]["network"]]:
+    found = {row["target"]: row for row in rows if _way(row)[1:] == way}
+    if found:
+      first, each = (tuple(map(of, found.values())) for of in shown)
+      cells = dict(zip(found, each, strict=True))
+      lines.append([*way, first[0], *(cells.get(target, "") for target in TARGETS)])
+  return lines
+
+
+def _traced(row: Row) -> str:
+  return f"{row['traced_all_reduces'] or ''}"
+
+
+def _communication(row: Row) -> str:
+  return f"{_operations(row)}, {_size(sent(row))}"
+
+
+def _flops(row: Row) -> str:
+  return f"{row['flops'] / 1e9:,.1f}"
+
+
+def _memory(row: Row) -> str:
+  return f"{_size(moved(row))}, {_size(held(row))}"
+
+
+# What a table has in its third column, where the slices agree, and in those of the slices.
+Columns = tuple[Callable[[Row], str], Callable[[Row], str]]
+TABLES: dict[str, Columns] = {"traced": (_traced, _communication), "GFLOP": (_flops, _memory)}
 
 
 def _operations(row: Row) -> str:
@@ -152,7 +163,10 @@ def sent(row: Row) -> int:
 
 
 def _size(size: float) -> str:
-  return f"{size / 1e6:,.1f} MB" if abs(size) >= 1e6 else f"{size / 1e3:,.1f} kB"
+  for unit, name in ((1e9, "GB"), (1e6, "MB")):
+    if abs(size) >= unit:
+      return f"{size / unit:,.2f} {name}"
+  return f"{size / 1e3:,.1f} kB"
 
 
 GROWTH = """\
