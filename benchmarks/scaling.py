@@ -1,8 +1,8 @@
 """What a training step costs each of 4 to 1024 TPU chips, and what synchronization adds.
 
-  python -m benchmarks.scaling                   half an hour; writes benchmarks/results/scaling.json
-  python -m benchmarks.scaling --only v5e:2x2    the programs whose name has that in it
-  python -m benchmarks.scaling --only weak       what is measured and not compiled
+  python -m benchmarks.scaling                 half an hour; writes benchmarks/results/scaling.json
+  python -m benchmarks.scaling --only v5e:2x2  the programs whose name has that in it
+  python -m benchmarks.scaling --only weak     what is measured and not compiled
 
 No TPU is needed: XLA compiles for a described slice, and what the program for one of its chips
 moves, keeps and sends is then a fact about that program. Each program is compiled in a process of
