@@ -269,7 +269,7 @@ def _predictions(rows: list[Row]) -> Iterator[str]:
     own = steps(rows, name, max(CHIP_COUNTS))[known[0]].compute
     lines = [["chips", *known]]
     lines += [[f"{chips:,}", *_steps(rows, name, chips, known)] for chips in CHIP_COUNTS]
-    yield f"### {chip.title}: {1e3 * own:.1f} ms of its own, step and efficiency (of slow hops)"
+    yield f"### {chip.title}: steps, of which {1e3 * own:.1f} ms are the chip's own work; efficiency"
     yield stored.table(lines, range(len(lines[0])))
 
 
@@ -370,13 +370,13 @@ def _choice_lines(rows: list[Row]) -> list[list[str]]:
   return lines
 
 
+_BATCH = NETWORKS["resnet50"].batch
 CHOICE = f"""\
 What a group costs is latency: its all-reduces are of some kilobytes, and there are two for every
 layer. So it costs by the hops across the group, not by the bytes. What it buys is statistics of
 more examples. The error of a mean over V examples is 1 / sqrt(V) standard deviations at most, which
-it is where the positions of an example agree. The first table has it for
-{NETWORKS["resnet50"].batch} examples on each chip, and what the group adds to a step, in
-milliseconds and of a step with local statistics."""
+it is where the positions of an example agree. The first table has it for {_BATCH} examples on each
+chip, and what the group adds to a step, in milliseconds and of a step with local statistics."""
 
 LITERATURE = f"""\
 What statistics are good for has been measured by others, on ImageNet unless it says otherwise:
@@ -398,9 +398,8 @@ does not depend on the batch, since what is sent does not."""
 ADVICE = f"""\
 In short: share among as few neighbouring chips as have {ENOUGH} examples, and at most among as many
 as have {4 * ENOUGH}. A chip with {ENOUGH} or more needs no sharing, unless one result on any number
-of devices is wanted, which is what global statistics and `virtual_batch_size` are for; the first
-table has their price. A chip with many more than {4 * ENOUGH} may cut its batch, which sends
-nothing. A group never leaves its pod.
+of devices is wanted, for which the first table has the price. A chip with many more than
+{4 * ENOUGH} can cut its batch, which sends nothing. Keep a group within a pod.
 
 As an axis of the mesh, `axis_name="member"` over `("group", "member")`, a group costs the same on
 any slice. As `axis_index_groups` it does so only where shard_map's checks are off: with them JAX
@@ -460,8 +459,8 @@ def _assumptions() -> str:
 - Nothing overlaps: every all-reduce waits for the one before it, the gradients' too. Those of the
   statistics must wait in truth; those of the gradients need not.
 - A hop from chip to chip takes {HOP * 1e6:.0f} µs whatever it carries. That is an assumption
-  (Austin et al. call it typical); their own profile of a small gather makes it
-  {SLOW_HOP * 1e6:.1f} µs, which the parentheses above and the bands of the figure take.
+  (Austin et al. call it typical); their own profile of a small gather makes it {1e6 * SLOW_HOP:.1f}
+  µs, which the parentheses above and the bands of the figure take.
 - An all-reduce is a reduce-scatter and an all-gather over all axes of the torus at once. For the
   smallest in small groups the compiler names a ring of a single phase, which has fewer hops there.
 - An axis is closed to a ring on a v5e at {v5e.ring_of} chips and on a v4 at multiples of
