@@ -269,7 +269,7 @@ def _predictions(rows: list[Row]) -> Iterator[str]:
     own = steps(rows, name, max(CHIP_COUNTS))[known[0]].compute
     lines = [["chips", *known]]
     lines += [[f"{chips:,}", *_steps(rows, name, chips, known)] for chips in CHIP_COUNTS]
-    yield f"### {chip.title}: steps, of which {1e3 * own:.1f} ms are the chip's own work; efficiency"
+    yield f"### {chip.title}: a step, {1e3 * own:.1f} ms of it the chip's own work, and efficiency"
     yield stored.table(lines, range(len(lines[0])))
 
 

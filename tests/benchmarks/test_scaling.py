@@ -204,7 +204,7 @@ def test_the_page_is_made_of_the_results_alone():
   assert "| resnet50 | v5e:16x16 | shard_map | 3 | 2 | 7 | 1.67 | 5.0 kB | 0.0 kB |" in text
   assert "Not measured yet." in text
   # 1 GB at 819 GB/s, and seven all-reduces of 32 hops and hardly a byte.
-  assert "of which 1.2 ms are the chip's own work" in text
+  assert "a step, 1.2 ms of it the chip's own work, and efficiency" in text
   assert "| chips | local | groups of 4 | groups of 16 | synchronized |" in text
   assert "| 256 | 1.3 ms, 95.0% (87.7%) |" in text
   assert "| 1.4 ms, 84.5% (67.1%) |" in text
