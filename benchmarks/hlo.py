@@ -12,6 +12,7 @@ which the sum is wrong:
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -125,11 +126,19 @@ def collectives(text: str, devices: int) -> list[Collective]:
 
 
 def _members(line: str) -> int:
-  """How many devices the groups of a collective have; 0: all there are."""
+  """How many devices the groups of a collective have, in any of the ways to write it; 0: all."""
+  if "replica_groups=" not in line or "replica_groups={}" in line:
+    return 0
+  if listed := re.search(r"replica_groups=\{\{([0-9,]+)\}", line):
+    return len(listed[1].split(","))
   if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
     return int(iota[1])
-  listed = re.search(r"replica_groups=\{\{([0-9,]+)\}", line)
-  return len(listed[1].split(",")) if listed else 0
+  if mesh := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
+    sizes = {axis: int(size) for axis, size in re.findall(r"('\w+')=(\d+)", mesh[1])}
+    # A part of an axis has its own size behind the name, after that of what is outside it.
+    named = re.findall(r"('\w+')(?::\(\d+\)(\d+))?", mesh[2])
+    return math.prod(int(part) if part else sizes[axis] for axis, part in named)
+  raise ValueError(f"These replica_groups are written in a way that is not known: {line.strip()}")
 
 
 def _parse(text: str) -> Program:

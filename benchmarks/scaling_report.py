@@ -84,8 +84,7 @@ def _counts(rows: list[Row]) -> Iterator[str]:
     yield f"### {described.title}: {described.batch} of {shape} on each chip, bfloat16"
     for title, shown in TABLES.items():
       yield stored.table(_lines(chosen, title, shown), range(3, 3 + len(TARGETS)))
-  names = {row["name"] for row in rows}
-  if missing := [str(program) for program in programs() if str(program) not in names]:
+  if missing := list(_missing(rows)):
     yield f"Not compiled yet: {', '.join(missing)}."
   yield "### What grows with the chips"
   yield GROWTH
@@ -99,8 +98,9 @@ COUNTS = f"""\
 A step of training, or one layer forward and backward, is compiled by XLA for slices of a TPU, with
 none present. The batch of each chip is the same on all of them. *Synchronized*: all chips share the
 statistics of every layer; *grouped*: each square of {GROUP} chips does, as an axis of the mesh or,
-*by index*, as `axis_index_groups`; *local*: each chip has its own; *none*: there are no norm
-layers. Running statistics that differ are averaged.
+*by index*, as `axis_index_groups`; *virtual batch*: as many examples as such a square has, by
+`virtual_batch_size`; *local*: each chip has its own; *none*: there are no norm layers. Running
+statistics that differ are averaged.
 
 The first table has the operations between chips and the bytes that a chip puts into them. All are
 all-reduces unless it says so. They are counted in the compiled program, where the compiler has
@@ -120,6 +120,15 @@ def _lines(rows: list[Row], title: str, shown: Columns) -> list[list[str]]:
       cells = dict(zip(found, each, strict=True))
       lines.append([*way, first[0], *(cells.get(target, "") for target in TARGETS)])
   return lines
+
+
+def _missing(rows: list[Row]) -> Iterator[str]:
+  """Programs that are compiled for some slices and not for all."""
+  names = {row["name"] for row in rows}
+  begun = {_way(row) for row in rows if row["kind"] == "program"}
+  for program in programs():
+    if _way(vars(program)) in begun and str(program) not in names:
+      yield str(program)
 
 
 def _traced(row: Row) -> str:
@@ -193,7 +202,7 @@ def growth(rows: list[Row]) -> Iterator[str]:
 
 def _one_group(row: Row) -> bool:
   """Whether a slice is one group whole, so that there is nothing between groups."""
-  return row["statistics"].startswith("grouped") and row["chips"] == GROUP
+  return row["statistics"].startswith(("grouped", "virtual")) and row["chips"] == GROUP
 
 
 def moved(row: Row) -> float:

@@ -105,6 +105,8 @@ WAYS = {
     ("jit", "synchronized"),
   ],
 }
+if "virtual_batch_size" in networks.OPTIONS:  # as many examples as a group of chips has
+  WAYS["layer"] += [("shard_map", "virtual batch"), ("jit", "virtual batch")]
 
 
 def programs() -> list[Program]:
@@ -162,6 +164,8 @@ def norm(program: Program, chips: int) -> Callable[..., networks.Layer]:
     options["axis_name"] = "member" if program.statistics == "grouped" else "batch"
   if program.statistics == "grouped by index":
     options["axis_index_groups"] = np.arange(chips).reshape(-1, GROUP).tolist()
+  if program.statistics == "virtual batch":
+    options["virtual_batch_size"] = GROUP * NETWORKS[program.network].batch
   return functools.partial(networks.jaxbn, **options)
 
 

@@ -182,6 +182,33 @@ ROOT %c = f32[256]{0} call(%d), to_apply=%inner
   )
 
 
+@pytest.mark.parametrize(
+  ("groups", "members"),
+  [
+    ("{}", 8),
+    ("{{0,1,2,3},{4,5,6,7}}", 4),
+    ("{{0}}", 1),
+    ("[4,2]<=[8]", 2),
+    ("[2,4]<=[4,2]T(1,0)", 4),
+    ("mesh['a'=2,'b'=4] {'b'}", 4),
+    ("mesh['a'=2,'b'=4] {'a','b'}", 8),
+    ("mesh['a'=2,'b'=4] {'a','b':(1)2}", 4),
+  ],
+)
+def test_groups_of_devices_however_they_are_written(groups, members):
+  text = program(f"""
+%x = f32[256]{{0}} parameter(0)
+ROOT %r = f32[256]{{0}} all-reduce(%x), replica_groups={groups}, to_apply=%sum
+""")
+  assert hlo.collectives(text, 8) == [hlo.Collective("all-reduce", KB, members)]
+
+
+def test_groups_that_are_not_understood_are_not_guessed():
+  text = program("ROOT %r = f32[256]{0} all-reduce(%x), replica_groups=all-of-them")
+  with pytest.raises(ValueError, match="all-of-them"):
+    hlo.collectives(text, 8)
+
+
 def test_the_collectives_of_a_compiled_program():
   mesh = jax.make_mesh((2, 4), ("group", "member"), axis_types=(AxisType.Auto,) * 2)
 

@@ -13,6 +13,9 @@ from benchmarks import results as stored
 
 CHANNELS = 8
 STATISTICS = 4 * 2 * CHANNELS  # bytes of float32 sums, and of sums of squares
+VIRTUAL = pytest.mark.skipif(
+  "virtual_batch_size" not in networks.OPTIONS, reason="this jaxbn has no virtual batches"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +57,7 @@ def test_a_local_layer_has_one_for_all_that_is_averaged(devices):
     ("shard_map", "grouped", 4),
     ("shard_map", "grouped", 8),
     ("shard_map unchecked", "grouped by index", 8),
+    pytest.param("jit", "virtual batch", 8, marks=VIRTUAL),
   ],
 )
 def test_what_is_sent_in_a_group_does_not_grow_with_the_groups(mode, statistics, devices):
