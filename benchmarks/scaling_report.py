@@ -449,9 +449,9 @@ def _measured(rows: list[Row]) -> Iterator[str]:
     )
   yield stored.table(lines, range(9))
   yield (
-    "Efficiency is the shortest local step of one process over the shortest step here. Two cores "
-    "share caches and memory, and loopback by gloo is no interconnect of a TPU: what this shows is "
-    "that the collectives are as few as counted, not what they cost elsewhere."
+    "Efficiency is the shortest local step of one process over the shortest step here. What two "
+    "processes lose with either kind is the sum of the gradients over gloo, and the cores' waiting "
+    "for memory and for what else the machine does; a TPU's links are another matter."
   )
 
 
