@@ -5,6 +5,7 @@
 # make exactness       the README's comparison with Flax
 # make bench           time and accuracy on this machine's CPU, beside other libraries
 # make bench-compiled  what compiled programs cost on an H100 and a TPU v5e, with neither at hand
+# make bench-scaling   what a step costs each of 4 to 1024 TPU chips, with none at hand, and a model
 # All create an environment and install what they need, at most once.
 
 CONFIG ?= configs/digits.py
@@ -15,7 +16,8 @@ comma := ,
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train train-hosts chaos test exactness bench bench-compiled lint types pytest format clean
+.PHONY: train train-hosts chaos test exactness bench bench-compiled bench-scaling lint types pytest \
+        format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -57,6 +59,10 @@ bench: .venv-bench/.installed
 bench-compiled: .venv-compiled/.installed
 	@.venv-compiled/bin/python -m benchmarks.compiled
 	@.venv-compiled/bin/python -m benchmarks.report
+
+bench-scaling: .venv-compiled/.installed
+	@.venv-compiled/bin/python -m benchmarks.scaling $(ARGS)
+	@.venv-compiled/bin/python -m benchmarks.scaling_report
 
 clean:
 	rm -rf .venv* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

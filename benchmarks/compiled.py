@@ -117,7 +117,7 @@ class Job:
 def main() -> None:
   """Compiles everything that can be, prints the tables and writes the rows."""
   arguments = _arguments()
-  _prepare()
+  prepare()
   console = Console()
   rows = measure(console, arguments.targets, arguments.networks, arguments.quick)
   for table in tables(rows):
@@ -253,12 +253,12 @@ def _devices(target: str) -> list[Any]:
     config = (HERE / "h100.textproto").read_text()
     described = {"platform": "cuda", "topology_name": "", "topology": "1x1x1"}
     described["target_config"] = config
-  with _quiet():
+  with quiet():
     return topologies.get_topology_desc(**described).devices
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
   """Without the plugins' complaints, from below Python, that they find no device."""
   kept = os.dup(2)
   with open(os.devnull, "wb") as nothing:
@@ -319,7 +319,7 @@ def layer_rows(shape: tuple[int, ...] = LAYER_SHAPE) -> list[Row]:
       for variant in (BASELINES[1], OURS):
         model = _Alone(functools.partial(variant.norm, dtype=x.dtype), rectify)
         variables = jax.eval_shape(model.init, jax.random.key(0), x)
-        compiled = jax.jit(functools.partial(_backward, model)).lower(variables, x, x).compile()
+        compiled = jax.jit(functools.partial(backward, model)).lower(variables, x, x).compile()
         moved = (compiled.cost_analysis() or {})["bytes accessed"]
         rows.append(
           {
@@ -351,7 +351,7 @@ def _forward(model: nn.Module, variables: Any, x: jax.Array, mask: Any = None) -
   return model.apply(variables, x, **masked, mutable=["batch_stats"])
 
 
-def _backward(
+def backward(
   model: nn.Module, variables: Any, x: jax.Array, cotangent: jax.Array, mask: Any = None
 ) -> Any:
   """The forward pass, and the gradients of parameters and x."""
@@ -400,14 +400,14 @@ def collective_rows() -> list[Row]:
   return rows
 
 
-def _shared(how: str, backward: bool, model: nn.Module, masked: bool) -> list[int]:
+def _shared(how: str, both: bool, model: nn.Module, masked: bool) -> list[int]:
   """Bytes of each all-reduce in a call that is spread over the devices."""
   x = jax.ShapeDtypeStruct(SHARED_SHAPE, jnp.float32)
   mask = jax.ShapeDtypeStruct((x.shape[0], *[1] * (x.ndim - 1)), jnp.bool_)
   variables = jax.eval_shape(model.init, jax.random.key(0), x)
-  data = (x,) * (1 + backward) + (mask,) * masked
-  call = functools.partial(_backward if backward else _forward, model)
-  results = (SPLIT, WHOLE, WHOLE, SPLIT) if backward else (SPLIT, WHOLE)
+  data = (x,) * (1 + both) + (mask,) * masked
+  call = functools.partial(backward if both else _forward, model)
+  results = (SPLIT, WHOLE, WHOLE, SPLIT) if both else (SPLIT, WHOLE)
   build = {"pmap": _by_pmap, "shard_map": _by_shard_map, "jit": _by_jit}[how]
   text = build(call, results, variables, data).compile().as_text() or ""
   return [i.bytes for i in hlo.parse(text).all_reduces]
@@ -783,7 +783,7 @@ def _names_of(known: Iterable[str]) -> Callable[[str], list[str]]:
   return read
 
 
-def _prepare() -> None:
+def prepare() -> None:
   """Settings that count only before the first compile."""
   for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)
@@ -793,7 +793,7 @@ def _prepare() -> None:
   jax.config.update("jax_platforms", "cpu")  # nothing runs but the tracing
   jax.config.update("jax_num_cpu_devices", DEVICES)
   jax.config.update("jax_enable_compilation_cache", False)
-  with _quiet():
+  with quiet():
     jax.devices()  # the plugins register here
 
 

@@ -12,6 +12,7 @@ which the sum is wrong:
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -28,6 +29,16 @@ ITEM_BYTES = {
 FREE = frozenset({"parameter", "get-tuple-element", "tuple", "bitcast", "constant"})
 SLICES = frozenset({"slice", "dynamic-slice", "gather"})
 TRANSPARENT = frozenset({"bitcast", "convert", "copy", "reshape"})  # they read what is read of them
+COLLECTIVES = (
+  "all-reduce",
+  "all-gather",
+  "reduce-scatter",
+  "all-to-all",
+  "ragged-all-to-all",
+  "collective-permute",
+  "collective-broadcast",
+)
+_NAMED = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = ")
 
 
 class Instruction(NamedTuple):
@@ -38,6 +49,18 @@ class Instruction(NamedTuple):
   op: str
   operands: tuple[str, ...]
   calls: str | None
+
+
+class Collective(NamedTuple):
+  """One operation between devices: what each puts in, and how many devices take part together.
+
+  Of the algorithm the TPU's compiler gives the name; others choose it when the program runs.
+  """
+
+  op: str
+  bytes: int
+  members: int
+  algorithm: str = ""
 
 
 class Program(NamedTuple):
@@ -82,6 +105,42 @@ def traffic_as_printed(text: str) -> int:
   return sum(i.bytes + sum(body[o].bytes for _, o in _known(i, body)) for i in program.kernels)
 
 
+def collectives(text: str, devices: int) -> list[Collective]:
+  """The operations between devices in a program for that many, wherever they stand.
+
+  A variadic operation is one, and so are the two halves, start and done, of an asynchronous one. In
+  the body of a loop an operation counts once.
+  """
+  lines = {name[1]: line for line in text.splitlines() if (name := _NAMED.match(line))}
+  program = parse(text)
+  found = []
+  for body in program.computations.values():
+    for i in body.values():
+      op = i.op.removesuffix("-start")
+      if op in COLLECTIVES:
+        size = sum(body[o].bytes for _, o in _known(i, body))
+        emitter = re.search(r'"emitter":"(\w+)"', lines[i.name])
+        members = _members(lines[i.name]) or devices
+        found.append(Collective(op, size, members, emitter[1] if emitter else ""))
+  return found
+
+
+def _members(line: str) -> int:
+  """How many devices the groups of a collective have, in any of the ways to write it; 0: all."""
+  if "replica_groups=" not in line or "replica_groups={}" in line:
+    return 0
+  if listed := re.search(r"replica_groups=\{\{([0-9,]+)\}", line):
+    return len(listed[1].split(","))
+  if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
+    return int(iota[1])
+  if mesh := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
+    sizes = {axis: int(size) for axis, size in re.findall(r"('\w+')=(\d+)", mesh[1])}
+    # A part of an axis has its own size behind the name, after that of what is outside it.
+    named = re.findall(r"('\w+')(?::\(\d+\)(\d+))?", mesh[2])
+    return math.prod(int(part) if part else sizes[axis] for axis, part in named)
+  raise ValueError(f"These replica_groups are written in a way that is not known: {line.strip()}")
+
+
 def _parse(text: str) -> Program:
   computations: dict[str, dict[str, Instruction]] = {}
   entry = ""
@@ -99,7 +158,7 @@ def _parse(text: str) -> Program:
 
 
 def _instruction(line: str) -> Instruction | None:
-  found = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line)
+  found = _NAMED.match(line)
   if not found:
     return None
   start = found.end()

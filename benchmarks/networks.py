@@ -266,21 +266,32 @@ NETWORKS = {
 }
 
 
-def train_step(model: nn.Module) -> tuple[Callable[..., Any], optax.GradientTransformation]:
-  """One step of training and the optimizer whose state it takes."""
+def train_step(
+  model: nn.Module, axes: tuple[str, ...] = (), apart: tuple[str, ...] = ()
+) -> tuple[Callable[..., Any], optax.GradientTransformation]:
+  """One step of training and the optimizer whose state it takes.
+
+  Under shard_map, `axes` are those that the batch lies on; its checks then sum the gradients too.
+  `apart` are those among them along which the layers' statistics differ.
+  """
   tx = optax.sgd(0.1, momentum=0.9)
 
   def step(params: Any, stats: Any, opt_state: Any, inputs: jax.Array, targets: jax.Array) -> Any:
     def loss(params: Any) -> tuple[jax.Array, Any]:
       variables = {"params": params, "batch_stats": stats}
       outputs, new = model.apply(variables, inputs, mutable=["batch_stats"])
-      return _loss(outputs, targets), new.get("batch_stats", {})
+      return mean(_loss(outputs, targets), axes), new.get("batch_stats", {})
 
     (value, new_stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
     updates, opt_state = tx.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), new_stats, opt_state, value
+    return optax.apply_updates(params, updates), mean(new_stats, apart), opt_state, value
 
   return step, tx
+
+
+def mean(tree: Any, axes: tuple[str, ...]) -> Any:
+  """The means of a tree's leaves along axes of a mesh, if there are any."""
+  return jax.lax.pmean(tree, axes) if axes else tree
 
 
 def step_arguments(network: Network, model: nn.Module, tx: Any) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 from benchmarks import hlo
 
@@ -150,3 +151,78 @@ def test_a_compiled_program_is_read():
 def test_what_is_not_a_program_is_refused():
   with pytest.raises(ValueError, match="no ENTRY"):
     hlo.parse("HloModule nothing")
+
+
+def test_collectives_are_counted_once_each():
+  text = program(
+    """
+%x = f32[256]{0} parameter(0)
+%y = bf16[256]{0} convert(%x)
+%r = (f32[256]{0}, bf16[256]{0}) all-reduce(%x, %y), replica_groups={{0,1},{2,3}}, to_apply=%sum
+%s = f32[256]{0} all-reduce-start(%x), replica_groups=[2,4]<=[8], to_apply=%sum
+%d = f32[256]{0} all-reduce-done(%s)
+%g = (f32[256]{0}, f32[2048]{0}) all-gather-start(%x), replica_groups={}, dimensions={0}
+%e = f32[2048]{0} all-gather-done(%g)
+%p = f32[256]{0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}
+ROOT %c = f32[256]{0} call(%d), to_apply=%inner
+""",
+    """%inner (p: f32[256]) -> f32[256] {
+  %p = f32[256]{0} parameter(0)
+  ROOT %a = f32[256]{0} all-reduce(%p), to_apply=%sum, backend_config={"a":{"emitter":"Ring"}}
+}""",
+  )
+  assert sorted(hlo.collectives(text, 8)) == sorted(
+    [
+      hlo.Collective("all-reduce", KB + KB // 2, 2),
+      hlo.Collective("all-reduce", KB, 4),
+      hlo.Collective("all-gather", KB, 8),
+      hlo.Collective("collective-permute", KB, 8),
+      hlo.Collective("all-reduce", KB, 8, "Ring"),
+    ]
+  )
+
+
+@pytest.mark.parametrize(
+  ("groups", "members"),
+  [
+    ("{}", 8),
+    ("{{0,1,2,3},{4,5,6,7}}", 4),
+    ("{{0}}", 1),
+    ("[4,2]<=[8]", 2),
+    ("[2,4]<=[4,2]T(1,0)", 4),
+    ("mesh['a'=2,'b'=4] {'b'}", 4),
+    ("mesh['a'=2,'b'=4] {'a','b'}", 8),
+    ("mesh['a'=2,'b'=4] {'a','b':(1)2}", 4),
+  ],
+)
+def test_groups_of_devices_however_they_are_written(groups, members):
+  text = program(f"""
+%x = f32[256]{{0}} parameter(0)
+ROOT %r = f32[256]{{0}} all-reduce(%x), replica_groups={groups}, to_apply=%sum
+""")
+  assert hlo.collectives(text, 8) == [hlo.Collective("all-reduce", KB, members)]
+
+
+def test_groups_that_are_not_understood_are_not_guessed():
+  text = program("ROOT %r = f32[256]{0} all-reduce(%x), replica_groups=all-of-them")
+  with pytest.raises(ValueError, match="all-of-them"):
+    hlo.collectives(text, 8)
+
+
+def test_the_collectives_of_a_compiled_program():
+  mesh = jax.make_mesh((2, 4), ("group", "member"), axis_types=(AxisType.Auto,) * 2)
+
+  def local(x, y):
+    return jax.lax.psum(x, "member"), jax.lax.psum(y, ("group", "member")), jax.lax.pmax(x, "group")
+
+  split = PartitionSpec(("group", "member"))
+  out = (PartitionSpec("group"), PartitionSpec(), PartitionSpec("member"))
+  whole = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(split, split), out_specs=out))
+  text = whole.lower(jnp.zeros((8, 16)), jnp.zeros((8, 32))).compile().as_text()
+  sizes = [(c.op, c.bytes, c.members) for c in hlo.collectives(text, 8)]
+  assert sorted(sizes) == [("all-reduce", 64, 2), ("all-reduce", 64, 4), ("all-reduce", 128, 8)]
+
+
+def test_a_program_for_one_device_has_no_collectives():
+  text = jax.jit(jnp.sin).lower(jnp.zeros(4)).compile().as_text()
+  assert hlo.collectives(text, 1) == []

@@ -1,0 +1,148 @@
+"""What a training step costs each of 4 to 1024 TPU chips, and what synchronization adds.
+
+  python -m benchmarks.scaling                 half an hour; writes benchmarks/results/scaling.json
+  python -m benchmarks.scaling --only v5e:2x2  the programs whose name has that in it
+  python -m benchmarks.scaling --only weak     what is measured and not compiled
+
+No TPU is needed: XLA compiles for a described slice, and what the program for one of its chips
+moves, keeps and sends is then a fact about that program. Each program is compiled in a process of
+its own and stored as soon as it is done. A later run traces all of them and compiles those that the
+same compiler has not compiled yet as they are now (`--fresh`: all), so that it goes on where it was
+interrupted.
+Then the same step runs on this machine, in one process and in two (`benchmarks.weak`).
+
+`benchmarks.scaling_report` makes docs/scaling.md of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import pathlib
+import subprocess
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks import compiled, hlo, weak
+from benchmarks import results as stored
+from benchmarks.slices import NETWORKS, TARGETS, Program, layers, lower, programs
+
+COMMAND = "python -m benchmarks.scaling"
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+Row = dict[str, Any]
+
+
+def main() -> None:
+  """Compiles what is missing, measures, and writes after each."""
+  arguments = _arguments()
+  compiled.prepare()
+  if arguments.one:
+    name, known = arguments.one
+    print(json.dumps(row_of(Program(*name.split("/")), known)))
+    return
+  console = Console()
+  if why := compiled.missing("v5e"):
+    raise SystemExit(why)
+  rows = {row["name"]: row for row in (stored.read("scaling") or {"rows": []})["rows"]}
+  wanted = [p for p in programs() if not arguments.only or arguments.only in str(p)]
+  for number, program in enumerate(wanted, 1):
+    known = "" if arguments.fresh else known_trace(rows.get(str(program)))
+    row = _in_process_of_its_own(program, known)
+    done = f"compiled in {row['compile_s']:.0f} s" if row else "as before"
+    console.print(f"{number}/{len(wanted)} {program}: {done}", markup=False)
+    if row:
+      rows[str(program)] = row
+      _write(rows)
+  if arguments.only in (None, "weak"):
+    rows |= {row["name"]: row for row in weak.measure(console)}
+    _write(rows)
+  console.print("benchmarks/results/scaling.json is up to date.")
+
+
+def known_trace(row: Row | None) -> str:
+  """The digest of a stored program as traced; empty if another compiler would compile it now."""
+  return row.get("trace", "") if row and row["compiler"] == _compiler() else ""
+
+
+def _write(rows: dict[str, Row]) -> None:
+  order = {str(program): number for number, program in enumerate(programs())}
+  ordered = sorted(rows.values(), key=lambda row: order.get(row["name"], len(order)))
+  stored.write("scaling", COMMAND, ordered, stored.FOLDER / "scaling.json")
+
+
+def _in_process_of_its_own(program: Program, known: str) -> Row | None:
+  command = [sys.executable, "-m", "benchmarks.scaling", "--one", str(program), known]
+  done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+  if done.returncode:
+    raise SystemExit(f"{program} could not be compiled:\n{done.stderr[-3000:]}")
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def _compiler() -> str:
+  return f"libtpu {importlib.metadata.version('libtpu')}"
+
+
+# One program.
+
+
+def row_of(program: Program, known: str) -> Row | None:
+  """Compiles a program and reads off what one chip does in it; None if its trace is the known."""
+  devices = TARGETS[program.target].devices()
+  lowered = lower(program, devices)
+  trace = digest(lowered)
+  if trace == known:
+    return None
+  start = time.perf_counter()
+  executable = lowered.compile()
+  seconds = time.perf_counter() - start
+  costs, memory = executable.cost_analysis() or {}, executable.memory_analysis()
+  found = hlo.collectives(executable.as_text() or "", len(devices))
+  held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+  return {
+    "kind": "program",
+    "name": str(program),
+    **dataclasses.asdict(program),
+    "chips": len(devices),
+    "batch": NETWORKS[program.network].batch,
+    "layers": layers(program.network),
+    "flops": costs["flops"],
+    "bytes": costs["bytes accessed"],
+    "temp_bytes": memory.temp_size_in_bytes,
+    "memory_bytes": held + memory.temp_size_in_bytes,
+    "traced_all_reduces": lowered.as_text().count("stablehlo.all_reduce"),
+    "collectives": summary(found),
+    "compile_s": seconds,
+    "compiler": _compiler(),
+    "trace": trace,
+  }
+
+
+def digest(lowered: Any) -> str:
+  """Of a program as traced: the same compiler makes the same of it."""
+  return hashlib.sha256(lowered.as_text().encode()).hexdigest()[:12]
+
+
+def summary(found: list[hlo.Collective]) -> list[list[Any]]:
+  """Equal collectives once: operation, bytes, members, algorithm and how many there are."""
+  return [[*one, count] for one, count in sorted(collections.Counter(found).items())]
+
+
+def _arguments() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--only", metavar="TEXT", help="programs whose name has this in it")
+  parser.add_argument("--fresh", action="store_true", help="compile again what is stored")
+  parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+  return parser.parse_args()
+
+
+if __name__ == "__main__":
+  main()
