@@ -48,7 +48,7 @@ class Instruction(NamedTuple):
   bytes: int
   op: str
   operands: tuple[str, ...]
-  calls: str | None
+  called: tuple[str, ...] = ()  # computations
 
 
 class Collective(NamedTuple):
@@ -77,9 +77,20 @@ class Program(NamedTuple):
 
   @property
   def all_reduces(self) -> list[Instruction]:
-    """The all-reduces, wherever they stand."""
-    every = (i for body in self.computations.values() for i in body.values())
-    return [i for i in every if i.op in ("all-reduce", "all-reduce-start")]
+    """The all-reduces, wherever they stand but in a branch."""
+    return [i for i in self.unconditional if i.op in ("all-reduce", "all-reduce-start")]
+
+  @property
+  def unconditional(self) -> list[Instruction]:
+    """The instructions of the computations that run whatever the data is."""
+    reached: dict[str, dict[str, Instruction]] = {}
+    names = [self.entry]
+    while names:
+      name = names.pop()
+      if name in self.computations and name not in reached:
+        reached[name] = self.computations[name]
+        names += [c for i in reached[name].values() if i.op != "conditional" for c in i.called]
+    return [i for body in reached.values() for i in body.values()]
 
 
 def parse(text: str) -> Program:
@@ -106,22 +117,22 @@ def traffic_as_printed(text: str) -> int:
 
 
 def collectives(text: str, devices: int) -> list[Collective]:
-  """The operations between devices in a program for that many, wherever they stand.
+  """The operations between devices in a program for that many, wherever they stand but in a branch.
 
   A variadic operation is one, and so are the two halves, start and done, of an asynchronous one. In
   the body of a loop an operation counts once.
   """
   lines = {name[1]: line for line in text.splitlines() if (name := _NAMED.match(line))}
-  program = parse(text)
+  always = parse(text).unconditional
+  bytes_of = {i.name: i.bytes for i in always}
   found = []
-  for body in program.computations.values():
-    for i in body.values():
-      op = i.op.removesuffix("-start")
-      if op in COLLECTIVES:
-        size = sum(body[o].bytes for _, o in _known(i, body))
-        emitter = re.search(r'"emitter":"(\w+)"', lines[i.name])
-        members = _members(lines[i.name]) or devices
-        found.append(Collective(op, size, members, emitter[1] if emitter else ""))
+  for i in always:
+    op = i.op.removesuffix("-start")
+    if op in COLLECTIVES:
+      size = sum(bytes_of.get(o, 0) for o in i.operands)
+      emitter = re.search(r'"emitter":"(\w+)"', lines[i.name])
+      members = _members(lines[i.name]) or devices
+      found.append(Collective(op, size, members, emitter[1] if emitter else ""))
   return found
 
 
@@ -168,9 +179,16 @@ def _instruction(line: str) -> Instruction | None:
     return None
   close = _closing(line, op.end())
   arguments = () if op[1] == "constant" else tuple(_names(line[op.end() + 1 : close - 1]))
-  calls = re.compile(r", calls=%?([\w.\-]+)").search(line, close)
   size = shape_bytes(line[start:end])
-  return Instruction(found[1], size, op[1], arguments, calls[1] if calls else None)
+  return Instruction(found[1], size, op[1], arguments, tuple(_called(line[close:])))
+
+
+def _called(attributes: str) -> Iterator[str]:
+  """The computations that an instruction's attributes name."""
+  for names in re.findall(
+    r"(?:calls|to_apply|body|condition|\w+_computations?)=\{?((?:%?[\w.\-]+(?:, %)?)+)", attributes
+  ):
+    yield from (name.strip(" %") for name in names.split(","))
 
 
 def _closing(text: str, start: int) -> int:
@@ -206,7 +224,7 @@ def _reads(program: Program, kernel: Instruction, number: int, size: int) -> int
   """Bytes that a kernel reads of its operand of that number, whose size is given."""
   if kernel.op in SLICES and number == 0:
     return min(size, kernel.bytes)
-  called = program.computations.get(kernel.calls or "", {})
+  called = program.computations.get(kernel.called[0], {}) if kernel.op == "fusion" else {}
   for i in called.values():
     if i.op == "parameter" and i.operands == (str(number),):
       return round(size * _share_read(called, i))

@@ -59,13 +59,14 @@ def batch_norm(
   and every derivative. Gradients flow through the batch's statistics, across devices as well.
 
   Accuracy: outputs are right to about u |mean|/std standard deviations (u = 6e-8 in float32) plus,
-  for the variance, u ((mean - p)/std)^2 relative, where p lies among the batch. With
-  axis_name that holds for each device's own moments; they are then shared by one all-reduce around
-  the running mean, so that p is the running mean in that step. In the first steps of training,
-  while the running mean is still far from the batches', the variance may lose digits in data with
-  |mean|/std above 100: debias=True ends that after one step, and use_fast_variance=False avoids it
-  for a second small all-reduce. bfloat16 x with a state has p = 0: up to |mean|/std of 150 that is
-  below the rounding of y, and beyond it x itself is off by half a standard deviation.
+  for the variance, u ((mean - p)/std)^2 relative, where p lies among the batch (on CPUs, within 2
+  std of the mean, if not among the batch). With axis_name that holds for each device's own moments;
+  they are then shared by one all-reduce around the running mean, so that p is the running mean in
+  that step. In the first steps of training, while the running mean is still far from the batches',
+  the variance may lose digits in data with |mean|/std above 100: debias=True ends that after one
+  step, and use_fast_variance=False avoids it for a second small all-reduce. On accelerators,
+  bfloat16 x with a state has p = 0: up to |mean|/std of 150 that is below the rounding of y, and
+  beyond it x itself is off by half a standard deviation.
 
   Args:
     x: real or complex array of any rank.

@@ -153,8 +153,9 @@ def _wide(x: Any) -> Any:
 
 
 def _sum(*terms: Any) -> Any:
-  """The sum of those terms that exist, from left to right."""
-  return functools.reduce(lambda a, b: a + b, (t for t in terms if t is not None))
+  """The sum of those terms that exist, from left to right; None if none does."""
+  there = [t for t in terms if t is not None]
+  return functools.reduce(lambda a, b: a + b, there) if there else None
 
 
 def d_apply(

@@ -226,3 +226,18 @@ def test_the_collectives_of_a_compiled_program():
 def test_a_program_for_one_device_has_no_collectives():
   text = jax.jit(jnp.sin).lower(jnp.zeros(4)).compile().as_text()
   assert hlo.collectives(text, 1) == []
+
+
+def test_what_stands_in_a_branch_is_not_counted():
+  mesh = jax.sharding.Mesh(jax.devices()[:2], ("batch",))
+  dealt = jax.NamedSharding(mesh, jax.P("batch"))
+
+  @jax.jit
+  def f(x):
+    total = jnp.sum(x, 0)
+    return jax.lax.cond(total[0] > 0, lambda: total, lambda: jnp.sum(x * x, 0))
+
+  text = f.lower(jax.ShapeDtypeStruct((4, 8), jnp.float32, sharding=dealt)).compile().as_text()
+  assert text.count(" all-reduce(") == 2
+  assert hlo.collectives(text, 2) == [hlo.Collective("all-reduce", 32, 2)]
+  assert [i.bytes for i in hlo.parse(text).all_reduces] == [32]

@@ -13,9 +13,6 @@ from benchmarks import results as stored
 
 CHANNELS = 8
 STATISTICS = 4 * 2 * CHANNELS  # bytes of float32 sums, and of sums of squares
-VIRTUAL = pytest.mark.skipif(
-  "virtual_batch_size" not in networks.OPTIONS, reason="this jaxbn has no virtual batches"
-)
 
 
 @pytest.fixture(autouse=True)
@@ -57,13 +54,14 @@ def test_a_local_layer_has_one_for_all_that_is_averaged(devices):
     ("shard_map", "grouped", 4),
     ("shard_map", "grouped", 8),
     ("shard_map unchecked", "grouped by index", 8),
-    pytest.param("jit", "virtual batch", 8, marks=VIRTUAL),
+    ("jit", "virtual batch", 8),
   ],
 )
 def test_what_is_sent_in_a_group_does_not_grow_with_the_groups(mode, statistics, devices):
   ours = found("layer", mode, statistics, devices)
   assert ours.count(hlo.Collective("all-reduce", STATISTICS, slices.GROUP)) == 2
-  assert len(ours) == 3
+  # On CPUs under jit one bit more: whether any group is to be read twice.
+  assert len([c for c in ours if c.bytes > 1]) == 3
 
 
 def test_groups_by_index_with_the_checks_on_send_a_table_of_all_groups():
