@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -202,22 +202,37 @@ def _around_any(how: How, elements: Elements, count: jax.Array) -> Around:
     pivot = _sample(elements.x, how.axes, elements.valid)
     return _around_pivot(how, elements, count, pivot)
 
-  def around_0_where_near(elements: Elements, count: jax.Array) -> Around:
+  # On CPUs a branch costs nothing, and subtracting in a sum half as much as the sum.
+  by_branch = _around_0_where_near(around_0, around_sample)
+  default = around_sample if how.sample_pivot else around_0
+  return lax.platform_dependent(elements, count, cpu=by_branch, default=default)
+
+
+def _around_0_where_near(around_0: Any, around_sample: Any) -> Callable[[Elements, Any], Around]:
+  """Around 0, and in channels whose mean is far from it, if there are any, around the sample."""
+
+  @jax.custom_batching.custom_vmap
+  def chosen(elements: Elements, count: jax.Array) -> Around:
     first = around_0(elements, count)
     # The mean as the pivot, from now on.
     first = Around(first.mean, jnp.zeros_like(first.mean), first.var)
     near = (abs_square(first.pivot) < _NEAR * first.var) & jnp.isfinite(first.var)
     near |= first.pivot == 0
 
-    def around_sample_elsewhere(first: Around, *args: Any) -> Around:
+    def elsewhere(first: Around, *args: Any) -> Around:
       return jax.tree.map(functools.partial(jnp.where, near), first, around_sample(*args))
 
     args = (first, elements, count)
-    return lax.cond(jnp.all(near), lambda first, *_: first, around_sample_elsewhere, *args)
+    return lax.cond(jnp.all(near), lambda first, *_: first, elsewhere, *args)
 
-  # On CPUs a branch costs nothing, and subtracting in a sum half as much as the sum.
-  default = around_sample if how.sample_pivot else around_0
-  return lax.platform_dependent(elements, count, cpu=around_0_where_near, default=default)
+  @chosen.def_vmap  # by itself, vmap would run both sides of the branch
+  def _(axis_size: int, batched: Any, *args: Any) -> tuple[Around, Any]:
+    in_axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, batched)
+    batch = functools.partial(jax.vmap, in_axes=in_axes, axis_size=axis_size)
+    result = _around_0_where_near(batch(around_0), batch(around_sample))(*args)
+    return result, jax.tree.map(lambda _: True, result)
+
+  return chosen
 
 
 def _around_pivot(
