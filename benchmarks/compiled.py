@@ -48,9 +48,6 @@ from jaxbn.linen import BatchNorm
 
 COMMAND = "python -m benchmarks.compiled"
 HERE = pathlib.Path(__file__).resolve().parent
-# What is compiled unless --networks says otherwise: on a v5e, whose compiler tries many tilings of
-# every convolution, a network takes minutes.
-DEFAULTS = {"h100": tuple(NETWORKS), "v5e": ("resnet", "vgg", "densenet")}
 DTYPES = {"h100": ("bfloat16", "float32"), "v5e": ("bfloat16",)}
 PACKAGES = {"h100": "jax-cuda12-plugin", "v5e": "libtpu", "cpu": "jaxlib"}
 REQUIRED = {
@@ -158,7 +155,7 @@ def jobs(target: str, names: list[str], quick: bool) -> list[Job]:
     return cpu_jobs(1 if quick else COMPILES)
   every: list[Job] = []
   for dtype in DTYPES[target][: 1 if quick else None]:
-    for name in names or DEFAULTS[target]:
+    for name in names or NETWORKS:
       # Float32 is for the large network alone: the others would say the same in twice the time.
       if dtype == DTYPES[target][0] or name == "resnet":
         every += [
