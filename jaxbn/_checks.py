@@ -108,21 +108,25 @@ def same_shape(name: str, value: Any, x: jax.Array) -> jax.Array:
   return value
 
 
-def elementwise(name: str, function: Any, x: jax.ShapeDtypeStruct) -> None:
-  """Refuses what is no function, or gives another shape than it was given."""
+def elementwise(name: str, function: Any, x: jax.Array) -> bool:
+  """Refuses what is no function, or gives another shape than it was given.
+
+  Returns whether the function holds arrays beside its argument.
+  """
   if function is None:
-    return
+    return False
   if not callable(function):
     raise TypeError(
       f"{name}={function!r} is not a function: pass an elementwise one, such as jax.nn.relu, "
       "or None."
     )
-  result = jax.eval_shape(function, x)
+  traced, result = jax.make_jaxpr(function, return_shape=True)(x)
   if getattr(result, "shape", None) != x.shape:
     raise ValueError(
       f"{name}={function!r} turns an array of shape {x.shape} into {result}: pass a function that "
       "works element by element, and apply others to y."
     )
+  return bool(traced.consts)
 
 
 def inverse(name: str, function: Any) -> Callable[[jax.Array], jax.Array]:

@@ -111,11 +111,9 @@ def arrange(
     None if residual is None else _checks.same_shape("residual", residual, x),
     jnp.asarray(epsilon, jnp.promote_types(x.real.dtype, jnp.float32)),
   )
-  wide = jax.eval_shape(lambda x: x, given.wide)  # with the sharding that is part of its type
-  _checks.elementwise("activation", activation, wide)
-  if activation is not None:
+  if _checks.elementwise("activation", activation, given.wide):
     # A custom rule must be given what it is differentiated by: parameters of the activation, too.
-    hoisted, constants = jax.closure_convert(activation, wide)
+    hoisted, constants = jax.closure_convert(activation, given.wide)
     if constants:
       activation, given = hoisted, given._replace(constants=tuple(constants))
   return Form(axes, dtype, activation), given
