@@ -411,8 +411,9 @@ of devices is wanted, for which the first table has the price. A chip with many 
 {4 * ENOUGH} can cut its batch, which sends nothing. Keep a group within a pod.
 
 As an axis of the mesh, `axis_name="member"` over `("group", "member")`, a group costs the same on
-any slice. As `axis_index_groups` it does so only where shard_map's checks are off: with them JAX
-has no grouped reduction, and what is sent grows with the number of groups."""
+any slice. As `axis_index_groups` it does so too; but under shard_map with its checks on JAX has no
+grouped reduction, and jaxbn gathers within the groups where they are smaller than they are many,
+and else sums a table with a row for each group."""
 
 
 # What was measured.

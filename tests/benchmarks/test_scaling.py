@@ -65,7 +65,7 @@ def test_what_is_sent_in_a_group_does_not_grow_with_the_groups(mode, statistics,
 
 
 def test_groups_by_index_with_the_checks_on_send_a_table_of_all_groups():
-  # What docs/scaling.md warns of: JAX has no grouped reduction there.
+  # As docs/scaling.md says: JAX has no grouped reduction there, and these groups are few.
   sizes = [c.bytes for c in found("layer", "shard_map", "grouped by index", 8)]
   assert min(sizes) == 2 * STATISTICS
 
