@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 _INT32_MAX = 2**31 - 1
 _NEAR = 4  # squared distance of the mean from 0, in variances, up to which 0 is a good pivot
 _SAMPLED = 8  # elements that make a pivot
-_LOW_BITS = 12  # of a count, see _count_parts
+_LOW_BITS = 12  # of a count, see _sum_over_axis
 
 
 class Moments(NamedTuple):

@@ -11,7 +11,6 @@ Hubara & Soudry 2017, "Train longer, generalize better" (ghost batch normalizati
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -115,9 +114,21 @@ def by_group(
   pivot: Any,
 ) -> tuple[jax.Array, Moments]:
   """y, normalized group by group, and the mean over the groups of their moments."""
-  form = form._replace(activation=_as_given(form.activation, given))
-  grouped = functools.partial(_by_group, groups, step, unbiased, form, how)
+  shape, position, axes = given.x.shape, None, form.axes
+  if groups.number > 1:
+    axes = _split_axes(groups, form.axes)
+    position = axes.features.index(groups.axis)
   sharding = jax.typeof(given.x).sharding
+  within = form._replace(axes=axes, activation=_as_given(form.activation, given))
+  axis_name, members = groups.sharing
+  how = how._replace(axes=axes, axis_name=axis_name, axis_index_groups=members)
+
+  def grouped(given: Given, weight: Any, pivot: Any) -> tuple[jax.Array, Moments]:
+    if position is not None:
+      given, weight = _split(groups, position, given), _split_examples(groups, weight)
+    y, batch = step(within, how, given, weight, pivot)
+    return y.reshape(shape), _mean(batch, unbiased, position, groups.everyone)
+
   if sharding.mesh.explicit_axes:
     # No type says that two axes of an array share one of the mesh: this is for the partitioner.
     per_channel = jax.P(*(sharding.spec[a] for a in form.axes.features))
@@ -143,28 +154,6 @@ def _as_given(activation: Any, given: Given) -> Callable[..., jax.Array] | None:
       in_sharding=tuple(jax.typeof(a).sharding for a in arguments),
     )
   return lambda x, *constants: activation(x.reshape(shape), *constants).reshape(x.shape)
-
-
-def _by_group(
-  groups: Groups,
-  step: Callable[..., tuple[jax.Array, Moments]],
-  unbiased: bool,
-  form: Form,
-  how: How,
-  given: Given,
-  weight: Any,
-  pivot: Any,
-) -> tuple[jax.Array, Moments]:
-  shape, position = given.x.shape, None
-  how = how._replace(axis_name=groups.sharing[0], axis_index_groups=groups.sharing[1])
-  if groups.number > 1:
-    axes = _split_axes(groups, form.axes)
-    position = axes.features.index(groups.axis)
-    form = form._replace(axes=axes)
-    how = how._replace(axes=axes)
-    given, weight = _split(groups, position, given), _split_examples(groups, weight)
-  y, batch = step(form, how, given, weight, pivot)
-  return y.reshape(shape), _mean(batch, unbiased, position, groups.everyone)
 
 
 def _split_axes(groups: Groups, axes: _checks.Axes) -> _checks.Axes:
