@@ -1,6 +1,7 @@
 """The package as a whole: what it imports, what it shows, what it documents."""
 
 import ast
+import importlib
 import inspect
 import pathlib
 import subprocess
@@ -14,6 +15,7 @@ import jaxbn.nnx
 
 ROOT = pathlib.Path(jaxbn.__file__).parent
 STEPS = {"_moments", "_running", "_normalize"}
+LAYER = {"_checks", "_layers", "_running"}
 # What each file may import of ours: one way, no circle.
 ALLOWED = {
   "_checks": set(),
@@ -25,10 +27,14 @@ ALLOWED = {
   "_virtual": {"_checks", "_moments", "_rule", "_running"},
   "_batch_norm": {"_checks", "_inplace", "_rule", "_virtual"} | STEPS,
   "_layers": {"_batch_norm", "_running"},
-  "linen": {"_checks", "_layers", "_running"},
-  "nnx": {"_checks", "_layers", "_running"},
   "__init__": {"_batch_norm"} | STEPS,
+  "linen/_batch_norm": LAYER,
+  "nnx/_batch_norm": LAYER,
+  "variants/__init__": set(),
 }
+# What they may import of others', beside these.
+EVERYWHERE = {"jax", "numpy", "chex"}
+ALSO = {"linen": {"flax"}, "nnx": {"flax"}}
 
 
 def imported(path):
@@ -36,8 +42,8 @@ def imported(path):
   packages, ours = set(), set()
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.ImportFrom) and node.module.startswith("jaxbn"):
-      rest = node.module.split(".")[1:]
-      ours |= set(rest) if rest else {a.name for a in node.names}
+      rest = node.module.split(".", 1)[1:]
+      ours |= {rest[0].replace(".", "/")} if rest else {a.name for a in node.names}
     elif isinstance(node, ast.ImportFrom):
       packages.add(node.module.split(".")[0])
     elif isinstance(node, ast.Import):
@@ -45,13 +51,22 @@ def imported(path):
   return packages, ours
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: p.stem)
+def module(path):
+  """A file's name in ALLOWED, and the folder that it is in, if any."""
+  relative = path.relative_to(ROOT).with_suffix("")
+  return relative.as_posix(), relative.parts[0] if len(relative.parts) > 1 else ""
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: module(p)[0])
 def test_imports_point_one_way(path):
   packages, ours = imported(path)
-  assert ours <= ALLOWED[path.stem]
+  name, folder = module(path)
+  if name in ("linen/__init__", "nnx/__init__"):  # the face of what is beside it
+    assert all(o.startswith(f"{folder}/_") for o in ours)
+  else:
+    assert ours <= ALLOWED[name]
   third_party = packages - set(sys.stdlib_module_names)
-  layers = {"flax"} if path.stem in ("linen", "nnx") else set()
-  assert third_party <= {"jax", "numpy", "chex"} | layers
+  assert third_party <= EVERYWHERE | ALSO.get(folder, set()) | ALSO.get(name, set())
 
 
 def test_importing_jaxbn_imports_neither_flax_nor_chex():
@@ -60,7 +75,7 @@ def test_importing_jaxbn_imports_neither_flax_nor_chex():
 
 
 def test_the_layers_come_on_first_use():
-  code = "import jaxbn; jaxbn.linen.BatchNorm; jaxbn.nnx.BatchNorm"
+  code = "import jaxbn; jaxbn.linen.BatchNorm; jaxbn.nnx.BatchNorm; jaxbn.variants"
   subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -69,13 +84,18 @@ def test_an_unknown_name_is_an_attribute_error():
     _ = jaxbn.batchnorm
 
 
-PUBLIC = [getattr(jaxbn, name) for name in jaxbn.__all__] + [
-  jaxbn.linen.BatchNorm,
-  jaxbn.nnx.BatchNorm,
+VARIANTS = [
+  importlib.import_module(f"jaxbn.variants.{path.stem}")
+  for path in sorted((ROOT / "variants").glob("[a-z]*.py"))
+]
+PUBLIC = [
+  getattr(where, name)
+  for where in (jaxbn, jaxbn.linen, jaxbn.nnx, *VARIANTS)
+  for name in where.__all__
 ]
 
 
-@pytest.mark.parametrize("thing", PUBLIC, ids=lambda t: t.__name__)
+@pytest.mark.parametrize("thing", PUBLIC, ids=lambda t: f"{t.__module__}.{t.__name__}")
 def test_public_docstrings_name_every_argument(thing):
   doc = inspect.getdoc(thing)
   if inspect.isclass(thing) and hasattr(thing, "_fields"):

@@ -1,4 +1,4 @@
-"""Flax Linen layers: they hold parameters and state, and call `jaxbn.batch_norm`."""
+"""The layer for Flax Linen: it holds parameters and state, and calls `jaxbn.batch_norm`."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""What grew out of batch normalization: one module for each member of the family."""
