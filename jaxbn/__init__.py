@@ -4,11 +4,13 @@ import importlib
 from types import ModuleType
 
 from jaxbn._batch_norm import batch_norm
+from jaxbn._choose import Chosen
 from jaxbn._moments import Moments, empty_moments, merge, moments, sync
 from jaxbn._normalize import normalize
 from jaxbn._running import RunningStats, init, update
 
 __all__ = [
+  "Chosen",
   "Moments",
   "RunningStats",
   "batch_norm",

@@ -12,10 +12,11 @@ import numpy as np
 from jax import lax
 
 from jaxbn import _checks, _virtual
+from jaxbn._choose import Choose, correct
 from jaxbn._inplace import normalize_keeping_output
 from jaxbn._moments import Elements, How, Moments, measure, valid_elements
-from jaxbn._normalize import arrange, fill, require_mask
-from jaxbn._rule import Form, Given, apply
+from jaxbn._normalize import apply_aligned, arrange, fill, is_aligned, require_mask
+from jaxbn._rule import Form, Given
 from jaxbn._running import RunningStats, require_running_stats, update
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def batch_norm(
   unbiased: bool = False,
   skip_nonfinite: bool = False,
   detach_stats: bool = False,
+  choose: Choose | None = None,
   activation: Callable[[jax.Array], jax.Array] | None = None,
   residual: chex.Array | None = None,
   keep: str = "input",
@@ -51,7 +53,7 @@ def batch_norm(
   r"""Batch normalization (Ioffe & Szegedy 2015, Algorithm 1 in training, 2 in evaluation).
 
       training     m = sync(moments(x))
-                   y = normalize(x, m.mean, m.var)
+                   y = normalize(x, m.mean, m.var)           (or by what `choose` makes of m)
                    new_state = update(state, m)
       evaluation   y = normalize(x, state.mean, state.var)
 
@@ -70,7 +72,8 @@ def batch_norm(
 
   Args:
     x: real or complex array of any rank.
-    scale: gamma, of the shape of x's channels, or None for 1.
+    scale: gamma, of the shape of x's channels, or None for 1; where it differs between examples, as
+      in conditional batch normalization, with as many axes as x, each of size 1 or x's.
     bias: beta, likewise, or None for 0.
     state: running statistics, from `init`. None in training: nothing is tracked, and sharing over
       axis_name takes two small all-reduces.
@@ -95,6 +98,10 @@ def batch_norm(
     use_fast_variance: False takes a second pass over x, and a second small all-reduce.
     detach_stats: treat the statistics as constants in gradients. It exists to show what happens
       then (Ioffe & Szegedy 2015, section 2): training fails to converge as it should.
+    choose: which statistics normalize in training, where it is not the batch's own: a function of
+      the batch's `Moments` (of all devices) and the state (None if there is none), which gives a
+      `Chosen`. With virtual_batch_size both have one more axis, of groups. The running statistics
+      track the batch's own. What is beside the batch in `jaxbn.variants` goes through here.
     activation, residual: as in `normalize`: y = activation(normalized x + residual).
     keep: what is kept for the derivative in training. "input": x. "output": y, from which x is
       computed back (In-Place Activated BatchNorm, Rota Bulo et al. 2018), which frees x's memory
@@ -131,11 +138,11 @@ def batch_norm(
   valid, weight = valid_elements(x, mask, weights)
   require_mask(masked_value, valid)
   given = given._replace(valid=valid)
-  inverse = _inverse(keep, activation, scale, residual, detach_stats)
+  inverse = _inverse(keep, form, given, detach_stats, choose)
   if evaluating:
     if state is None:
       raise ValueError("use_running_average=True needs the statistics: pass state.")
-    return fill(apply(form, given, state.mean, state.var), valid, masked_value), state
+    return fill(apply_aligned(form, given, state.mean, state.var), valid, masked_value), state
 
   _checks.nonempty(x, form.axes)
   unbiased = _checks.static_bool("unbiased", unbiased)
@@ -144,14 +151,13 @@ def batch_norm(
   sample_pivot = state is None or x.dtype != jnp.bfloat16
   how = How(form.axes, fast, sample_pivot, *_checks.sharing(axis_name, axis_index_groups))
   step = functools.partial(
-    _normalize_by_batch, inverse, _checks.static_bool("detach_stats", detach_stats)
+    _normalize_by_batch, inverse, _checks.static_bool("detach_stats", detach_stats), choose
   )
   groups = _virtual.groups(virtual_batch_size, x, how)
   if groups is not None:
     # The groups' variances are made unbiased one by one, before their mean.
     step, unbiased = functools.partial(_virtual.by_group, groups, step, unbiased), False
-  pivot = state.mean if state is not None and fast else None
-  y, batch = step(form, how, given, weight, pivot)
+  y, batch = step(form, how, given, weight, state)
   y = fill(y, valid, masked_value)
   if state is None:
     return y, None
@@ -167,43 +173,60 @@ def batch_norm(
 
 
 def _normalize_by_batch(
-  inverse: Any, detach_stats: bool, form: Form, how: How, given: Given, weight: Any, pivot: Any
+  inverse: Any,
+  detach_stats: bool,
+  choose: Choose | None,
+  form: Form,
+  how: How,
+  given: Given,
+  weight: Any,
+  state: RunningStats | None,
 ) -> tuple[jax.Array, Moments]:
-  """Measure, share, apply: y and the moments of the batch."""
+  """Measure, share, choose, apply: y and the moments of the batch."""
+  pivot = state.mean if state is not None and how.use_fast_variance else None
   if inverse is not None:
     return normalize_keeping_output(form, inverse, how, given, weight, pivot)
   elements = Elements(given.x, given.wide, given.valid, weight)
   batch = measure(how, elements, shared_pivot=pivot)
-  stats = batch.mean, batch.var
-  stats = lax.stop_gradient(stats) if detach_stats else stats
-  return apply(form._replace(exact=how.sample_pivot), given, *stats), batch
+  stats = batch._replace(mean=lax.stop_gradient(batch.mean), var=lax.stop_gradient(batch.var))
+  stats = stats if detach_stats else batch
+  mean, var = stats.mean, stats.var
+  if choose is not None:
+    given, mean, var = correct(choose, stats, state, form, given)
+  return apply_aligned(form._replace(exact=how.sample_pivot), given, mean, var), batch
 
 
 def _inverse(
-  keep: str,
-  activation: Any,
-  scale: chex.Array | None,
-  residual: chex.Array | None,
-  detach_stats: bool,
+  keep: str, form: Form, given: Given, detach_stats: bool, choose: Choose | None
 ) -> Callable[[jax.Array], jax.Array] | None:
   """The inverse of the activation, if the output is to be kept; None to keep the input."""
   if keep not in ("input", "output"):
     raise ValueError(f"keep={keep!r}: the derivative can keep the layer's 'input' or its 'output'.")
   if keep == "input":
     return None
-  if residual is not None:
+  scale = given.scale
+  if given.residual is not None:
     raise ValueError(
       "keep='output' with a residual: x cannot be told from y alone: leave one of them out, for "
       "instance add the residual to the layer's output."
     )
   if detach_stats:
     raise ValueError("keep='output' with detach_stats=True: leave one of them out.")
+  if choose is not None:
+    raise ValueError(
+      "keep='output' with choose: x is computed back by the batch's own statistics: leave one "
+      "of them out."
+    )
+  if is_aligned(form.axes, given.x, scale, given.bias):
+    raise ValueError(
+      "keep='output' with a scale or a bias that differs between examples: leave one of them out."
+    )
   if _checks.concrete(scale) and scale is not None and not np.all(np.asarray(scale)):
     raise ValueError(
       "keep='output' with a scale that holds 0: there the output says nothing of the input: "
       "start scale away from 0, or keep the input."
     )
-  return _checks.inverse("activation", activation)
+  return _checks.inverse("activation", form.activation)
 
 
 def _check_state(x: jax.Array, state: RunningStats | None, axis: int | Sequence[int]) -> None:

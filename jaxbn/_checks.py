@@ -97,6 +97,19 @@ def channels(name: str, value: Any, x: jax.Array, axes: Axes) -> jax.Array:
   return value
 
 
+def parameter(name: str, value: Any, x: jax.Array, axes: Axes) -> jax.Array:
+  """One value per channel, or what broadcasts against x with as many axes as x, as an array."""
+  value = jnp.asarray(value)
+  if value.ndim == x.ndim and all(m in (1, n) for m, n in zip(value.shape, x.shape, strict=True)):
+    return value
+  try:
+    return channels(name, value, x, axes)
+  except ValueError as error:
+    raise ValueError(
+      f"{error} Where it differs between examples, give it {x.ndim} axes, each 1 or x's."
+    ) from None
+
+
 def same_shape(name: str, value: Any, x: jax.Array) -> jax.Array:
   """A floating-point value per element as an array, if its shape is x's."""
   value = inexact(value, name)

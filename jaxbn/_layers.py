@@ -38,9 +38,9 @@ def call(
   bias: chex.Array | None,
   state: RunningStats,
   *,
-  mask: chex.Array | None,
-  weights: chex.Array | None,
-  residual: chex.Array | None,
+  mask: chex.Array | None = None,
+  weights: chex.Array | None = None,
+  residual: chex.Array | None = None,
   **arguments: Any,
 ) -> tuple[jax.Array, RunningStats | None]:
   """`batch_norm` with the layer's options and those arguments on which the two kinds differ."""

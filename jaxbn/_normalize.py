@@ -41,7 +41,8 @@ def normalize(
 
   Args:
     x: real or complex array of any rank.
-    mean: per channel, of the shape of x's channels.
+    mean: per channel, of the shape of x's channels; or what differs between examples too, with as
+      many axes as x, each of size 1 or x's, as (batch, 1, 1, channels).
     var: likewise, real and not negative.
     scale: likewise, or None for 1.
     bias: likewise, or None for 0.
@@ -62,9 +63,9 @@ def normalize(
 
   Raises:
     TypeError: integer x; a mask that is not boolean; an activation that is not a function.
-    ValueError: mean, var, scale or bias not of the channels' shape; a residual not of x's; an axis
-      out of range or twice; a mask that does not broadcast; masked_value without a mask; epsilon
-      out of range; an activation that changes the shape.
+    ValueError: mean, var, scale or bias neither of the channels' shape nor broadcasting against x;
+      a residual not of x's shape; an axis out of range or twice; a mask that does not broadcast;
+      masked_value without a mask; epsilon out of range; an activation that changes the shape.
 
   >>> import jax.numpy as jnp, jaxbn
   >>> x = jnp.array([[1.0, 20.0], [3.0, 20.0]])
@@ -74,11 +75,34 @@ def normalize(
   """
   x = _checks.inexact(x)
   form, given = arrange(x, scale, bias, residual, epsilon, axis, activation, dtype, mean)
-  mean = _checks.channels("mean", mean, x, form.axes)
-  var = _checks.channels("var", var, x, form.axes).real
+  mean = _checks.parameter("mean", mean, x, form.axes)
+  var = _checks.parameter("var", var, x, form.axes).real
   valid = None if mask is None else _checks.boolean_mask(mask, x)
   require_mask(masked_value, valid)
-  return fill(apply(form, given._replace(valid=valid), mean, var), valid, masked_value)
+  return fill(apply_aligned(form, given._replace(valid=valid), mean, var), valid, masked_value)
+
+
+def apply_aligned(form: Form, given: Given, mean: jax.Array, var: jax.Array) -> jax.Array:
+  """`apply`, where statistics and parameters may also differ within a channel."""
+  values = mean, var, given.scale, given.bias
+  if not is_aligned(form.axes, given.x, *values):
+    return apply(form, given, mean, var)
+  mean, var, scale, bias = align(form.axes, given.x, *values)
+  # Nothing is left to expand: as if each axis were a channels' axis.
+  form = form._replace(axes=_checks.Axes(tuple(range(given.x.ndim)), ()))
+  return apply(form, given._replace(scale=scale, bias=bias), mean, var)
+
+
+def align(axes: _checks.Axes, x: jax.Array, *values: Any) -> tuple[Any, ...]:
+  """Values, each per channel or broadcasting against x: all as they are, or all as the latter."""
+  if not is_aligned(axes, x, *values):
+    return values
+  return tuple(v if v is None or v.ndim == x.ndim else axes.expand(v) for v in values)
+
+
+def is_aligned(axes: _checks.Axes, x: jax.Array, *values: Any) -> bool:
+  """Whether one of these is not per channel, but broadcasts against x."""
+  return bool(axes.reduced) and any(v is not None and v.ndim == x.ndim for v in values)
 
 
 def arrange(
@@ -106,8 +130,8 @@ def arrange(
   given = Given(
     x,
     x.astype(accumulation_dtype(x.dtype)),
-    None if scale is None else _checks.channels("scale", scale, x, axes),
-    None if bias is None else _checks.channels("bias", bias, x, axes),
+    None if scale is None else _checks.parameter("scale", scale, x, axes),
+    None if bias is None else _checks.parameter("bias", bias, x, axes),
     None if residual is None else _checks.same_shape("residual", residual, x),
     jnp.asarray(epsilon, jnp.promote_types(x.real.dtype, jnp.float32)),
   )

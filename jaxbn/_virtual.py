@@ -111,7 +111,7 @@ def by_group(
   how: How,
   given: Given,
   weight: Any,
-  pivot: Any,
+  state: Any,
 ) -> tuple[jax.Array, Moments]:
   """y, normalized group by group, and the mean over the groups of their moments."""
   shape, position, axes = given.x.shape, None, form.axes
@@ -123,10 +123,11 @@ def by_group(
   axis_name, members = groups.sharing
   how = how._replace(axes=axes, axis_name=axis_name, axis_index_groups=members)
 
-  def grouped(given: Given, weight: Any, pivot: Any) -> tuple[jax.Array, Moments]:
+  def grouped(given: Given, weight: Any, state: Any) -> tuple[jax.Array, Moments]:
     if position is not None:
       given, weight = _split(groups, position, given), _split_examples(groups, weight)
-    y, batch = step(within, how, given, weight, pivot)
+      state = jax.tree.map(lambda v: jnp.expand_dims(v, position), state)
+    y, batch = step(within, how, given, weight, state)
     return y.reshape(shape), _mean(batch, unbiased, position, groups.everyone)
 
   if sharding.mesh.explicit_axes:
@@ -138,7 +139,7 @@ def by_group(
       axes=sharding.mesh.explicit_axes,
       out_sharding=(sharding, Moments(of_batch, of_batch, of_batch)),
     )
-  return grouped(given, weight, pivot)
+  return grouped(given, weight, state)
 
 
 def _as_given(activation: Any, given: Given) -> Callable[..., jax.Array] | None:
@@ -169,7 +170,10 @@ def _split(groups: Groups, position: int, given: Given) -> Given:
   split: dict[str, Any] = {name: _split_examples(groups, v) for name, v in aligned.items()}
   for name in ("scale", "bias"):
     value = getattr(given, name)
-    split[name] = None if value is None else jnp.expand_dims(value, position)
+    if value is not None and value.ndim == given.x.ndim:
+      split[name] = _split_examples(groups, value)
+    else:
+      split[name] = None if value is None else jnp.expand_dims(value, position)
   return given._replace(**split)
 
 

@@ -113,28 +113,40 @@ class BatchNorm(nn.Module):
     Returns:
       y, of x's shape.
     """
+    x = _checks.inexact(x)
+    shape = _checks.split_axes(x.ndim, self.axis).shape(x)
+    scale = self._parameter("scale", self.scale_init, shape) if self.use_scale else None
+    bias = self._parameter("bias", self.bias_init, shape) if self.use_bias else None
+    given = {"mask": mask, "weights": weights, "residual": residual}
+    return self._normalize(x, scale, bias, use_running_average, **given)
+
+  def _normalize(
+    self,
+    x: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    use_running_average: bool | None,
+    **given: Any,
+  ) -> jax.Array:
+    """The layer with these parameters; also with a `choose`, for those that are derived of it."""
     use_running_average = nn.merge_param(
       "use_running_average", self.use_running_average, use_running_average
     )
-    x = _checks.inexact(x)
-    shape = _checks.split_axes(x.ndim, self.axis).shape(x)
-    state = self._running_stats(shape)
+    state = self._running_stats(_checks.split_axes(x.ndim, self.axis).shape(x))
     initializing = self.is_initializing()
     shapes_only = initializing and not x.size  # an empty batch has no statistics
     y, new_state = _layers.call(
       self,
       x,
-      self._parameter("scale", self.scale_init, shape) if self.use_scale else None,
-      self._parameter("bias", self.bias_init, shape) if self.use_bias else None,
+      scale,
+      bias,
       RunningStats(*(None if leaf is None else leaf.value for leaf in state)),
-      mask=mask,
-      weights=weights,
-      residual=residual,
       use_running_average=shapes_only or use_running_average,
       axis_name=None if initializing else self.axis_name,
       axis_index_groups=None if initializing else self.axis_index_groups,
       virtual_batch_size=None if initializing else self.virtual_batch_size,
       dtype=self.dtype,
+      **given,
     )
     if new_state is not None and not initializing and not use_running_average:
       for variable, value in zip(state, new_state, strict=True):

@@ -162,6 +162,13 @@ class BatchNorm(nnx.Module):
     Returns:
       y, of x's shape.
     """
+    given = {"mask": mask, "weights": weights, "residual": residual}
+    return self._normalize(_checks.inexact(x), self.scale, self.bias, use_running_average, **given)
+
+  def _normalize(
+    self, x: jax.Array, scale: Any, bias: Any, use_running_average: bool | None, **given: Any
+  ) -> jax.Array:
+    """The layer with these parameters; also with a `choose`, for those that are derived of it."""
     if use_running_average is None:
       use_running_average = self.use_running_average
     if use_running_average is None:
@@ -169,22 +176,19 @@ class BatchNorm(nnx.Module):
         "use_running_average was given neither to the constructor nor to the call: pass it to one, "
         "or choose with train() and eval()."
       )
-    x = _checks.inexact(x)
-    x, scale, bias, state, dtype = self._promoted(x, use_running_average)
+    x, scale, bias, state, dtype = self._promoted(x, scale, bias, use_running_average)
     y, new_state = _layers.call(
       self,
       x,
       scale,
       bias,
       state,
-      mask=mask,
-      weights=weights,
-      residual=residual,
       use_running_average=use_running_average,
       axis_name=self.axis_name,
       axis_index_groups=self.axis_index_groups,
       virtual_batch_size=self.virtual_batch_size,
       dtype=dtype,
+      **given,
     )
     if not use_running_average:
       self._store(new_state)
@@ -200,7 +204,7 @@ class BatchNorm(nnx.Module):
       self.use_running_average = use_running_average
 
   def _promoted(
-    self, x: jax.Array, use_running_average: bool
+    self, x: jax.Array, scale: Any, bias: Any, use_running_average: bool
   ) -> tuple[jax.Array, Any, Any, RunningStats, Any]:
     """Input, parameters, state and the result's dtype, after `promote_dtype`."""
     shape = _checks.split_axes(x.ndim, self.axis).shape(x)
@@ -211,13 +215,13 @@ class BatchNorm(nnx.Module):
         "the constructor, or name the channels' axis."
       )
 
-    def value(variable: nnx.Variable | None) -> Any:
+    def value(variable: nnx.Variable | jax.Array | None) -> Any:
       if variable is None:
         return None
-      v = variable[...]
+      v = variable[...] if isinstance(variable, nnx.Variable) else variable
       return v.reshape(shape) if v.shape == (self.num_features,) else v
 
-    mean, var, scale, bias = map(value, (self.mean, self.var, self.scale, self.bias))
+    mean, var, scale, bias = map(value, (self.mean, self.var, scale, bias))
     state = RunningStats(mean, var, value(getattr(self, "count", None)))
     dtype = self.dtype
     if self.promote_dtype is not dtypes.promote_dtype:
