@@ -3,72 +3,21 @@
 All three are described by the same few numbers: stages, where stage `i` has
 `blocks[i]` blocks of width `widths[i]`. A block is one dense layer (MLP), one 3x3
 convolution (VGG) or one residual pair of 3x3 convolutions (ResNet), each followed by a
-norm. Any norm of `NORMS` fits any network of `MODELS`: a norm is a function of
-`(network, train, mask)` that gives a layer constructor taking `scale_init` and `activation`. The
-activation is the norm's to apply, so that it need not be kept for the derivative.
+norm. Any norm of `examples.norms` fits any network of `MODELS`.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import FrozenDict
 
+from examples import norms
+from examples.norms import Layer
 from examples.settings import UserError, lookup
-from jaxbn import linen as bn
-
-Layer = Callable[..., Callable[[jax.Array], jax.Array]]
-
-
-class Affine(nn.Module):
-  """`x * scale + bias` per channel: what batch normalization leaves when it normalizes nothing.
-
-  Kept, so that networks with and without a norm have the same parameters, and so that a
-  residual branch can start at zero in both.
-  """
-
-  scale_init: nn.initializers.Initializer = nn.initializers.ones
-  activation: Callable[[jax.Array], jax.Array] | None = None
-  dtype: Any = None
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    scale = self.param("scale", self.scale_init, x.shape[-1:], jnp.float32)
-    bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
-    y = x * scale.astype(x.dtype) + bias.astype(x.dtype)
-    return y if self.activation is None else self.activation(y)
-
-
-def batch_norm(network: "Network", train: bool, mask: jax.Array | None) -> Layer:
-  """Batch statistics of all valid examples of the global batch in training, running ones else."""
-  sharing: dict[str, Any] = {"axis_name": network.axis_name} if train else {}
-  if train and network.virtual_batch_size is not None:
-    sharing["virtual_batch_size"] = network.virtual_batch_size
-
-  def layer(**options: Any) -> Callable[[jax.Array], jax.Array]:
-    norm = bn.BatchNorm(
-      use_running_average=not train,
-      momentum=network.momentum,
-      dtype=network.dtype,
-      **sharing,
-      **options,
-    )
-    if mask is None:
-      return norm
-    return lambda x: norm(x, mask=mask.reshape(-1, *[1] * (x.ndim - 1)))
-
-  return layer
-
-
-def no_norm(network: "Network", train: bool, mask: jax.Array | None) -> Layer:
-  """Nothing but the affine map: the network to compare batch normalization with."""
-  del train, mask  # a norm without statistics has no use for them
-  return functools.partial(Affine, dtype=network.dtype)
-
-
-NORMS = {"batch": batch_norm, "none": no_norm}
 
 
 def space_to_depth(x: jax.Array, size: int) -> jax.Array:
@@ -85,7 +34,9 @@ class Network(nn.Module):
     classes: number of classes.
     widths, blocks: width and number of blocks of each stage.
     patch: side of the square of pixels that `space_to_depth` folds into the channels.
-    norm: a name in `NORMS`.
+    skip: whether a ResNet's blocks add their input.
+    norm: a name in `norms.NORMS`.
+    norm_options: keyword arguments of the function that it names.
     momentum: share of the old running statistics kept at each step.
     dtype: of the computation; parameters, statistics and logits stay float32.
     axis_name: the axis or axes over which the norm is synchronized; None for one device.
@@ -96,7 +47,9 @@ class Network(nn.Module):
   widths: Sequence[int]
   blocks: Sequence[int]
   patch: int = 1
+  skip: bool = True
   norm: str = "batch"
+  norm_options: Mapping[str, Any] = FrozenDict()
   momentum: float = 0.9
   dtype: Any = jnp.float32
   axis_name: Any = None
@@ -111,7 +64,7 @@ class Network(nn.Module):
     """
     if mask is not None:
       images = jnp.where(mask.reshape(-1, 1, 1, 1), images, 0)
-    norm = NORMS[self.norm](self, train, mask)
+    norm = norms.NORMS[self.norm](self, train, mask, **self.norm_options)
     x = space_to_depth(images.astype(self.dtype), self.patch)
     x = self.features(x, norm)
     return nn.Dense(self.classes, name="head")(x.astype(jnp.float32))
@@ -149,7 +102,11 @@ class VGG(Network):
 
 
 class ResNet(Network):
-  """Residual blocks (He et al., 2016), each starting as the identity (Goyal et al., 2017)."""
+  """Residual blocks (He et al., 2016), each starting as the identity (Goyal et al., 2017).
+
+  Without skip connections it is He et al.'s plain network: the same pairs of convolutions, one
+  after the other, and nothing that starts at zero.
+  """
 
   def features(self, x: jax.Array, norm: Layer) -> jax.Array:
     x = norm(activation=nn.relu)(self.conv(self.widths[0])(x))
@@ -160,6 +117,8 @@ class ResNet(Network):
 
   def residual(self, x: jax.Array, norm: Layer, width: int, stride: int) -> jax.Array:
     y = norm(activation=nn.relu)(self.conv(width, stride=stride)(x))
+    if not self.skip:
+      return norm(activation=nn.relu)(self.conv(width)(y))
     y = norm(scale_init=nn.initializers.zeros)(self.conv(width)(y))
     if x.shape != y.shape:
       x = norm()(self.conv(width, size=1, stride=stride)(x))
@@ -178,7 +137,33 @@ def create(
 ) -> Network:
   """The network that `config` describes, for images of shape (H, W, C)."""
   model = lookup(MODELS, config.model, "config.model")
-  lookup(NORMS, config.norm, "config.norm")
+  norm_options = norms.options(config)
+  _check(config, model, image_shape)
+  network = model(
+    classes=classes,
+    widths=tuple(config.widths),
+    blocks=tuple(config.blocks),
+    patch=config.patch,
+    skip=config.skip,
+    norm=config.norm,
+    norm_options=FrozenDict(norm_options),
+    momentum=config.norm_momentum,
+    dtype=jnp.dtype(config.dtype),
+    axis_name=axis_name,
+    virtual_batch_size=virtual_batch_size,
+  )
+  try:  # whatever norms refuse, before there is a run
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    jax.eval_shape(functools.partial(network.init, train=False), jax.random.key(0), images)
+  except (TypeError, ValueError) as error:
+    if not norm_options:
+      raise
+    raise UserError(f"config.norm_options is {config.norm_options!r}: {error}") from error
+  return network
+
+
+def _check(config: Any, model: type[Network], image_shape: Sequence[int]) -> None:
+  """Refuses what describes no network."""
   smallest = min(image_shape[:2])
   if any(side % config.patch for side in image_shape[:2]):
     raise UserError(
@@ -191,14 +176,14 @@ def create(
       f"VGG halves {config.dataset}'s {image_shape[0]}x{image_shape[1]} images at every stage "
       "after the first and runs out of pixels; give it fewer stages"
     )
-  return model(
-    classes=classes,
-    widths=tuple(config.widths),
-    blocks=tuple(config.blocks),
-    patch=config.patch,
-    norm=config.norm,
-    momentum=config.norm_momentum,
-    dtype=jnp.dtype(config.dtype),
-    axis_name=axis_name,
-    virtual_batch_size=virtual_batch_size,
-  )
+  if not config.skip and model is not ResNet:
+    raise UserError(
+      f"config.skip is False, but config.model is {config.model!r}, in which no skip connection "
+      "can be left out: leave config.skip out, or try --config.model=resnet"
+    )
+  if config.virtual_batch_size != "global" and config.norm not in norms.VIRTUAL:
+    raise UserError(
+      f"config.virtual_batch_size is {config.virtual_batch_size!r}, but config.norm is "
+      f"{config.norm!r}, which takes no virtual batches as {', '.join(norms.VIRTUAL)} does: "
+      "leave one of them out"
+    )

@@ -51,7 +51,9 @@ def defaults(name: str) -> ml_collections.ConfigDict:
   config.widths = (16, 32)  # of each stage
   config.blocks = (1, 1)  # in each stage
   config.patch = 1  # side of the squares of pixels that become one position
-  config.norm = "batch"
+  config.skip = True  # whether a ResNet has its skip connections, or is a plain network
+  config.norm = "batch"  # see examples/norms.py
+  config.norm_options = ""  # what else the norm takes, such as channels=4,epsilon=1e-3
   config.norm_momentum = 0.9  # share of the old running statistics kept at each step
   config.virtual_batch_size = "global"  # examples normalized together: a number, device or global
   config.dtype = "float32"  # of the computation: float32, bfloat16 or float16
@@ -226,11 +228,6 @@ def virtual_batch_size(config: ml_collections.ConfigDict, device_count: int) -> 
   given = config.virtual_batch_size
   if given == "global":
     return None
-  if config.norm == "none":
-    raise UserError(
-      f"config.virtual_batch_size is {given!r}, but config.norm is 'none' and has no statistics: "
-      "leave one of them out"
-    )
   if config.microbatches > 1 and config.microbatch_statistics == "merged":
     raise UserError(
       f"config.virtual_batch_size is {given!r} and config.microbatch_statistics is 'merged', which "

@@ -1,13 +1,14 @@
 """The networks: shapes, norms, and configs that describe none."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from examples import models
+from examples import models, norms
 from examples.settings import UserError
 from tests.examples import helpers
 
@@ -22,8 +23,11 @@ def shapes(model, size=8):
   return images, jax.eval_shape(init, jax.random.key(0), images)
 
 
-@pytest.mark.parametrize("norm", models.NORMS)
-@pytest.mark.parametrize("name", models.MODELS)
+PAIRS = set(itertools.product(models.MODELS, norms.NORMS))
+PAIRS -= {("mlp", "instance")}  # which has no positions to normalize over
+
+
+@pytest.mark.parametrize(("name", "norm"), sorted(PAIRS))
 def test_every_model_takes_every_norm(name, norm):
   model = create(model=name, norm=norm, widths=(4, 6), blocks=(1, 2), dtype="bfloat16")
   images, variables = shapes(model)
@@ -31,7 +35,6 @@ def test_every_model_takes_every_norm(name, norm):
   assert (logits.shape, logits.dtype) == ((2, 10), jnp.float32)
   names = {path[-1].key for path, _ in jax.tree.leaves_with_path(variables["params"])}
   assert names == {"kernel", "scale", "bias"}
-  assert bool(variables.get("batch_stats")) == (norm == "batch")
 
 
 def test_widths_and_blocks_give_the_size():
@@ -43,13 +46,27 @@ def test_widths_and_blocks_give_the_size():
   assert counts == {"mlp": 4, "vgg": 4, "resnet": 1 + 6 + 1 + 1}
 
 
-@pytest.mark.parametrize("norm", models.NORMS)
+@pytest.mark.parametrize("norm", norms.NORMS)
 def test_residual_blocks_start_as_the_identity(norm):
   """The last scale of each block starts at zero, and no other does."""
   config = helpers.config(norm=norm, widths=(4, 6), blocks=(2, 1))
   params = helpers.Job(config, 1).state.params
   scales = [float(x[0]) for path, x in jax.tree.leaves_with_path(params) if path[-1].key == "scale"]
   assert sorted(scales) == [0.0] * 3 + [1.0] * 5
+
+
+@pytest.mark.parametrize("norm", ["batch", "none"])
+def test_without_skip_connections_nothing_starts_at_zero(norm):
+  """The same pairs of convolutions, and neither a sum nor what widens its other side."""
+  model = create(skip=False, norm=norm, widths=(4, 6), blocks=(2, 1))
+  images = helpers.batch(2)["image"]
+  logits, variables = jax.jit(functools.partial(model.init_with_output, train=False))(
+    jax.random.key(0), images
+  )
+  assert np.abs(logits[0] - logits[1]).max() > 1e-3
+  kernels = [leaf.shape for leaf in jax.tree.leaves(variables["params"]) if leaf.ndim == 4]
+  assert len(kernels) == 1 + 6
+  assert all(shape[0] == 3 for shape in kernels)
 
 
 def test_space_to_depth_keeps_every_pixel_in_its_square():
@@ -63,9 +80,9 @@ def test_space_to_depth_keeps_every_pixel_in_its_square():
   ("changes", "message"),
   [
     ({"model": "resnt"}, "config.model is 'resnt', .* mlp, vgg, resnet; did you mean 'resnet'"),
-    ({"norm": "bach"}, "config.norm is 'bach', .* batch, none; did you mean 'batch'"),
     ({"patch": 3}, "config.patch is 3, .*8x8 images"),
     ({"model": "vgg", "widths": (4,) * 5, "blocks": (1,) * 5}, "config.widths has 5 stages"),
+    ({"model": "vgg", "skip": False}, "config.skip is False, but config.model is 'vgg'"),
   ],
 )
 def test_impossible_networks_are_refused(changes, message):

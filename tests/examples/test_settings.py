@@ -62,7 +62,6 @@ def test_wrong_command_lines_are_refused(argument, message):
       {"virtual_batch_size": "2", "microbatches": 4, "microbatch_statistics": "merged"},
       "two sizes for one batch",
     ),
-    ({"virtual_batch_size": "device", "norm": "none"}, "'none' and has no statistics"),
     ({"skip_nonfinite": -1}, "config.skip_nonfinite is -1, but must be at least 0"),
     ({"loss_scale": 0.5}, "config.loss_scale is 0.5, .* 0 for none, or from 1 to 16777216"),
   ],
