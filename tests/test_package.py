@@ -31,7 +31,10 @@ ALLOWED = {
   "__init__": {"_batch_norm", "_choose"} | STEPS,
   "linen/_batch_norm": LAYER,
   "nnx/_batch_norm": LAYER,
+  "linen/_renorm": {"_checks", "linen/_batch_norm", "variants/renorm"},
+  "nnx/_renorm": {"_checks", "nnx/_batch_norm", "variants/renorm"},
   "variants/__init__": set(),
+  "variants/renorm": {"_batch_norm", "_checks", "_choose", "_moments", "_running"},
 }
 # What they may import of others', beside these.
 EVERYWHERE = {"jax", "numpy", "chex"}

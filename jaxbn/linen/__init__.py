@@ -1,5 +1,6 @@
 """Flax Linen layers: they hold parameters and state, and call the functions."""
 
 from jaxbn.linen._batch_norm import BatchNorm
+from jaxbn.linen._renorm import BatchRenorm
 
-__all__ = ["BatchNorm"]
+__all__ = ["BatchNorm", "BatchRenorm"]

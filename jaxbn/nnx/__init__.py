@@ -1,5 +1,6 @@
 """Flax NNX layers: they hold parameters and state, and call the functions."""
 
 from jaxbn.nnx._batch_norm import BatchNorm
+from jaxbn.nnx._renorm import BatchRenorm
 
-__all__ = ["BatchNorm"]
+__all__ = ["BatchNorm", "BatchRenorm"]

@@ -1,0 +1,89 @@
+"""Batch renormalization for Flax Linen: BatchNorm with two limits, and where they depend on it a
+count of steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxbn import _checks
+from jaxbn.linen._batch_norm import BatchNorm
+from jaxbn.variants.renorm import Limit, correction, is_scheduled, limit_at
+
+
+class BatchRenorm(BatchNorm):
+  r"""Batch renormalization (Ioffe 2017): `jaxbn.linen.BatchNorm`, corrected in training.
+
+      y = ((x - mean_B) / sigma_B * r + d) * scale + bias
+      r = clip(sigma_B / sigma, 1 / r_max, r_max)
+      d = clip((mean_B - mean) / sigma, -d_max, d_max)
+
+  as `jaxbn.variants.renorm.batch_renorm` says, which also has what the paper recommends. Parameters
+  and statistics are those of BatchNorm, so that a checkpoint of one loads into the other. With a
+  schedule there is one leaf more, `step` in `batch_stats`: how many training calls there were,
+  int32. Evaluation and initialization do not count.
+
+  Attributes:
+    r_max: number from 1 on, or a schedule: a function of the step that gives one, such as optax's.
+      What a schedule gives is checked only where the call is not traced.
+    d_max: number from 0 on, or a schedule.
+
+  The other attributes are those of `jaxbn.linen.BatchNorm`: use_running_average, axis, momentum,
+  epsilon, dtype, param_dtype, use_bias, use_scale, bias_init, scale_init, axis_name,
+  axis_index_groups, use_fast_variance, force_float32_reductions, debias, unbiased, skip_nonfinite,
+  detach_stats, masked_value, activation, keep (in training only "input"), virtual_batch_size.
+
+  The paper's schedules, batch normalization for 5,000 steps, then r_max from 1 to 3 by step 40,000
+  and d_max from 0 to 5 by step 25,000:
+
+  >>> import jax, jax.numpy as jnp, jaxbn.linen, optax
+  >>> layer = jaxbn.linen.BatchRenorm(
+  ...   use_running_average=False,
+  ...   r_max=optax.linear_schedule(1.0, 3.0, 35_000, transition_begin=5_000),
+  ...   d_max=optax.linear_schedule(0.0, 5.0, 20_000, transition_begin=5_000),
+  ... )
+  >>> x = jnp.arange(12.0).reshape(4, 3)
+  >>> variables = layer.init(jax.random.key(0), x)
+  >>> y, updates = layer.apply(variables, x, mutable=["batch_stats"])
+  >>> updates["batch_stats"]["step"]
+  Array(1, dtype=int32)
+  """
+
+  r_max: Limit = 3.0
+  d_max: Limit = 5.0
+
+  def _normalize(
+    self,
+    x: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    use_running_average: bool | None,
+    **given: Any,
+  ) -> jax.Array:
+    evaluating = self.use_running_average if use_running_average is None else use_running_average
+    if evaluating is not None:
+      _checks.static_bool("use_running_average", evaluating)
+    initializing = self.is_initializing()
+    counting = is_scheduled(self.r_max, self.d_max) and (initializing or not evaluating)
+    step = self._step() if counting else None
+    if not evaluating:
+      now = None if step is None else step.value
+      r_max, d_max = limit_at(now, self.r_max), limit_at(now, self.d_max)
+      given["choose"] = correction(r_max, d_max, self.epsilon)
+    y = super()._normalize(x, scale, bias, use_running_average, **given)
+    if step is not None and not initializing:
+      step.value += 1
+    return y
+
+  def _step(self) -> nn.Variable:
+    if self.has_variable("batch_stats", "mean") and not self.has_variable("batch_stats", "step"):
+      raise ValueError(
+        f"batch_stats of {'/'.join(self.path) or 'the layer'} has a mean but no step, which a "
+        "schedule of r_max or d_max needs: it was saved without one. Add the leaf, for instance "
+        "step=jnp.zeros((), jnp.int32), or give numbers."
+      )
+    return self.variable("batch_stats", "step", lambda: jnp.zeros((), jnp.int32))
