@@ -63,6 +63,10 @@ def batch_renorm(
   0.99): they are used in training and have to follow the weights, so that they should move faster
   than evaluation alone would have it.
 
+  A channel of two elements has the output it should have, but no gradient comes through to x: for a
+  fixed r and d the output is d ± r, whatever x is. So batches of two examples need channels with
+  several positions.
+
   One thing differs from the paper, and from Keras's renorm=True: the running variance is averaged
   as in `jaxbn.update`, not the running sigma, so that the state is batch normalization's. Where
   batches are small, sigma is larger that way (by Jensen's inequality), and r smaller.

@@ -209,6 +209,15 @@ def test_the_corrections_have_no_gradient():
   assert not any(np.any(g) for g in gradients)
 
 
+def test_through_two_elements_comes_no_gradient():
+  # All that is left is epsilon's share of the variance.
+  def f(x):
+    return jnp.sum(jnp.arange(1.0, 9).reshape(2, 4) * layer(x, epsilon=1e-12)[0])
+
+  x = RNG.normal(1, 2, (2, 4))
+  assert np.max(np.abs(jax.grad(f)(x))) < 1e-9
+
+
 def test_one_all_reduce():
   def f(x, state):
     return layer(x, state=state, axis_name="batch")
