@@ -287,7 +287,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
   figure = Figure(figsize=(12, 4.2), dpi=150, layout="constrained")
   FigureCanvasAgg(figure)  # no window system, no global state
   figure.suptitle("Digits, evaluated: batch renormalization where batches are small")
-  panels = figure.subplots(1, len(titles(rows)), sharey=True)
+  (panels,) = figure.subplots(1, len(titles(rows)), sharey=True, squeeze=False)
   for axes, title in zip(panels, titles(rows), strict=True):
     for method, colour in METHODS.items():
       found = [r for r in rows if (r["setting"], r["method"]) == (title, method)]

@@ -214,8 +214,8 @@ def test_through_two_elements_comes_no_gradient():
   def f(x):
     return jnp.sum(jnp.arange(1.0, 9).reshape(2, 4) * layer(x, epsilon=1e-12)[0])
 
-  x = RNG.normal(1, 2, (2, 4))
-  assert np.max(np.abs(jax.grad(f)(x))) < 1e-9
+  x = np.array([[0.0, 1.0, 2.0, 3.0], [2.0, 4.0, -1.0, 9.0]])  # no sigma below 1
+  assert np.max(np.abs(jax.grad(f)(x))) < 1e-10
 
 
 def test_one_all_reduce():

@@ -41,10 +41,10 @@ def test_the_limits_are_batch_normalization_s_at_first_and_the_paper_s_in_the_en
 
 
 def test_a_tiny_run_writes_results_page_and_picture(tmp_path, monkeypatch):
-  few = {k: renorm.Split(s.images[:40], s.labels[:40]) for k, s in renorm.digits().items()}
+  few = {k: renorm.Split(s.images[:150], s.labels[:150]) for k, s in renorm.digits().items()}
   monkeypatch.setattr(renorm, "digits", lambda: few)
-  settings = [renorm.Setting(renorm.CONNECTED, True)]
-  monkeypatch.setattr(renorm, "SETTINGS", settings)
+  monkeypatch.setattr(renorm, "NETWORKS", {"fully connected": ((8, 4),)})
+  monkeypatch.setattr(renorm, "SETTINGS", [renorm.Setting("fully connected", True)])
   plan = renorm.Plan(batch_sizes=(4,), epochs=1, seeds=2, learning_rates=(0.1, 0.3))
   console = Console(record=True, width=120, file=io.StringIO())
   found = renorm.main(tmp_path, plan, console)
