@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import linen as nn
 
 from examples.settings import UserError, lookup, nearest
@@ -31,17 +32,45 @@ Mask = jax.Array | None
 
 def batch_norm(network: Any, train: bool, mask: Mask, *, epsilon: float = 1e-5) -> Layer:
   """Batch statistics of all valid examples of the global batch in training, running ones else."""
-  sharing: dict[str, Any] = {"axis_name": network.axis_name} if train else {}
-  if train and network.virtual_batch_size is not None:
-    sharing["virtual_batch_size"] = network.virtual_batch_size
+  return _of_batches(network, train, mask, bn.BatchNorm, epsilon=epsilon)
+
+
+def batch_renorm(
+  network: Any,
+  train: bool,
+  mask: Mask,
+  *,
+  epsilon: float = 1e-5,
+  r_max: float = 3.0,
+  d_max: float = 5.0,
+  warmup: int = 100,
+) -> Layer:
+  """Batch renormalization (Ioffe, 2017): batch norm, corrected towards the running statistics.
+
+  For `warmup` steps it is batch norm; the limits then grow to theirs within as many again.
+  """
+  limits = {
+    "r_max": optax.linear_schedule(1.0, r_max, warmup, warmup),
+    "d_max": optax.linear_schedule(0.0, d_max, warmup, warmup),
+  }
+  return _of_batches(network, train, mask, bn.BatchRenorm, epsilon=epsilon, **limits)
+
+
+def _of_batches(
+  network: Any, train: bool, mask: Mask, module: Callable[..., nn.Module], **settings: Any
+) -> Layer:
+  """A layer of our `module`, whose statistics are of the batch."""
+  if train:
+    settings["axis_name"] = network.axis_name
+    if network.virtual_batch_size is not None:
+      settings["virtual_batch_size"] = network.virtual_batch_size
 
   def layer(**options: Any) -> Callable[[jax.Array], jax.Array]:
-    norm = bn.BatchNorm(
+    norm = module(
       use_running_average=not train,
       momentum=network.momentum,
-      epsilon=epsilon,
       dtype=network.dtype,
-      **sharing,
+      **settings,
       **options,
     )
     return masked(norm, mask)
@@ -175,13 +204,14 @@ def _several(network: Any, elements: int, x: jax.Array) -> None:
 
 NORMS: dict[str, Callable[..., Layer]] = {
   "batch": batch_norm,
+  "renorm": batch_renorm,
   "none": no_norm,
   "layer": layer_norm,
   "group": group_norm,
   "instance": instance_norm,
   "rms": rms_norm,
 }
-VIRTUAL = ("batch",)  # those that normalize virtual batches
+VIRTUAL = ("batch", "renorm")  # those that normalize virtual batches
 
 
 def options(config: Any) -> dict[str, Any]:

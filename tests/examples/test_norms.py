@@ -123,7 +123,7 @@ def test_an_option_may_be_a_name_or_none(monkeypatch):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"norm": "bach"}, "config.norm is 'bach', .* batch, none, .*; did you mean 'batch'"),
+    ({"norm": "bach"}, "config.norm is 'bach', .* batch, .*; did you mean 'batch'"),
     (
       {"norm": "group", "norm_options": "chanels=4"},
       "norm_options has 'chanels', but config.norm is 'group', whose options are epsilon, channels"
