@@ -186,7 +186,7 @@ def merge(a: CovarianceMoments, b: CovarianceMoments) -> CovarianceMoments:
   >>> from jaxbn.variants import whitening
   >>> x = jnp.array([[0.0, 0.0], [2.0, 2.0], [4.0, 1.0], [2.0, 1.0]])
   >>> both = whitening.merge(whitening.covariance(x[:1], 2), whitening.covariance(x[1:], 2))
-  >>> both.mean.tolist(), both.cov.tolist()
+  >>> both.mean.round(3).tolist(), both.cov.round(3).tolist()
   ([2.0, 1.0], [[[2.0, 0.5], [0.5, 0.5]]])
   """
   if jnp.shape(a.mean) != jnp.shape(b.mean) or jnp.shape(a.cov) != jnp.shape(b.cov):
@@ -368,6 +368,15 @@ def whitening_norm(
 def _measure(
   axes: _checks.Axes, group_size: int, wide: jax.Array, valid: Any, weight: Any
 ) -> CovarianceMoments:
+  local = functools.partial(_measure_here, axes, group_size)
+  return _by_partitioner(local, wide, CovarianceMoments(jax.P(), jax.P(), jax.P()))(
+    wide, valid, weight
+  )
+
+
+def _measure_here(
+  axes: _checks.Axes, group_size: int, wide: jax.Array, valid: Any, weight: Any
+) -> CovarianceMoments:
   constant = lax.stop_gradient(wide)
   first = measure(How(axes), Elements(constant, constant, valid, weight))
   # A pivot, and so no path for gradients: they go through the moments around it.
@@ -423,6 +432,18 @@ def _outer(mean: jax.Array, like: jax.Array) -> jax.Array:
   """mean mean^T of each group."""
   v = mean.reshape(like.shape[:2])
   return v[:, :, None] * v[:, None, :]
+
+
+def _by_partitioner(function: Any, x: jax.Array, out: Any) -> Any:
+  """The function; on an explicit mesh one whose parts are placed by XLA, and its results as `out`.
+
+  A product that sums over a sharded axis, as here and in the derivatives, has no type otherwise.
+  """
+  mesh = jax.typeof(x).sharding.mesh
+  if not mesh.explicit_axes:
+    return function
+  placed = jax.tree.map(functools.partial(jax.NamedSharding, mesh), out)
+  return jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=placed)
 
 
 # Choose
@@ -499,19 +520,20 @@ def _whiten_by_batch(
 
 def _whiten(form: Form, given: Given, mean: jax.Array, matrix: jax.Array) -> jax.Array:
   """y = scale * (W (x - mean)) + bias, rounded once, at the end."""
-  apply = recomputing(functools.partial(_affine, form.axes))
-  scale = None if given.scale is None else given.scale
   # Half-precision running statistics too are applied in single precision.
   matrix = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
-  if scale is not None:
-    matrix = matrix * scale.reshape(*matrix.shape[:2], 1)
+  if given.scale is not None:
+    matrix = matrix * given.scale.reshape(*matrix.shape[:2], 1)
+  apply = recomputing(functools.partial(_product, form.axes))
+  apply = _by_partitioner(apply, given.wide, jax.typeof(given.wide).sharding.spec)
   y = apply(given.wide, mean, matrix, given.valid)
   return (y if given.bias is None else y + form.axes.expand(given.bias)).astype(form.dtype)
 
 
-def _affine(
+def _product(
   axes: _checks.Axes, wide: jax.Array, mean: jax.Array, matrix: jax.Array, valid: Any
 ) -> jax.Array:
+  """W (x - mean), in x's shape."""
   d = wide - axes.expand(mean)
   if valid is not None:
     # The gradient of the matrix sums over masked positions too, and 0 * NaN is NaN.
