@@ -33,8 +33,14 @@ ALLOWED = {
   "nnx/_batch_norm": LAYER,
   "linen/_renorm": {"_checks", "linen/_batch_norm", "variants/renorm"},
   "nnx/_renorm": {"_checks", "nnx/_batch_norm", "variants/renorm"},
+  "linen/_whitening": {"_checks", "variants/whitening"},
+  "nnx/_whitening": {"_checks", "variants/whitening"},
   "variants/__init__": set(),
   "variants/renorm": {"_batch_norm", "_checks", "_choose", "_moments", "_running"},
+  "variants/_covariance": {"_checks", "_moments", "_rule"},
+  "variants/_inverse_root": {"_checks", "_rule", "variants/_covariance"},
+  "variants/whitening": {"_checks", "_normalize", "_rule"}
+  | {"variants/_covariance", "variants/_inverse_root"},
 }
 # What they may import of others', beside these.
 EVERYWHERE = {"jax", "numpy", "chex"}

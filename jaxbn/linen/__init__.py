@@ -2,5 +2,6 @@
 
 from jaxbn.linen._batch_norm import BatchNorm
 from jaxbn.linen._renorm import BatchRenorm
+from jaxbn.linen._whitening import WhiteningNorm
 
-__all__ = ["BatchNorm", "BatchRenorm"]
+__all__ = ["BatchNorm", "BatchRenorm", "WhiteningNorm"]

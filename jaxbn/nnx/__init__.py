@@ -2,5 +2,6 @@
 
 from jaxbn.nnx._batch_norm import BatchNorm
 from jaxbn.nnx._renorm import BatchRenorm
+from jaxbn.nnx._whitening import WhiteningNorm
 
-__all__ = ["BatchNorm", "BatchRenorm"]
+__all__ = ["BatchNorm", "BatchRenorm", "WhiteningNorm"]
