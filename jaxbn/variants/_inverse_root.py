@@ -27,7 +27,7 @@ def whitening_matrix(
   r"""W = (cov + epsilon I)^(-1/2), symmetric, for each covariance matrix.
 
       "zca"      W = U diag(1/sqrt(l)) U^T  with the eigenvalues l and eigenvectors U of
-                 cov + epsilon I                        (DBN: Huang et al. 2018, section 3)
+                 cov + epsilon I                                 (DBN: Huang et al. 2018)
       "newton"   P_0 = I,  P_k = (3 P_{k-1} - P_{k-1}^3 N) / 2,  W = P_T / sqrt(tr)  with
                  N = (cov + epsilon I) / tr, tr its trace    (IterNorm: Huang et al. 2019)
 

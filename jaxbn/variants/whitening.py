@@ -9,13 +9,13 @@ groups of g, each with a mean and a covariance S of its own,
 and evaluation uses running averages of mean and W. The five steps are batch normalization's, with a
 matrix in the place of a variance.
 
-Three things decide the rest of this file:
+Three things decide how it is computed:
 
-- S is taken around a mean found first, so that nothing cancels. What it is right to is
-  u * |S| (u = 6e-8 in float32): eigenvalues that differ by more than 1e6 cannot both be right,
-  whatever the algorithm. One that is lost in rounding is over-estimated, never taken for zero.
-- The derivative of W is written by W and its inverse R = W^-1 alone, in no place dividing by a
-  difference of eigenvalues, as the derivative of an eigendecomposition does: see `_roots`.
+- S is taken around a mean found first, so that nothing cancels. It is right to u * |S| (u = 6e-8 in
+  float32): eigenvalues that differ by more than 1e6 cannot both be right, whatever the algorithm.
+  One that is lost in rounding is over-estimated, never taken for zero.
+- The derivative of W is written in terms of W and its inverse, and nowhere divides by a difference
+  of eigenvalues, as that of an eigendecomposition does: see `_inverse_root.py`.
 - Matrix products are asked for in full precision: accelerators otherwise round to bfloat16 or TF32.
 """
 
@@ -127,18 +127,20 @@ def whitening_norm(
                    new_state = momentum * state + (1 - momentum) * (m.mean, W)
       evaluation   y = scale * (state.whitening (x - state.mean)) + bias
 
-  (DBN: Huang et al. 2018, algorithms 1 and 2; IterNorm: Huang et al. 2019, algorithm 1.) Pure, as
-  `jaxbn.batch_norm`, and like it works under every transformation of JAX; second derivatives too,
-  also where eigenvalues coincide. With group_size=1 it is batch normalization.
+  (DBN: Huang et al. 2018, "Decorrelated Batch Normalization"; IterNorm: Huang et al. 2019,
+  "Iterative Normalization: Beyond Standardization towards Efficient Whitening"). Pure: works under
+  every transformation of JAX and has derivatives of any order, also where eigenvalues coincide.
+  With group_size=1 it is batch normalization.
 
   Accuracy: y is right to about u k times a few standard deviations, where k is the condition number
   of cov + epsilon I (at most 1/u is resolved; see `whitening_matrix`). With axis_name, covariances
   are shared by one all-reduce of channels * (g + 1) numbers around the running mean, and lose
   digits in the first steps as the variance does in `jaxbn.batch_norm`.
 
-  A batch with fewer examples than a group has channels has no variance in some directions: W is
-  1/sqrt(epsilon) there, and y 0. The running matrix then meets examples which are not 0 there: use
-  a larger epsilon, smaller groups, or method="newton", whose W is at most 1.5^T / sqrt(tr).
+  A batch with fewer examples than a group has channels has no variance in some directions: there
+  the ZCA matrix is 1/sqrt(epsilon), and y 0. The running matrix then meets examples that are not 0
+  there: use a larger epsilon, smaller groups, or method="newton", of which the matrix is at most
+  1.5^iterations / sqrt(trace).
 
   Args:
     x: real array of any rank.

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import jaxbn
+from benchmarks import hlo
 from jaxbn.variants import whitening
 from tests import bounds
 from tests.test_devices import all_reduces, spread
@@ -556,6 +557,15 @@ def test_one_all_reduce_forward_and_one_backward(how, masked):
   assert backward <= numbers
 
 
+def test_under_sharded_jit_only_statistics_move():
+  mesh = jax.make_mesh((4,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+  x = jax.device_put(batch(64), jax.NamedSharding(mesh, jax.P("batch")))
+  compiled = jax.jit(jax.grad(table.loss(layer()))).lower(x).compile()
+  moved = hlo.collectives(compiled.as_text(), devices=4)
+  assert moved
+  assert all(c.op == "all-reduce" and c.bytes <= 8 * (C + C * G) for c in moved), moved
+
+
 def over_devices(f, devices, *args):
   """f of shards under vmap with an axis name: y of the whole, and what is the same on all."""
   shards = jax.tree.map(lambda a: a.reshape(devices, -1, *a.shape[1:]), args)
@@ -663,8 +673,9 @@ def test_after_many_steps_evaluation_is_near_training():
   assert np.max(np.abs(y - ys[-1])) < 0.04 * 4 * 2
 
 
-def test_skip_nonfinite_leaves_the_group_as_it_was_and_no_other():
-  x = jnp.asarray(batch()).at[3, 0].set(np.inf)
+@pytest.mark.parametrize("bad", [np.inf, 1e200])  # of the second only the covariance overflows
+def test_skip_nonfinite_leaves_the_group_as_it_was_and_no_other(bad):
+  x = jnp.asarray(batch()).at[3, 0].set(bad)
   state = whitening.init(C, G, dtype=np.float64)
   _, kept = step(x, state=state, momentum=0.5, skip_nonfinite=True)
   np.testing.assert_array_equal(kept.mean[:G], state.mean[:G])
