@@ -137,13 +137,13 @@ def merge(a: CovarianceMoments, b: CovarianceMoments) -> CovarianceMoments:
 def measure_covariance(
   axes: _checks.Axes, group_size: int, wide: jax.Array, valid: Any, weight: Any
 ) -> CovarianceMoments:
-  local = functools.partial(measure_here, axes, group_size)
+  local = functools.partial(_measure_here, axes, group_size)
   return by_partitioner(local, wide, CovarianceMoments(jax.P(), jax.P(), jax.P()))(
     wide, valid, weight
   )
 
 
-def measure_here(
+def _measure_here(
   axes: _checks.Axes, group_size: int, wide: jax.Array, valid: Any, weight: Any
 ) -> CovarianceMoments:
   constant = lax.stop_gradient(wide)
