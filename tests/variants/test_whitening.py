@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 import jaxbn
 from benchmarks import hlo
@@ -512,6 +513,14 @@ def test_second_derivatives_across_devices():
 
 def test_it_is_traced_once():
   table.assert_traced_once(lambda *a: step(*a, whitening.init(C, G)), (batch(), *parameters()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_derivative_is_exported_for_machines_that_are_not_here(method):
+  gradient = jax.jit(jax.grad(table.loss(layer(method, iterations=2))))
+  x = batch(dtype=np.float32)
+  exported = export.export(gradient, platforms=("tpu", "cuda", "cpu"))(x)
+  np.testing.assert_allclose(jax.jit(exported.call)(x), gradient(x), rtol=1e-3, atol=1e-4)
 
 
 def test_channels_may_be_sharded_by_groups():
