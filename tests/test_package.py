@@ -35,10 +35,11 @@ ALLOWED = {
   "nnx/_renorm": {"_checks", "nnx/_batch_norm", "variants/renorm"},
   "variants/__init__": set(),
   "variants/renorm": {"_batch_norm", "_checks", "_choose", "_moments", "_running"},
+  "variants/path_sgd": {"_checks", "_rule"},
 }
 # What they may import of others', beside these.
 EVERYWHERE = {"jax", "numpy", "chex"}
-ALSO = {"linen": {"flax"}, "nnx": {"flax"}}
+ALSO = {"linen": {"flax"}, "nnx": {"flax"}, "variants/path_sgd": {"optax"}}
 
 
 def imported(path):
