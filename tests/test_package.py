@@ -35,6 +35,7 @@ ALLOWED = {
   "nnx/_renorm": {"_checks", "nnx/_batch_norm", "variants/renorm"},
   "variants/__init__": set(),
   "variants/renorm": {"_batch_norm", "_checks", "_choose", "_moments", "_running"},
+  "variants/gdnp": {"_checks"},
   "variants/path_sgd": {"_checks", "_rule"},
 }
 # What they may import of others', beside these.

@@ -1,4 +1,4 @@
-r"""Path-SGD (Neyshabur, Salakhutdinov & Srebro 2015): descent that no rescaling of units can change.
+r"""Path-SGD (Neyshabur, Salakhutdinov & Srebro 2015): steps that rescaling units does not change.
 
 A ReLU unit may have its incoming weights multiplied by c > 0 and its outgoing ones divided by it:
 the function stays, but a step of gradient descent does not, for a gradient shrinks where its weight
