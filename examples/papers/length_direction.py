@@ -33,11 +33,12 @@ BOUND = "bound"
 
 
 class Task(NamedTuple):
-  """A problem, the direction to start from, and how smooth its loss is in the weights."""
+  """A problem, the direction to start from and the best one, S^-1 E[x y] up to its length."""
 
   title: str
   problem: gdnp.Problem
   start: jax.Array
+  best: jax.Array
   greatest_curvature: float  # of the function of x^T v
 
   @property
@@ -50,8 +51,8 @@ def diabetes() -> Task:
   """Least squares; inputs and target standardized."""
   x, y = load_diabetes(return_X_y=True)
   x, y = ((a - a.mean(0)) / a.std(0) for a in (x, y))
-  problem = gdnp.least_squares(x, y)
-  return Task("Least squares: diabetes", problem, jnp.asarray(x.T @ y / len(x)), 2.0)
+  start, best = jnp.asarray(x.T @ y), jnp.asarray(np.linalg.lstsq(x, y)[0])
+  return Task("Least squares: diabetes", gdnp.least_squares(x, y), start, best, 2.0)
 
 
 def halfspace(inputs: int = 20) -> Task:
@@ -59,8 +60,9 @@ def halfspace(inputs: int = 20) -> Task:
   mean = -np.random.default_rng(0).normal(size=inputs)
   covariance = np.diag(np.geomspace(0.5, 5, inputs))
   problem = gdnp.gaussian_halfspace(mean, covariance)
-  start = np.random.default_rng(1).normal(size=inputs)
-  return Task("Halfspace: Gaussian inputs", problem, jnp.asarray(start), 0.25)
+  start = jnp.asarray(np.random.default_rng(1).normal(size=inputs))
+  best = jnp.linalg.solve(problem.second_moment, mean)
+  return Task("Halfspace: Gaussian inputs", problem, start, best, 0.25)
 
 
 def gradient_descent(task: Task, v: jax.Array, accelerated: bool) -> jax.Array:
@@ -87,7 +89,8 @@ def gaps(task: Task) -> dict[str, np.ndarray]:
     "GDNP": by_gdnp,
   }
   losses = {name: np.asarray(jax.vmap(task.problem.loss)(w)) for name, w in runs.items()}
-  least = min(loss.min() for loss in losses.values())
+  best = gdnp.Split(task.best, task.problem.length(task.best))
+  least = float(task.problem.loss(gdnp.combine(best, task.problem.second_moment)))
   curves = {name: (loss - least) / (loss[0] - least) for name, loss in losses.items()}
   eigenvalues = np.linalg.eigvalsh(task.problem.second_moment)
   return curves | {BOUND: (1 - eigenvalues[0] / eigenvalues[-1]) ** (2 * np.arange(STEPS + 1))}
@@ -133,4 +136,4 @@ def main(file: Path = PICTURE, say: Callable[[str], None] = print) -> None:
 
 
 if __name__ == "__main__":
-  main(*map(Path, sys.argv[1:2]))
+  main(Path(sys.argv[1]) if len(sys.argv) > 1 else PICTURE)
