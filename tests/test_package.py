@@ -36,6 +36,7 @@ ALLOWED = {
   "variants/__init__": set(),
   "variants/renorm": {"_batch_norm", "_checks", "_choose", "_moments", "_running"},
   "variants/gdnp": {"_checks"},
+  "variants/natural": {"_checks", "_moments", "_rule"},
   "variants/path_sgd": {"_checks", "_rule"},
 }
 # What they may import of others', beside these.
