@@ -37,6 +37,7 @@ ALLOWED = {
   "variants/renorm": {"_batch_norm", "_checks", "_choose", "_moments", "_running"},
   "variants/gdnp": {"_checks"},
   "variants/natural": {"_checks", "_moments", "_rule"},
+  "variants/weight_norm": {"_batch_norm", "_checks", "_choose", "_moments", "_rule", "_running"},
   "variants/path_sgd": {"_checks", "_rule"},
 }
 # What they may import of others', beside these.
