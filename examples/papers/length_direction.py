@@ -81,7 +81,7 @@ def gradient_descent(task: Task, v: jax.Array, accelerated: bool) -> jax.Array:
 
 def gaps(task: Task) -> dict[str, np.ndarray]:
   """By method: how far the loss is from the least, as a share of the first gap, step by step."""
-  _, by_gdnp = gdnp.gdnp(task.problem, task.start, STEPS)
+  by_gdnp = jax.jit(lambda start: gdnp.gdnp(task.problem, start, STEPS)[1])(task.start)
   start = by_gdnp[0]
   runs = {
     "gradient descent": gradient_descent(task, start, accelerated=False),

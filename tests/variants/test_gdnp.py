@@ -13,6 +13,10 @@ N, INPUTS = 200, 4
 SPREAD = np.array([1.0, 1.5, 2.0, 3.0])
 
 
+def run(problem, start, steps):
+  return jax.jit(lambda start: gdnp.gdnp(problem, start, steps)[1])(start)
+
+
 @pytest.fixture(autouse=True)
 def _double_precision():
   with jax.enable_x64(True):
@@ -60,7 +64,7 @@ def unit(w):
 def test_least_squares_takes_the_paper_s_steps():
   x, y = regression()
   S, u = x.T @ x / N, x.T @ y / N
-  _, weights = gdnp.gdnp(gdnp.least_squares(x, y), START, 8)
+  weights = run(gdnp.least_squares(x, y), START, 8)
   w = rayleigh_descent(S, u, START, 8)
   expected = w * ((w @ u) / np.einsum("ti,ij,tj->t", w, S, w))[:, None]  # with the best length
   np.testing.assert_allclose(weights[1:], expected, rtol=1e-9)
@@ -71,7 +75,7 @@ def test_least_squares_converges_linearly_by_1_minus_mu_over_L_squared():
   problem = gdnp.least_squares(x, y)
   eigenvalues = np.linalg.eigvalsh(problem.second_moment)
   best = np.linalg.lstsq(x, y)[0]
-  _, weights = jax.jit(lambda start: gdnp.gdnp(problem, start, 120))(START)
+  weights = run(problem, START, 120)
   losses = np.asarray(jax.vmap(problem.loss)(weights))
   gap = losses - problem.loss(best)
   above_rounding = gap[1:] > 1e-12
@@ -109,7 +113,7 @@ def test_a_halfspace_s_steps_are_the_paper_s():
   S = COVARIANCE + np.outer(MEAN, MEAN)
   L = np.linalg.eigvalsh(S)[-1]
   problem = gdnp.gaussian_halfspace(MEAN, COVARIANCE)
-  _, weights = gdnp.gdnp(problem, START, 3)
+  weights = run(problem, START, 3)
   w = START
   for v, new in zip(np.asarray(weights[:-1]), np.asarray(weights[1:]), strict=True):
     norm = np.sqrt(w @ S @ w)
@@ -130,7 +134,7 @@ def test_a_halfspace_is_found_like_least_squares_and_faster_than_by_gradient_des
   problem = gdnp.gaussian_halfspace(mean, COVARIANCE)
   S = problem.second_moment
   eigenvalues = np.linalg.eigvalsh(S)
-  _, weights = jax.jit(lambda start: gdnp.gdnp(problem, start, 300))(START)
+  weights = run(problem, START, 300)
   losses = jax.vmap(problem.loss)(weights)
   best = losses[-1]
   assert jnp.linalg.norm(jax.grad(problem.loss)(weights[-1])) < 1e-9
@@ -152,7 +156,7 @@ def test_examples_of_a_halfspace_are_descended_too():
   x = rng.exponential(size=(N, INPUTS)) * SPREAD  # not Gaussian
   y = np.sign(x @ np.array([1.0, -1.0, 0.5, -0.2]) + rng.normal(size=N))
   problem = gdnp.halfspace(x, y)
-  _, weights = gdnp.gdnp(problem, START, 1000)
+  weights = run(problem, START, 1000)
   losses, v = jax.vmap(problem.loss)(weights), weights[-1]
   assert np.all(np.diff(losses) < 1e-12)
   z = -y[:, None] * x
@@ -166,12 +170,13 @@ def test_it_compiles_once():
 
   @jax.jit
   @chex.assert_max_traces(n=1)
-  def run(direction):
+  def once(direction):
     return gdnp.gdnp(problem, direction, 5)[1]
 
-  both = jax.vmap(lambda d: gdnp.gdnp(problem, d, 5)[1])(jnp.stack([START, -2 * START]))
-  np.testing.assert_allclose(run(START), both[0], rtol=1e-12)
-  np.testing.assert_allclose(run(-2 * START), both[1], rtol=1e-12)
+  starts = jnp.stack([START, -2 * START])
+  both = jax.jit(jax.vmap(lambda d: gdnp.gdnp(problem, d, 5)[1]))(starts)
+  np.testing.assert_allclose(once(starts[0]), both[0], rtol=1e-12)
+  np.testing.assert_allclose(once(starts[1]), both[1], rtol=1e-12)
 
 
 PROBLEM = gdnp.Problem(jnp.eye(2), jnp.sum, jnp.sum, lambda w: w[0])

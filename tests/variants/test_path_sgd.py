@@ -23,6 +23,11 @@ def _double_precision():
     yield
 
 
+def scaled_by(transformation, gradient, params):
+  update = jax.jit(lambda g, p: transformation.update(g, transformation.init(p), p)[0])
+  return update(gradient, params)
+
+
 def network(bias=True, sizes=SIZES, seed=0):
   """Parameters of a network of fully connected layers, under names that do not sort in order."""
   rng = np.random.default_rng(seed)
@@ -61,8 +66,7 @@ def kappa_by_paths(params, p):
 def test_kappa_is_the_sum_over_the_paths_through_an_edge(p):
   params = network()
   ones = jax.tree.map(jnp.ones_like, params)
-  transformation = path_sgd.scale_by_path(NAMES, p=p)
-  scaled, _ = transformation.update(ones, transformation.init(params), params)
+  scaled = scaled_by(path_sgd.scale_by_path(NAMES, p=p), ones, params)
   expected = jax.tree.map(lambda kappa: 1 / kappa, kappa_by_paths(params, p))
   chex.assert_trees_all_close(scaled, expected, rtol=1e-12)
 
@@ -149,9 +153,8 @@ def test_a_unit_without_paths_stays_as_it_is():
   params["first"]["kernel"] = params["first"]["kernel"].at[:, 0].set(0)
   params["first"]["bias"] = params["first"]["bias"].at[0].set(0)
   params["second"]["kernel"] = params["second"]["kernel"].at[0].set(0)
-  gradient = jax.grad(lambda params: jnp.mean((forward(params, X) - T) ** 2))(params)
-  transformation = path_sgd.scale_by_path(NAMES)
-  scaled, _ = transformation.update(gradient, transformation.init(params), params)
+  gradient = jax.jit(jax.grad(lambda params: jnp.mean((forward(params, X) - T) ** 2)))(params)
+  scaled = scaled_by(path_sgd.scale_by_path(NAMES), gradient, params)
   chex.assert_tree_all_finite(scaled)
   assert not np.any(scaled["first"]["kernel"][:, 0])
   assert not np.any(scaled["second"]["kernel"][0])
@@ -167,22 +170,21 @@ class Mlp(nn.Module):
 
 
 def test_the_same_by_names_in_flax_or_by_position():
-  variables = Mlp().init(jax.random.key(0), X)
+  variables = jax.jit(Mlp().init)(jax.random.key(0), X)
   params = variables["params"]
   ones = jax.tree.map(jnp.ones_like, variables)
   by_path = path_sgd.scale_by_path(["params/layer", "params/out"])
   in_order = path_sgd.scale_by_path()
-  first, _ = by_path.update(ones, by_path.init(variables), variables)
+  first = scaled_by(by_path, ones, variables)
   layers = [params["layer"], params["out"]]
-  second, _ = in_order.update([ones["params"]["layer"], ones["params"]["out"]], None, layers)
+  second = scaled_by(in_order, [ones["params"]["layer"], ones["params"]["out"]], layers)
   chex.assert_trees_all_equal([first["params"]["layer"], first["params"]["out"]], second)
 
 
 def test_half_precision_is_summed_in_single():
   params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), network())
   ones = jax.tree.map(jnp.ones_like, params)
-  transformation = path_sgd.scale_by_path(NAMES)
-  scaled, _ = transformation.update(ones, transformation.init(params), params)
+  scaled = scaled_by(path_sgd.scale_by_path(NAMES), ones, params)
   assert {leaf.dtype.name for leaf in jax.tree.leaves(scaled)} == {"bfloat16"}
   wide = jax.tree.map(lambda w: np.asarray(w, np.float64), params)
   expected = jax.tree.map(lambda kappa: 1 / kappa, kappa_by_paths(wide, 2.0))
