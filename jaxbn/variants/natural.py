@@ -153,8 +153,17 @@ def statistics(
   how = How(axes, True, True, *_checks.sharing(axis_name, axis_index_groups))
   wide = x.astype(accumulation_dtype(x.dtype))
   batch = measure(how, Elements(x, wide, valid))
-  d = zero_unless(valid, wide - batch.mean).reshape(-1, x.shape[-1])
-  products = _matmul(d.T, d)
+  d = zero_unless(valid, wide - batch.mean)
+  # On an explicit mesh the type of a sum over devices has to be said: the same on all of them.
+  mesh = jax.typeof(d).sharding.mesh
+  everywhere = jax.NamedSharding(mesh, jax.P()) if mesh.explicit_axes else None
+  products = lax.dot_general(
+    d,
+    d,
+    ((axes.reduced, axes.reduced), ((), ())),
+    precision=lax.Precision.HIGHEST,
+    out_sharding=everywhere,
+  )
   if how.axis_name is not None:
     (products,) = sum_over_devices([products], how.axis_name, how.axis_index_groups)
   n = jnp.max(divisor(batch.count, products.dtype))  # of a mask, once for each input

@@ -105,6 +105,20 @@ def test_transformations(transform):
   table.compare(transform, f, formula, (data(3), square, jnp.ones(INPUTS)))
 
 
+@pytest.mark.parametrize("devices", table.DEVICES)
+def test_devices(devices):
+  w = some_whitening(1)
+  args = data(4), jnp.asarray(np.random.default_rng(0).normal(size=(INPUTS, INPUTS))), jnp.ones(4)
+
+  def make(axis_name):
+    return lambda x, kernel, bias: natural.whitened_dense(x, kernel, bias, w)
+
+  def formula(x, kernel, bias):
+    return (x - w.center) @ (w.matrix @ kernel) + bias
+
+  table.compare_on_devices(devices, make, formula, args)
+
+
 def test_no_gradient_goes_through_the_whitening():
   gradient = jax.grad(lambda w: jnp.sum(DENSE(data(3), **layer(), whitening=w)))(some_whitening(0))
   chex.assert_trees_all_equal(gradient, jax.tree.map(jnp.zeros_like, gradient))
@@ -143,6 +157,15 @@ def test_statistics_are_those_of_all_valid_examples_of_all_devices(devices):
     of_each = mapped(x.reshape(4, 2, INPUTS), mask.reshape(4, 2))
     shared = jax.tree.map(lambda a: a[1], of_each)
   chex.assert_trees_all_close(shared, oracle_statistics(x[mask]), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+def test_statistics_of_a_sharded_array(kind):
+  mesh = jax.make_mesh((4,), ("batch",), axis_types=(kind,))
+  x = data(8, 3)
+  sharded = jax.device_put(x, jax.NamedSharding(mesh, jax.P("batch")))
+  actual = jax.jit(natural.statistics)(sharded)
+  chex.assert_trees_all_close(actual, oracle_statistics(x), rtol=1e-10, atol=1e-10)
 
 
 def test_statistics_of_groups_and_of_half_precision():

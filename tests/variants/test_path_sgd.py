@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import jaxbn
 from jaxbn.variants import path_sgd
@@ -179,6 +180,27 @@ def test_the_same_by_names_in_flax_or_by_position():
   layers = [params["layer"], params["out"]]
   second = scaled_by(in_order, [ones["params"]["layer"], ones["params"]["out"]], layers)
   chex.assert_trees_all_equal([first["params"]["layer"], first["params"]["out"]], second)
+
+
+def test_by_the_optimizer_of_nnx():
+  class Model(nnx.Module):
+    def __init__(self):
+      self.second = nnx.Linear(4, 2, rngs=nnx.Rngs(0), param_dtype=float)
+      self.first = nnx.Linear(3, 4, rngs=nnx.Rngs(1), param_dtype=float)
+
+    def __call__(self, x):
+      return self.second(nnx.relu(self.first(x)))
+
+  model = Model()
+  optimizer = nnx.Optimizer(model, path_sgd.path_sgd(0.1, ["first", "second"]), wrt=nnx.Param)
+  params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+  gradient = nnx.jit(nnx.grad(lambda model: jnp.mean((model(X) - T) ** 2)))(model)
+  nnx.jit(lambda model, optimizer, g: optimizer.update(model, g))(model, optimizer, gradient)
+  by_name = path_sgd.scale_by_path(["first", "second"])
+  scaled = scaled_by(by_name, nnx.to_pure_dict(gradient), params)
+  expected = jax.tree.map(lambda w, g: w - 0.1 * g, params, scaled)
+  after = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+  chex.assert_trees_all_close(after, expected, rtol=1e-12)
 
 
 def test_half_precision_is_summed_in_single():
