@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import meta
 from flax.typing import Dtype, Initializer
 
 from jaxbn import _checks
@@ -175,7 +176,8 @@ def _variables(
     params, whitening, statistics, epsilon=layer.epsilon, decorrelate=layer.decorrelate
   )
   for name, value in params.items():
-    layer.put_variable("params", name, value)
+    boxed = layer.get_variable("params", name)  # perhaps with names of axes of a mesh
+    layer.put_variable("params", name, meta.replace_boxed(boxed, value))
   center.value, matrix.value = whitening
   return params, whitening
 

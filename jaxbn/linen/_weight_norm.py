@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import meta
 from flax.typing import Dtype, Initializer
 
 from jaxbn import _checks
@@ -60,7 +61,7 @@ class WeightNorm(nn.Module):
       first = self._first(plain, x)
       params = {name: self.param(name, lambda _, v=v: v) for name, v in first.items()}
     else:
-      params = dict(self.variables["params"])
+      params = dict(meta.unbox(self.variables["params"]))
     kernel = weight_norm.weight_norm(params["kernel"], params.pop("scale"), epsilon=self.epsilon)
     y: Any = plain.apply({"params": params | {"kernel": kernel}}, x)
     return y
@@ -73,7 +74,8 @@ class WeightNorm(nn.Module):
         f"layer={type(plain).__name__} has the parameters {sorted(params)}; weight normalization "
         "is for one with a kernel and perhaps a bias, such as nn.Dense."
       )
-    kernel, bias = params["kernel"], params.get("bias")
+    # Boxes, with names of axes of a mesh, stay around what the layer has itself.
+    kernel, bias = meta.unbox((params["kernel"], params.get("bias")))
     if not self.data_dependent_init:
       return params | {"scale": weight_norm.lengths(kernel)}
     ones = jnp.ones(kernel.shape[-1:], kernel.dtype)
@@ -82,7 +84,7 @@ class WeightNorm(nn.Module):
     scale, first_bias = weight_norm.data_dependent_init(t)
     params["scale"] = scale.astype(kernel.dtype)
     if bias is not None:
-      params["bias"] = first_bias.astype(bias.dtype)
+      params["bias"] = meta.replace_boxed(params["bias"], first_bias.astype(bias.dtype))
     return params
 
 

@@ -9,9 +9,10 @@ can be learned by themselves. Where weight normalization (`jaxbn.variants.weight
 Euclidean norm, batch normalization has that of the data. "Exponential convergence rates for batch
 normalization: the power of length-direction decoupling in non-convex optimization" shows for two
 problems that this helps: gradient descent on the direction, with the best length for each, brings
-the error down by (1 - mu/L)^2 in every step, with mu and L the smallest and the largest eigenvalue
-of S: for least squares as fast as gradient descent in v, although the problem is no longer convex,
-and for halfspaces whatever the curvature of the loss, on which the speed in v depends.
+the error of the direction down by (1 - mu/L)^2 in every step, with mu and L the smallest and the
+largest eigenvalue of S: for least squares at least as fast as gradient descent in v, although the
+problem is no longer convex, and for halfspaces whatever the curvature of the loss, on which the
+speed in v depends.
 """
 
 from __future__ import annotations
@@ -100,10 +101,10 @@ def gdnp(
       w <- w - s grad_w loss(g w / ||w||_S),   s = ||w||_S^2 / (L g^2 curvature)
       g <- the best length for w
 
-  At the best length this s is what the paper has for each of its two problems: for least squares
-  ||w||_S^2 / (2 L rho), for halfspaces of Gaussian inputs -||w||_S^3 / (L g h), since there
-  g^2 curvature = rho * 2 and = -g h / ||w||_S. As it is written here it is positive for other data
-  as well, so that each step descends if it is short enough.
+  At the best length this s is what the paper has for each of its two problems. For least squares it
+  is ||w||_S^2 / (2 L rho), for g^2 = rho and the curvature is 2. For halfspaces of Gaussian inputs
+  it is -||w||_S^3 / (L g h), h = (E[phi'] - E[phi''] u^T v) u^T w with u = E[z] and phi the loss,
+  for there g^2 E[phi''] = -g h / ||w||_S. Written in this way it is positive for any data.
 
   Args:
     problem: from `least_squares`, `halfspace` or `gaussian_halfspace`, or your own.
@@ -163,7 +164,7 @@ def least_squares(x: chex.Array, y: chex.Array) -> Problem:
   r"""E[(y - x^T v)^2], whose best length is known: g = E[y x]^T w / ||w||_S.
 
   With it, what is left is the generalized Rayleigh quotient -(E[y x]^T w)^2 / (w^T S w), up to a
-  constant (Kohler et al. 2019, section 3, on ordinary least squares).
+  constant (Kohler et al. 2019).
 
   Args:
     x: inputs, of shape (examples, n); batch norm would centre them first.
@@ -245,7 +246,7 @@ def gaussian_halfspace(
 
   z^T v is Gaussian, so that the mean is an integral over the line. By Stein's lemma its gradient is
   c1 E[z] + c2 S v with numbers c1 and c2: all critical points have the direction S^-1 E[z], and
-  GDNP finds it like that of least squares (Kohler et al. 2019, section 4, on learning halfspaces).
+  GDNP finds it like that of least squares (Kohler et al. 2019).
   The integral is taken by the trapezoidal rule, which for a smooth function times a Gaussian
   converges geometrically: its 401 points leave nothing of an error in double precision while
   z^T v has a standard deviation below about 10.

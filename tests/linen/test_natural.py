@@ -137,6 +137,15 @@ def test_half_precision():
   np.testing.assert_allclose(y.astype(float), expected, atol=0.1 * float(jnp.abs(expected).max()))
 
 
+def test_names_of_mesh_axes_stay_on_the_parameters():
+  kernel_init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+  layer, x = jaxbn.linen.WhitenedDense(2, kernel_init=kernel_init), data()
+  variables = jax.jit(layer.init)(jax.random.key(0), x)
+  y, new = jax.jit(lambda v: layer.apply(v, x, mutable=BOTH))(variables)
+  assert nn.get_partition_spec(new)["params"]["kernel"] == jax.P(None, "model")
+  np.testing.assert_allclose(jax.jit(layer.apply)(new, x), y, atol=1e-3)
+
+
 def test_whitening_alone_cannot_be_mutable():
   variables = start()
   with pytest.raises(ValueError, match=r"mutable=\['params', 'whitening'\], or neither"):

@@ -66,6 +66,18 @@ def test_gradients_are_those_of_flax_s_layer():
   chex.assert_trees_all_close(dict(ours_gradient), dict(expected), rtol=1e-9, atol=1e-9)
 
 
+def test_names_of_mesh_axes_stay_on_the_parameters():
+  kernel_init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+  bias_init = nn.with_partitioning(nn.initializers.zeros, ("model",))
+  layer = jaxbn.linen.WeightNorm(nn.Dense(4, kernel_init=kernel_init, bias_init=bias_init))
+  x = X[:, 0, 0]
+  variables = jax.jit(layer.init)(jax.random.key(0), x)
+  specs = nn.get_partition_spec(variables)["params"]
+  assert specs["kernel"] == jax.P(None, "model")
+  assert specs["bias"] == jax.P("model")
+  np.testing.assert_allclose(jax.jit(layer.apply)(variables, x).mean(0), 0, atol=1e-5)
+
+
 def test_what_has_no_kernel_is_refused():
   layer = jaxbn.linen.WeightNorm(nn.LayerNorm())
   with pytest.raises(ValueError, match=r"layer=LayerNorm has the parameters \['bias', 'scale'\]"):
