@@ -458,12 +458,12 @@ def test_adam_goes_on_as_well_as_before():
   ("call", "error", "says"),
   [
     (lambda: natural.statistics(np.ones((3, 2), int)), TypeError, "int64"),
-    (lambda: natural.statistics(np.ones((3, 2), complex)), TypeError, "real input"),
+    (lambda: natural.statistics(np.ones((3, 2), complex)), TypeError, "for real"),
     (lambda: natural.statistics(np.ones((0, 2))), ValueError, "empty batch"),
     (
       lambda: natural.statistics(np.ones((3, 2)), mask=np.ones((3, 2), bool)),
       ValueError,
-      "differs between the inputs",
+      "differs between the",
     ),
     (
       lambda: natural.statistics(np.ones((3, 2)), axis_index_groups=[[0]]),
