@@ -12,7 +12,9 @@ was: with W = U V the kernel of the plain layer,
 
 Gradient descent on V and b then sees a Hessian (for least squares, and a block of the Fisher matrix
 in general) that is about the identity on the side of the inputs: an approximation of natural
-gradient descent. Setting c alone is mean-normalized SGD (Wiesler et al. 2014).
+gradient descent. A step is one of the plain layer whose gradient is multiplied by the inverse of
+E[(x, 1)^T (x, 1)], as Povey et al. (2014) do without changing the parameters. Setting c alone is
+mean-normalized SGD (Wiesler et al. 2014).
 
 The statistics are taken between the steps, and no gradient goes through them: that needs care which
 batch normalization does not. If c is moved and b is not, the function moves, and whatever the next

@@ -264,6 +264,29 @@ def test_descent_is_fast_where_the_plain_layer_s_is_slow():
   assert by_plain[-1] > 1e-6 * by_plain[0]
 
 
+def test_a_step_is_one_of_the_plain_layer_preconditioned_by_its_input():
+  # The factor of the Fisher matrix on the side of the input, with a 1 appended to it for the bias,
+  # by whose inverse Povey et al. (2014) multiply gradients: E[(x, 1)(x, 1)^T]^-1.
+  x, plain = data(50), natural.init(INPUTS, jnp.float64)
+
+  @jax.jit
+  def stepped(params, w):
+    g = jax.grad(lambda p: table.loss(lambda x: natural.whitened_dense(x, **p, whitening=w))(x))(
+      params
+    )
+    return jax.tree.map(lambda p, g: p - 0.1 * g, params, g), g
+
+  params = layer()
+  whitened, w = REWHITEN(params, plain, STATISTICS(x), epsilon=0.0)
+  after = natural.reparametrize(stepped(whitened, w)[0], w, plain)
+  _, g = stepped(params, plain)
+  appended = np.concatenate([x, np.ones((50, 1))], 1)
+  rows = np.concatenate([g["kernel"], g["bias"][None]])
+  step = 0.1 * np.linalg.solve(appended.T @ appended / 50, rows)
+  expected = {"kernel": params["kernel"] - step[:-1], "bias": params["bias"] - step[-1]}
+  chex.assert_trees_all_close(after, expected, rtol=1e-7, atol=1e-7)
+
+
 # Statistics outside of the gradient: Ioffe & Szegedy 2015, section 2.
 
 SHIFT = np.random.default_rng(4).normal(2.0, 1.0, size=(64, 1))  # the targets
