@@ -41,10 +41,18 @@ ALLOWED = {
   "variants/_inverse_root": {"_checks", "_rule", "variants/_covariance"},
   "variants/whitening": {"_checks", "_normalize", "_rule"}
   | {"variants/_covariance", "variants/_inverse_root"},
+  "linen/_natural": {"_checks", "variants"},
+  "linen/_weight_norm": {"_checks", "_running", "variants"},
+  "nnx/_natural": {"_checks", "variants"},
+  "nnx/_weight_norm": {"_checks", "_running", "variants"},
+  "variants/gdnp": {"_checks"},
+  "variants/natural": {"_checks", "_moments", "_rule"},
+  "variants/weight_norm": {"_batch_norm", "_checks", "_choose", "_moments", "_rule", "_running"},
+  "variants/path_sgd": {"_checks", "_rule"},
 }
 # What they may import of others', beside these.
 EVERYWHERE = {"jax", "numpy", "chex"}
-ALSO = {"linen": {"flax"}, "nnx": {"flax"}}
+ALSO = {"linen": {"flax"}, "nnx": {"flax"}, "variants/path_sgd": {"optax"}}
 
 
 def imported(path):

@@ -1,7 +1,17 @@
 """Flax Linen layers: they hold parameters and state, and call the functions."""
 
 from jaxbn.linen._batch_norm import BatchNorm
+from jaxbn.linen._natural import WhitenedConv, WhitenedDense
 from jaxbn.linen._renorm import BatchRenorm
+from jaxbn.linen._weight_norm import MeanOnlyBatchNorm, WeightNorm
 from jaxbn.linen._whitening import WhiteningNorm
 
-__all__ = ["BatchNorm", "BatchRenorm", "WhiteningNorm"]
+__all__ = [
+  "BatchNorm",
+  "BatchRenorm",
+  "MeanOnlyBatchNorm",
+  "WeightNorm",
+  "WhitenedConv",
+  "WhitenedDense",
+  "WhiteningNorm",
+]

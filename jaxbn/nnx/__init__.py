@@ -1,7 +1,18 @@
 """Flax NNX layers: they hold parameters and state, and call the functions."""
 
 from jaxbn.nnx._batch_norm import BatchNorm
+from jaxbn.nnx._natural import WhitenedConv, WhitenedLinear, Whitening
 from jaxbn.nnx._renorm import BatchRenorm
+from jaxbn.nnx._weight_norm import MeanOnlyBatchNorm, WeightNorm
 from jaxbn.nnx._whitening import WhiteningNorm
 
-__all__ = ["BatchNorm", "BatchRenorm", "WhiteningNorm"]
+__all__ = [
+  "BatchNorm",
+  "BatchRenorm",
+  "MeanOnlyBatchNorm",
+  "WeightNorm",
+  "WhitenedConv",
+  "WhitenedLinear",
+  "Whitening",
+  "WhiteningNorm",
+]
