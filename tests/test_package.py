@@ -35,6 +35,9 @@ ALLOWED = {
   "nnx/_renorm": {"_checks", "nnx/_batch_norm", "variants/renorm"},
   "variants/__init__": set(),
   "variants/renorm": {"_batch_norm", "_checks", "_choose", "_moments", "_running"},
+  "variants/normalizer_free": {"_batch_norm", "_checks"},
+  "linen/_normalizer_free": {"_checks", "variants/normalizer_free"},
+  "nnx/_normalizer_free": {"_checks", "variants/normalizer_free"},
 }
 # What they may import of others', beside these.
 EVERYWHERE = {"jax", "numpy", "chex"}
