@@ -235,7 +235,7 @@ def test_signals_have_the_expected_variance_and_no_mean():
     return x @ scaled_weight_standardization(jax.random.normal(key, (width, width)))
 
   seeds = iter(range(100))
-  x = jax.random.normal(jax.random.key(100), (512, width))
+  x = jax.random.normal(jax.random.key(100), (256, width))
   for transition, before, after in zip(transitions, variances, variances[1:], strict=False):
     h = activation(x / before**0.5)
     x = (dense(h) if transition else x) + alpha * dense(h)
