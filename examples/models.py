@@ -1,9 +1,10 @@
-"""The networks: an MLP, a VGG and a ResNet, each with the norm that its config names.
+"""The networks: an MLP, a VGG and a ResNet, with the norm that the config names; one without any.
 
-All three are described by the same few numbers: stages, where stage `i` has
+All are described by the same few numbers: stages, where stage `i` has
 `blocks[i]` blocks of width `widths[i]`. A block is one dense layer (MLP), one 3x3
 convolution (VGG) or one residual pair of 3x3 convolutions (ResNet), each followed by a
-norm. Any norm of `examples.norms` fits any network of `MODELS`.
+norm. Any norm of `examples.norms` fits any of the three. The fourth network is a ResNet of the same
+description that needs none (NFResNet).
 """
 
 import functools
@@ -18,6 +19,8 @@ from flax.core import FrozenDict
 from examples import norms
 from examples.norms import Layer
 from examples.settings import UserError, lookup
+from jaxbn import linen as bn
+from jaxbn.variants import normalizer_free
 
 
 def space_to_depth(x: jax.Array, size: int) -> jax.Array:
@@ -125,7 +128,49 @@ class ResNet(Network):
     return nn.relu(x + y)
 
 
-MODELS: dict[str, type[Network]] = {"mlp": MLP, "vgg": VGG, "resnet": ResNet}
+class NFResNet(Network):
+  """A normalizer-free ResNet (Brock et al., 2021) of the ResNet's stages, blocks and convolutions.
+
+  Each convolution standardizes its kernel, each activation is scaled to keep unit variance, and a
+  block is x + alpha * f(x / beta), with the activations first, as the papers have it. beta² is the
+  variance that x would have if f did not start at zero. The x between the blocks can be looked at
+  in the collection `intermediates`, as `signal`.
+  """
+
+  alpha: float = 0.2
+
+  def features(self, x: jax.Array, norm: Layer) -> jax.Array:
+    del norm
+    relu = normalizer_free.scaled_activation(nn.relu)
+    blocks = [
+      (width, 2 if stage > 0 and block == 0 else 1)
+      for stage, (width, count) in enumerate(zip(self.widths, self.blocks, strict=True))
+      for block in range(count)
+    ]
+    variances = normalizer_free.expected_variances([s > 1 for _, s in blocks], alpha=self.alpha)
+    x = self.standardized(self.widths[0])(x)
+    for (width, stride), var in zip(blocks, variances, strict=False):
+      self.sow("intermediates", "signal", x)
+      y = relu(x / var**0.5)
+      if stride > 1:
+        x = self.standardized(width, size=1, stride=stride)(y)
+      y = relu(self.standardized(width, stride=stride)(y))
+      y = self.standardized(width)(y)
+      x = x + self.alpha * bn.SkipInit(dtype=self.dtype)(y)
+    self.sow("intermediates", "signal", x)
+    return relu(x / variances[-1] ** 0.5).mean((1, 2))
+
+  def standardized(self, width: int, size: int = 3, stride: int = 1) -> nn.Conv:
+    """A convolution with a bias, for no norm brings one."""
+    return bn.WSConv(width, (size, size), strides=stride, dtype=self.dtype)
+
+
+MODELS: dict[str, type[Network]] = {
+  "mlp": MLP,
+  "vgg": VGG,
+  "resnet": ResNet,
+  "nf_resnet": NFResNet,
+}
 
 
 def create(
@@ -180,6 +225,11 @@ def _check(config: Any, model: type[Network], image_shape: Sequence[int]) -> Non
     raise UserError(
       f"config.skip is False, but config.model is {config.model!r}, in which no skip connection "
       "can be left out: leave config.skip out, or try --config.model=resnet"
+    )
+  if model is NFResNet and config.norm != "none":
+    raise UserError(
+      f"config.model is {config.model!r}, which has no place for a norm, but config.norm is "
+      f"{config.norm!r}: try --config.norm=none, or --config.model=resnet"
     )
   if config.virtual_batch_size != "global" and config.norm not in norms.VIRTUAL:
     raise UserError(

@@ -11,14 +11,29 @@ from examples.settings import LARGEST_LOSS_SCALE, lookup
 
 
 def decayed(params: Any) -> Any:
-  """True for the leaves that weight decay shrinks: all but those called scale and bias.
+  """True for the leaves that weight decay shrinks: all but those called scale, bias and gain.
 
   Behind a norm, a kernel's length is free and decay only sets its learning rate; scale and
-  bias are what the norm outputs, and shrinking them is a change to the function.
+  bias are what the norm outputs, and shrinking them is a change to the function. So it is with a
+  kernel that is standardized, and its gain.
   """
   return jax.tree_util.tree_map_with_path(
-    lambda path, _: path[-1].key not in ("scale", "bias"), params
+    lambda path, _: path[-1].key not in ("scale", "bias", "gain"), params
   )
+
+
+def adaptive_clip(limit: float) -> optax.GradientTransformation:
+  """Adaptive gradient clipping (Brock et al., 2021), of all but the last linear layer.
+
+  An output's gradient is at most `limit` times as long as its weights. A scale, a bias or a gain is
+  one vector for the whole layer; where its length is below 1e-3, as SkipInit's is at first, it
+  counts as that. These are optax's rules, and the authors'; they leave out the head as well.
+  """
+
+  def clipped(params: Any) -> Any:
+    return {name: jax.tree.map(lambda _, on=name != "head": on, p) for name, p in params.items()}
+
+  return optax.masked(optax.adaptive_grad_clip(limit), clipped)
 
 
 def schedule(config: Any) -> optax.Schedule:
@@ -108,6 +123,8 @@ def create(config: Any) -> optax.GradientTransformation:
   """The gradient transformation that `config` describes."""
   optimizer = lookup(OPTIMIZERS, config.optimizer, "config.optimizer")
   result = optimizer(schedule(config), config.weight_decay)
+  if config.adaptive_clip:  # of the gradient alone, before any decay is added to it
+    result = optax.chain(adaptive_clip(config.adaptive_clip), result)
   if skips(config):
     result = optax.apply_if_finite(result, skips(config))
   return scaled_loss(result, config.loss_scale) if config.loss_scale else result

@@ -6,6 +6,7 @@ argument, what was given, what is allowed, and the likely mend.
 
 import difflib
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -62,6 +63,7 @@ def defaults(name: str) -> ml_collections.ConfigDict:
   config.learning_rate = 3e-3  # the peak, after the warmup
   config.warmup_steps = 50
   config.weight_decay = 0.05
+  config.adaptive_clip = 0.0  # longest gradient, as a share of its weights, such as 0.01; 0: any
   config.label_smoothing = 0.0
   config.batch_size = 128  # over all devices
   config.steps = 500
@@ -204,6 +206,11 @@ def check(config: ml_collections.ConfigDict, device_count: int) -> None:
   lookup(dict.fromkeys(("float32", "bfloat16", "float16")), config.dtype, "config.dtype")
   if config.skip_nonfinite < 0:
     raise UserError(f"config.skip_nonfinite is {config.skip_nonfinite}, but must be at least 0")
+  if not 0 <= config.adaptive_clip < math.inf:
+    raise UserError(
+      f"config.adaptive_clip is {config.adaptive_clip}, but must be 0 for none, or positive; "
+      "try --config.adaptive_clip=0.01"
+    )
   if config.loss_scale and not 1 <= config.loss_scale <= LARGEST_LOSS_SCALE:
     raise UserError(
       f"config.loss_scale is {config.loss_scale}, but must be 0 for none, or from 1 to "

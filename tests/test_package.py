@@ -49,6 +49,9 @@ ALLOWED = {
   "variants/natural": {"_checks", "_moments", "_rule"},
   "variants/weight_norm": {"_batch_norm", "_checks", "_choose", "_moments", "_rule", "_running"},
   "variants/path_sgd": {"_checks", "_rule"},
+  "variants/normalizer_free": {"_batch_norm", "_checks"},
+  "linen/_normalizer_free": {"_checks", "variants/normalizer_free"},
+  "nnx/_normalizer_free": {"_checks", "variants/normalizer_free"},
 }
 # What they may import of others', beside these.
 EVERYWHERE = {"jax", "numpy", "chex"}

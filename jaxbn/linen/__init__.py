@@ -2,6 +2,7 @@
 
 from jaxbn.linen._batch_norm import BatchNorm
 from jaxbn.linen._natural import WhitenedConv, WhitenedDense
+from jaxbn.linen._normalizer_free import SkipInit, WSConv, WSDense
 from jaxbn.linen._renorm import BatchRenorm
 from jaxbn.linen._weight_norm import MeanOnlyBatchNorm, WeightNorm
 from jaxbn.linen._whitening import WhiteningNorm
@@ -10,6 +11,9 @@ __all__ = [
   "BatchNorm",
   "BatchRenorm",
   "MeanOnlyBatchNorm",
+  "SkipInit",
+  "WSConv",
+  "WSDense",
   "WeightNorm",
   "WhitenedConv",
   "WhitenedDense",

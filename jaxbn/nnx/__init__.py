@@ -2,6 +2,7 @@
 
 from jaxbn.nnx._batch_norm import BatchNorm
 from jaxbn.nnx._natural import WhitenedConv, WhitenedLinear, Whitening
+from jaxbn.nnx._normalizer_free import SkipInit, WSConv, WSLinear
 from jaxbn.nnx._renorm import BatchRenorm
 from jaxbn.nnx._weight_norm import MeanOnlyBatchNorm, WeightNorm
 from jaxbn.nnx._whitening import WhiteningNorm
@@ -10,6 +11,9 @@ __all__ = [
   "BatchNorm",
   "BatchRenorm",
   "MeanOnlyBatchNorm",
+  "SkipInit",
+  "WSConv",
+  "WSLinear",
   "WeightNorm",
   "WhitenedConv",
   "WhitenedLinear",

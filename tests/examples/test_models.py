@@ -3,13 +3,15 @@
 import functools
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from examples import models, norms
+from examples import models, norms, parallelism
 from examples.settings import UserError
+from jaxbn import linen as bn
 from tests.examples import helpers
 
 
@@ -23,7 +25,7 @@ def shapes(model, size=8):
   return images, jax.eval_shape(init, jax.random.key(0), images)
 
 
-PAIRS = set(itertools.product(models.MODELS, norms.NORMS))
+PAIRS = set(itertools.product(("mlp", "vgg", "resnet"), norms.NORMS))
 PAIRS -= {("mlp", "instance")}  # which has no positions to normalize over
 
 
@@ -40,10 +42,11 @@ def test_every_model_takes_every_norm(name, norm):
 def test_widths_and_blocks_give_the_size():
   counts = {}
   for name in models.MODELS:
-    _, variables = shapes(create(model=name, widths=(4, 6), blocks=(1, 2)))
+    norm = "none" if name == "nf_resnet" else "batch"
+    _, variables = shapes(create(model=name, norm=norm, widths=(4, 6), blocks=(1, 2)))
     counts[name] = sum(leaf.ndim > 1 for leaf in jax.tree.leaves(variables["params"]))
   # Kernels: three blocks and the head; a ResNet's stem, pairs, and the shortcut that widens.
-  assert counts == {"mlp": 4, "vgg": 4, "resnet": 1 + 6 + 1 + 1}
+  assert counts == {"mlp": 4, "vgg": 4, "resnet": 1 + 6 + 1 + 1, "nf_resnet": 1 + 6 + 1 + 1}
 
 
 @pytest.mark.parametrize("norm", norms.NORMS)
@@ -69,6 +72,65 @@ def test_without_skip_connections_nothing_starts_at_zero(norm):
   assert all(shape[0] == 3 for shape in kernels)
 
 
+# Without a norm.
+
+
+class Circular(models.NFResNet):
+  """Without an edge, at which fewer weights meet the image."""
+
+  def standardized(self, width, size=3, stride=1):
+    return bn.WSConv(width, (size, size), strides=stride, padding="CIRCULAR")
+
+
+def without_skip_init(params):
+  """SkipInit at one: the network that the papers' variances are of."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: jnp.ones_like(leaf) if path[-1].key == "scale" else leaf, params
+  )
+
+
+def test_signals_have_the_variance_that_was_computed():
+  """A signal propagation plot at initialization: as computed in every block, to within chance."""
+  model = Circular(classes=10, widths=(64, 96), blocks=(3, 3), alpha=1.0)
+  images = jax.random.normal(jax.random.key(1), (32, 16, 16, 3))
+  params = without_skip_init(model.init(jax.random.key(0), images[:1], train=False)["params"])
+  forward = jax.jit(functools.partial(model.apply, train=False, mutable=["intermediates"]))
+  signals = forward({"params": params}, images)[1]["intermediates"]["signal"]
+  variances = [float(x.var()) for x in signals]
+  # Random kernels of 64 outputs are off by sqrt(2 / 64) at most, were all positions alike; they
+  # are not, and from seed to seed it is 3%.
+  np.testing.assert_allclose(variances, [1, 2, 3, 4, 2, 3, 4], rtol=0.1)
+  # Nor do the channels' means grow from block to block, as without standardized kernels.
+  assert all(float((x.mean((0, 1, 2)) ** 2).mean()) < 0.02 * float(x.var()) for x in signals)
+
+
+def test_normalizer_free_blocks_start_as_the_identity():
+  model = create(model="nf_resnet", norm="none", widths=(4,), blocks=(3,))
+  images = helpers.batch(2)["image"]
+  params = model.init(jax.random.key(0), images, train=False)["params"]
+  _, captured = model.apply({"params": params}, images, train=False, mutable=["intermediates"])
+  first, *others = captured["intermediates"]["signal"]
+  assert len(others) == 3
+  for x in others:
+    np.testing.assert_array_equal(x, first)
+
+
+def test_a_normalizer_free_network_trains_the_same_in_every_parallelism():
+  """In microbatches too, for nothing in it depends on other examples; clipped, in low precision."""
+  changes = {"model": "nf_resnet", "norm": "none", "adaptive_clip": 0.1, "skip_nonfinite": 1}
+  batch = helpers.batch(32)
+  batch["mask"] = np.arange(32) % 5 != 2
+  whole = {key: x[batch["mask"]] for key, x in batch.items() if key != "mask"}
+  batch["image"][~batch["mask"]] = np.nan
+  expected, _ = helpers.Job(helpers.config(parallelism="jit", **changes), 1).train([whole] * 2)
+  for mode in parallelism.MODES:
+    job = helpers.Job(helpers.config(parallelism=mode, microbatches=2, **changes), 4)
+    state, results = job.train([batch] * 2)
+    assert not any(int(sums.skipped) for sums in results)
+    # As in test_parallelism.
+    chex.assert_trees_all_close(state._asdict(), expected._asdict(), rtol=2e-5, atol=2e-6)
+
+
 def test_space_to_depth_keeps_every_pixel_in_its_square():
   image = np.arange(16).reshape(1, 4, 4, 1)
   folded = models.space_to_depth(image, 2)
@@ -79,9 +141,13 @@ def test_space_to_depth_keeps_every_pixel_in_its_square():
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"model": "resnt"}, "config.model is 'resnt', .* mlp, vgg, resnet; did you mean 'resnet'"),
+    ({"model": "resnt"}, "config.model is 'resnt', .* mlp, vgg, resnet, nf_resnet; did you mean"),
     ({"patch": 3}, "config.patch is 3, .*8x8 images"),
     ({"model": "vgg", "widths": (4,) * 5, "blocks": (1,) * 5}, "config.widths has 5 stages"),
+    (
+      {"model": "nf_resnet"},
+      "'nf_resnet', .* no place for a norm, but config.norm is 'batch': try",
+    ),
     ({"model": "vgg", "skip": False}, "config.skip is False, but config.model is 'vgg'"),
   ],
 )

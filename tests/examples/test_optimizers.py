@@ -1,5 +1,6 @@
 """The optimizers: what decays, and how the learning rate goes."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,11 +11,14 @@ from examples import optimizers
 from examples.settings import UserError
 from tests.examples import helpers
 
-PARAMS = {"Conv_0": {"kernel": np.ones((3, 3))}, "norm": {"scale": np.ones(3), "bias": np.ones(3)}}
+PARAMS = {
+  "Conv_0": {"kernel": np.ones((3, 3)), "gain": np.ones(3)},
+  "norm": {"scale": np.ones(3), "bias": np.ones(3)},
+}
 
 
 @pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
-def test_weight_decay_leaves_scale_and_bias_alone(name):
+def test_weight_decay_leaves_scale_bias_and_gain_alone(name):
   config = helpers.config(optimizer=name, learning_rate=0.5, weight_decay=0.1, warmup_steps=0)
   optimizer = optimizers.create(config)
   still = jax.tree.map(np.zeros_like, PARAMS)
@@ -22,6 +26,7 @@ def test_weight_decay_leaves_scale_and_bias_alone(name):
   assert np.all(updates["Conv_0"]["kernel"] < 0)
   assert not np.any(updates["norm"]["scale"])
   assert not np.any(updates["norm"]["bias"])
+  assert not np.any(updates["Conv_0"]["gain"])
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():
@@ -79,3 +84,50 @@ def test_scaling_brings_the_skips_that_it_takes_to_come_down():
   assert optimizers.skips(helpers.config()) == 0
   assert optimizers.skips(helpers.config(skip_nonfinite=3)) == 3
   assert optimizers.skips(helpers.config(skip_nonfinite=3, loss_scale=1.0)) == 27
+
+
+def clipped(changes, params, grads):
+  """What plain SGD at rate 1 subtracts: the gradients that it is given."""
+  config = helpers.config(
+    **{"optimizer": "sgd", "weight_decay": 0.0, "warmup_steps": 0, "learning_rate": 1.0} | changes
+  )
+  optimizer = optimizers.create(config)
+  updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
+  return jax.tree.map(lambda u: -u / 1.9, updates)  # Nesterov's first step is 1.9 gradients
+
+
+def test_gradients_are_clipped_by_the_length_of_their_weights():
+  """Per output of a kernel, per vector else, never the head: the paper's rule, in NumPy."""
+  random = np.random.default_rng(0)
+  shapes = {
+    "WSConv_0": {"kernel": (3, 3, 2, 4), "gain": (4,), "bias": (4,)},
+    "WSDense_0": {"kernel": (6, 5)},
+    "SkipInit_0": {"scale": ()},
+    "head": {"kernel": (5, 3), "bias": (3,)},
+  }
+  leaf = {"is_leaf": lambda x: isinstance(x, tuple)}
+  params, grads = (jax.tree.map(lambda s: random.normal(size=s), shapes, **leaf) for _ in range(2))
+  params["WSConv_0"]["bias"] *= 0  # counts as 1e-3 long
+  grads["WSConv_0"]["kernel"][..., 0] *= 1e-3  # short enough
+
+  def expected(w, g):
+    axes = tuple(range(w.ndim - 1)) if w.ndim > 1 else None
+    length = np.maximum(np.sqrt((w**2).sum(axes, keepdims=True)), 1e-3)
+    allowed = 0.1 * length / np.sqrt((g**2).sum(axes, keepdims=True))
+    return (g * np.minimum(1, allowed)).reshape(g.shape)
+
+  wanted = jax.tree.map(expected, params, grads) | {"head": grads["head"]}
+  for changes in ({}, {"skip_nonfinite": 1}):
+    actual = clipped({"adaptive_clip": 0.1} | changes, params, grads)
+    chex.assert_trees_all_close(actual, wanted, rtol=1e-5)
+  np.testing.assert_array_equal(  # float32's, unchanged
+    wanted["WSConv_0"]["kernel"][..., 0], grads["WSConv_0"]["kernel"][..., 0]
+  )
+  chex.assert_trees_all_close(clipped({}, params, grads), grads, rtol=1e-5)
+
+
+def test_gradients_are_clipped_after_the_loss_scale_is_divided_out():
+  params = {"Dense_0": {"kernel": np.full((2, 1), 3.0)}}
+  grads = {"Dense_0": {"kernel": np.full((2, 1), 4.0 * 128)}}
+  actual = clipped({"adaptive_clip": 0.5, "loss_scale": 128.0}, params, grads)
+  np.testing.assert_allclose(actual["Dense_0"]["kernel"], 1.5, rtol=1e-6)

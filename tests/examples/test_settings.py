@@ -63,6 +63,10 @@ def test_wrong_command_lines_are_refused(argument, message):
       "two sizes for one batch",
     ),
     ({"skip_nonfinite": -1}, "config.skip_nonfinite is -1, but must be at least 0"),
+    (
+      {"adaptive_clip": -0.01},
+      "config.adaptive_clip is -0.01, but must be 0 for none, or positive",
+    ),
     ({"loss_scale": 0.5}, "config.loss_scale is 0.5, .* 0 for none, or from 1 to 16777216"),
   ],
 )
