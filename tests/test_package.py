@@ -33,6 +33,9 @@ ALLOWED = {
   "nnx/_batch_norm": LAYER,
   "linen/_renorm": {"_checks", "linen/_batch_norm", "variants/renorm"},
   "nnx/_renorm": {"_checks", "nnx/_batch_norm", "variants/renorm"},
+  "variants/recurrent": {"_checks"} | STEPS,
+  "linen/_recurrent": {"_running", "variants"},
+  "nnx/_recurrent": {"_running", "variants"},
   "variants/__init__": set(),
   "variants/renorm": {"_batch_norm", "_checks", "_choose", "_moments", "_running"},
 }
