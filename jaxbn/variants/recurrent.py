@@ -1,11 +1,9 @@
-r"""Batch normalization in recurrent networks: between time steps, or of their input only.
+r"""Recurrent batch normalization: between time steps (Cooijmans et al. 2016).
 
 `lstm_step` and `gru_step` normalize, in every step, what comes from the input and what comes from
-the hidden state separately, and the LSTM's cell (Cooijmans et al. 2016, "Recurrent Batch
-Normalization"). Statistics are of one time step: state has a leading axis of time. `sequence_norm`
-normalizes what comes from the input only, of whole sequences, frame by frame or over all frames
-(Laurent et al. 2015, "Batch Normalized Recurrent Neural Networks"; Amodei et al. 2015, "Deep Speech
-2", section 3.2).
+the hidden state separately, and the LSTM's cell ("Recurrent Batch Normalization", section 3).
+Statistics are of one time step: they have a leading axis of time. To normalize the input's part
+only, of whole sequences, is in `jaxbn.variants.input_norm`.
 
 What decides the time of a step is how much the backward pass finds stored, for a scan copies it all
 once more. So a step keeps what it normalizes, before and not after, and computes the gates again.
@@ -215,7 +213,7 @@ def lstm_carry(
   """
   batch = _checks.channel_shape(batch_shape)
   zeros = jnp.zeros((*batch, features), dtype)
-  return LSTMCarry(zeros, zeros, jnp.zeros(batch, jnp.int32), _lengths(seq_lengths, batch))
+  return LSTMCarry(zeros, zeros, jnp.zeros(batch, jnp.int32), lengths(seq_lengths, batch))
 
 
 def gru_carry(
@@ -242,7 +240,7 @@ def gru_carry(
   """
   batch = _checks.channel_shape(batch_shape)
   zeros = jnp.zeros((*batch, features), dtype)
-  return GRUCarry(zeros, jnp.zeros(batch, jnp.int32), _lengths(seq_lengths, batch))
+  return GRUCarry(zeros, jnp.zeros(batch, jnp.int32), lengths(seq_lengths, batch))
 
 
 def lstm_step(
@@ -322,7 +320,7 @@ def lstm_step(
   tracking: dict[str, Any] = {"unbiased": unbiased, "skip_nonfinite": skip_nonfinite}
   tracking |= {"momentum": momentum, "debias": debias}
   shared = _checks.sharing(axis_name, axis_index_groups)
-  how = _How(use_running_average, epsilon, *shared, tracking)
+  how = Options(use_running_average, epsilon, *shared, tracking)
   valid, products = _products(params, stats, carry, x, mask)
   of_gates = [stats.input, stats.hidden]
   taken, of_gates = _statistics(how, carry.t, products, of_gates, valid)
@@ -330,8 +328,7 @@ def lstm_step(
   @_recomputing
   def cell(p: LSTMParams, c: jax.Array, products: Any, taken: Any) -> tuple[jax.Array, jax.Array]:
     from_input, from_hidden = _normalized(how, p, products, taken)
-    i, f, g, o = jnp.split(from_input + from_hidden + p.bias, 4, -1)
-    return jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g), jax.nn.sigmoid(o)
+    return lstm_cell(c, from_input + from_hidden + p.bias)
 
   @_recomputing
   def output(p: LSTMParams, c: jax.Array, o: jax.Array, taken: _Taken) -> jax.Array:
@@ -339,9 +336,9 @@ def lstm_step(
     return o * jnp.tanh(normalize(c, mean, var, p.cell_scale, p.cell_bias, epsilon=how.epsilon))
 
   c, o = cell(params, carry.c, products, taken)
-  c = _where(valid, c, carry.c)
+  c = where_valid(valid, c, carry.c)
   (cell_taken,), of_cell = _statistics(how, carry.t, [c], [stats.cell], valid)
-  h = _where(valid, output(params, c, o, cell_taken), carry.h)
+  h = where_valid(valid, output(params, c, o, cell_taken), carry.h)
   stats = LSTMStats(*of_gates, *of_cell)
   return carry._replace(c=c, h=h, t=carry.t + 1), h, stats
 
@@ -408,7 +405,7 @@ def gru_step(
   tracking: dict[str, Any] = {"unbiased": unbiased, "skip_nonfinite": skip_nonfinite}
   tracking |= {"momentum": momentum, "debias": debias}
   shared = _checks.sharing(axis_name, axis_index_groups)
-  how = _How(use_running_average, epsilon, *shared, tracking)
+  how = Options(use_running_average, epsilon, *shared, tracking)
   valid, products = _products(params, stats, carry, x, mask)
   of_gates = [stats.input, stats.hidden]
   taken, of_gates = _statistics(how, carry.t, products, of_gates, valid)
@@ -416,16 +413,27 @@ def gru_step(
   @_recomputing
   def hidden(p: GRUParams, h: jax.Array, products: Any, taken: Any) -> jax.Array:
     from_input, from_hidden = _normalized(how, p, products, taken)
-    b_r, b_z, b_n = jnp.split(from_input + p.bias, 3, -1)
-    a_r, a_z, a_n = jnp.split(from_hidden, 3, -1)
-    n, z = jnp.tanh(jax.nn.sigmoid(a_r + b_r) * a_n + b_n), jax.nn.sigmoid(a_z + b_z)
-    return (1 - z) * n + z * h
+    return gru_hidden(h, from_hidden, from_input + p.bias)
 
-  h = _where(valid, hidden(params, carry.h, products, taken), carry.h)
+  h = where_valid(valid, hidden(params, carry.h, products, taken), carry.h)
   return carry._replace(h=h, t=carry.t + 1), h, GRUStats(*of_gates)
 
 
-class _How(NamedTuple):
+def lstm_cell(c: jax.Array, gates: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The new cell, and the output gate."""
+  i, f, g, o = jnp.split(gates, 4, -1)
+  return jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g), jax.nn.sigmoid(o)
+
+
+def gru_hidden(h: jax.Array, from_hidden: jax.Array, from_input: jax.Array) -> jax.Array:
+  """The new hidden state."""
+  a_r, a_z, a_n = jnp.split(from_hidden, 3, -1)
+  b_r, b_z, b_n = jnp.split(from_input, 3, -1)
+  n, z = jnp.tanh(jax.nn.sigmoid(a_r + b_r) * a_n + b_n), jax.nn.sigmoid(a_z + b_z)
+  return (1 - z) * n + z * h
+
+
+class Options(NamedTuple):
   """What is known of the normalization when tracing."""
 
   use_running_average: bool
@@ -457,7 +465,7 @@ def _products(
 
 
 def _statistics(
-  how: _How,
+  how: Options,
   t: jax.Array,
   arrays: list[jax.Array],
   stats: list[RunningStats],
@@ -479,7 +487,7 @@ def _statistics(
   return [(batch.mean, batch.var) for batch in batches], after
 
 
-def _shared(how: _How, batches: list[Moments], pivots: list[jax.Array]) -> list[Moments]:
+def _shared(how: Options, batches: list[Moments], pivots: list[jax.Array]) -> list[Moments]:
   """The moments of all devices: of several arrays with the same examples, by one all-reduce."""
   together = Moments(
     batches[0].count,
@@ -493,7 +501,7 @@ def _shared(how: _How, batches: list[Moments], pivots: list[jax.Array]) -> list[
   return [Moments(count, mean, var) for mean, var in parts]
 
 
-def _normalized(how: _How, p: _Params, products: Any, taken: Any) -> tuple[jax.Array, jax.Array]:
+def _normalized(how: Options, p: _Params, products: Any, taken: Any) -> tuple[jax.Array, jax.Array]:
   """BN(W_x x_t; gamma_x) and BN(W_h h_{t-1}; gamma_h)."""
   (x, h), ((mean_x, var_x), (mean_h, var_h)) = products, taken
   return (
@@ -506,7 +514,7 @@ def _normalized(how: _How, p: _Params, products: Any, taken: Any) -> tuple[jax.A
 _recomputing = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
-def _where(valid: jax.Array | None, new: jax.Array, old: jax.Array) -> jax.Array:
+def where_valid(valid: jax.Array | None, new: jax.Array, old: jax.Array) -> jax.Array:
   """The new state of the examples that exist, in the carry's dtype."""
   new = new.astype(old.dtype)
   return new if valid is None else jnp.where(valid, new, old)
@@ -539,7 +547,7 @@ def _with_row(tree: Tree, t: jax.Array, row: Tree) -> Tree:
   return jax.tree.map(put, tree, row)
 
 
-def _lengths(seq_lengths: chex.Array | None, batch: tuple[int, ...]) -> jax.Array | None:
+def lengths(seq_lengths: chex.Array | None, batch: tuple[int, ...]) -> jax.Array | None:
   if seq_lengths is None:
     return None
   seq_lengths = jnp.asarray(seq_lengths)
@@ -560,9 +568,9 @@ def _check(params: _Params, stats: _Stats, carry: _Carry, x: jax.Array) -> None:
       f"x has shape {x.shape}, but carry.h {carry.h.shape}: x is the input of one time step, and "
       "its axes but the last are the carry's."
     )
-  _require("params.input_kernel", params.input_kernel, (x.shape[-1], gates * features))
-  _require("params.hidden_kernel", params.hidden_kernel, (features, gates * features))
-  _require("params.bias", params.bias, (gates * features,))
+  require_shape("params.input_kernel", params.input_kernel, (x.shape[-1], gates * features))
+  require_shape("params.hidden_kernel", params.hidden_kernel, (features, gates * features))
+  require_shape("params.bias", params.bias, (gates * features,))
   expected = LSTMStats if gates == 4 else GRUStats
   if not isinstance(stats, expected):
     raise TypeError(
@@ -572,10 +580,10 @@ def _check(params: _Params, stats: _Stats, carry: _Carry, x: jax.Array) -> None:
   for name, value in stats._asdict().items():
     require_running_stats(value)
     channels = features if name == "cell" else gates * features
-    _require(f"stats.{name}.mean", value.mean, (len(value.mean), channels))
+    require_shape(f"stats.{name}.mean", value.mean, (len(value.mean), channels))
 
 
-def _require(name: str, value: Any, shape: tuple[int, ...]) -> None:
+def require_shape(name: str, value: Any, shape: tuple[int, ...]) -> None:
   if jnp.shape(value) != shape:
     raise ValueError(
       f"{name} has shape {jnp.shape(value)}, but with this carry and x it must be {shape}."
