@@ -149,8 +149,12 @@ class LSTMCell(_Cell):
 
   with statistics of the time step: the batch's in training and the running ones, in the collection
   `batch_stats`, in evaluation; `jaxbn.variants.recurrent.lstm_step` says more. For `nn.RNN`, which
-  carries the statistics from step to step with variable_carry="batch_stats". Padding enters no
-  statistic if the carry knows of it:
+  hands the statistics on from step to step, and takes them to be immutable or not:
+
+      nn.RNN(cell, variable_carry="batch_stats")                       in training
+      nn.RNN(cell, variable_broadcast=("params", "batch_stats"))       in evaluation
+
+  Padding enters no statistic if the carry knows of it:
 
       carry = cell.initialize_carry(key, (batch, features), seq_lengths)
       rnn.apply(variables, x, initial_carry=carry, seq_lengths=seq_lengths, mutable=["batch_stats"])
@@ -210,8 +214,8 @@ class GRUCell(_Cell):
       r = sigmoid(a_r + b_r),   z = sigmoid(a_z + b_z),   n = tanh(r a_n + b_n)
       h = (1 - z) n + z h
 
-  with statistics of the time step; `jaxbn.variants.recurrent.gru_step` says more. For `nn.RNN` with
-  variable_carry="batch_stats". Padding is told to the carry, as in `LSTMCell`.
+  with statistics of the time step; `jaxbn.variants.recurrent.gru_step` says more. For `nn.RNN`,
+  which is told of the statistics, as the carry of padding, as in `LSTMCell`.
 
   Attributes:
     features: number of units.

@@ -25,6 +25,8 @@ def data():
 
 def rnn(kind, evaluating=False, **options):
   cell = CELLS[kind][0](UNITS, TIME, evaluating, momentum=0.9, **options)
+  if evaluating:
+    return nn.RNN(cell, variable_broadcast=("params", "batch_stats"))
   return nn.RNN(cell, variable_carry="batch_stats")
 
 
