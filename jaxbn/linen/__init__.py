@@ -1,8 +1,10 @@
 """Flax Linen layers: they hold parameters and state, and call the functions."""
 
 from jaxbn.linen._batch_norm import BatchNorm
+from jaxbn.linen._input_norm import InputNormRNN
 from jaxbn.linen._natural import WhitenedConv, WhitenedDense
 from jaxbn.linen._normalizer_free import SkipInit, WSConv, WSDense
+from jaxbn.linen._recurrent import GRUCell, LSTMCell
 from jaxbn.linen._renorm import BatchRenorm
 from jaxbn.linen._weight_norm import MeanOnlyBatchNorm, WeightNorm
 from jaxbn.linen._whitening import WhiteningNorm
@@ -10,6 +12,9 @@ from jaxbn.linen._whitening import WhiteningNorm
 __all__ = [
   "BatchNorm",
   "BatchRenorm",
+  "GRUCell",
+  "InputNormRNN",
+  "LSTMCell",
   "MeanOnlyBatchNorm",
   "SkipInit",
   "WSConv",

@@ -1,8 +1,10 @@
 """Flax NNX layers: they hold parameters and state, and call the functions."""
 
 from jaxbn.nnx._batch_norm import BatchNorm
+from jaxbn.nnx._input_norm import InputNormRNN
 from jaxbn.nnx._natural import WhitenedConv, WhitenedLinear, Whitening
 from jaxbn.nnx._normalizer_free import SkipInit, WSConv, WSLinear
+from jaxbn.nnx._recurrent import GRUCell, LSTMCell
 from jaxbn.nnx._renorm import BatchRenorm
 from jaxbn.nnx._weight_norm import MeanOnlyBatchNorm, WeightNorm
 from jaxbn.nnx._whitening import WhiteningNorm
@@ -10,6 +12,9 @@ from jaxbn.nnx._whitening import WhiteningNorm
 __all__ = [
   "BatchNorm",
   "BatchRenorm",
+  "GRUCell",
+  "InputNormRNN",
+  "LSTMCell",
   "MeanOnlyBatchNorm",
   "SkipInit",
   "WSConv",
