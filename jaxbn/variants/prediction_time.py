@@ -38,7 +38,7 @@ def prediction_time_batch_norm(
       var  = N / (N + n) running_var  + n / (N + n) batch_var
 
   (Schneider et al. 2020, "Improving robustness against common corruptions by covariate shift
-  adaptation", section 2, equation of the adapted statistics). N = 0 is prediction-time batch
+  adaptation"). N = 0 is prediction-time batch
   normalization (Nado et al. 2020, "Evaluating prediction-time batch normalization for robustness
   under covariate shift"), N = inf the usual evaluation. Under a shift of the inputs this recovers
   much of what is lost; without one it costs a little, the more the smaller the batch, and what is
