@@ -33,6 +33,7 @@ def indices(
   One that is out of range becomes 0 where its example has no valid element.
   """
   number = x.shape[examples_axis(x, axes)]
+  value = value if isinstance(value, jax.Array) else np.asarray(value)  # a list as well
   dtype = jnp.result_type(value)
   if not jnp.issubdtype(dtype, jnp.integer):
     raise TypeError(f"{name} has dtype {dtype}; they are integers from 0 to {rows - 1}.")

@@ -33,7 +33,7 @@ def conditional_batch_norm(
       y_i = (x_i - mean) / sqrt(var + epsilon) * scales[labels_i] + biases[labels_i]
 
   (conditional instance normalization, Dumoulin, Shlens & Kudlur 2017, "A learned representation for
-  artistic style", section 2.2, with the batch's statistics: de Vries et al. 2017, "Modulating early
+  artistic style", with the batch's statistics: de Vries et al. 2017, "Modulating early
   visual processing by language"; Miyato & Koyama 2018, "cGANs with projection discriminator"). The
   mean and the variance, and the running ones, are those of all classes together: where each class
   or source shall have its own, see `jaxbn.variants.domain`.
@@ -95,12 +95,8 @@ def of_class(
     given = ", ".join(f"{n}={t!r}" for n, t in tables.items())
     raise ValueError(f"{given}: pass a table of shape (classes, channels) for one at least.")
   rows = classes[0][0]
+  checked = [None if t is None else table(n, t, rows, x, axes) for n, t in tables.items()]
   valid, _ = valid_elements(x, mask, weights)
   index = indices("labels", labels, rows, x, axes, valid)
-
-  def looked_up(name: str) -> jax.Array | None:
-    if tables[name] is None:
-      return None
-    return row_of_each(table(name, tables[name], rows, x, axes), index, x, axes)
-
-  return looked_up("scales"), looked_up("biases")
+  scale, bias = (None if t is None else row_of_each(t, index, x, axes) for t in checked)
+  return scale, bias

@@ -56,10 +56,11 @@ def domain_batch_norm(
       evaluation   y_i = normalize(x_i, state_d.mean, state_d.var)
 
   With a scale and a bias for each domain it is domain-specific batch normalization (Chang et al.
-  2019, section 3.2) or AdvProp's auxiliary batch norm (Xie et al. 2020, "Adversarial examples
-  improve image recognition": clean examples are domain 0, adversarial ones 1, and evaluation takes
-  `domains=0`). With shared ones and `split_domains` it is split batch norm (Zając, Żołna &
-  Jastrzębski 2019, for labelled and unlabelled data).
+  2019, "Domain-specific batch normalization for unsupervised domain adaptation") or AdvProp's
+  auxiliary batch norm (Xie et al. 2020, "Adversarial examples improve image recognition": clean
+  examples are domain 0, adversarial ones 1, and evaluation takes `domains=0`). With shared ones and
+  `split_domains` it is split batch norm (Zając, Żołna & Jastrzębski 2019, for labelled and
+  unlabelled data).
 
   x is read once, however many domains there are: first come the moments of each example, then those
   of the examples of a domain together. All domains share one all-reduce.

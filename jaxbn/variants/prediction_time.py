@@ -38,16 +38,16 @@ def prediction_time_batch_norm(
       var  = N / (N + n) running_var  + n / (N + n) batch_var
 
   (Schneider et al. 2020, "Improving robustness against common corruptions by covariate shift
-  adaptation"). N = 0 is prediction-time batch
-  normalization (Nado et al. 2020, "Evaluating prediction-time batch normalization for robustness
-  under covariate shift"), N = inf the usual evaluation. Under a shift of the inputs this recovers
-  much of what is lost; without one it costs a little, the more the smaller the batch, and what is
-  predicted for an example depends on those beside it: a batch of one class misleads it.
+  adaptation"). N = 0 is prediction-time batch normalization (Nado et al. 2020, "Evaluating
+  prediction-time batch normalization for robustness under covariate shift"), N = inf the usual
+  evaluation. Under a shift of the inputs this recovers much of what is lost; without one it costs a
+  little, the more the smaller the batch, and what is predicted for an example depends on those
+  beside it: a batch of one class misleads it.
 
   Args:
     x: real or complex array, with its examples along the first axis that is not a channel's.
     scale, bias, state: as in `batch_norm`; the state is needed.
-    prior: N, at least 0, may be infinite; 8 to 128 for small batches.
+    prior: N, at least 0, may be infinite; 16 or so for small batches.
     options: as in `batch_norm`, beside `use_running_average` and `choose`: masks, axis_name and
       others. With them n are the valid examples of all devices.
 
