@@ -106,9 +106,11 @@ def test_the_label_of_a_masked_example_is_not_looked_at():
 
 
 @pytest.mark.parametrize("label", [-1, 4])
-def test_a_label_out_of_range_that_cannot_be_seen_makes_its_example_nan(label):
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_label_out_of_range_that_cannot_be_seen_makes_its_example_nan(label, masked):
   labels = np.where(np.arange(8) == 5, label, LABELS)
-  y = jax.jit(lambda labels: norm(labels=labels)[0])(labels)
+  mask = np.ones((8, 1, 1), bool) if masked else None
+  y = jax.jit(lambda labels: norm(labels=labels, mask=mask)[0])(labels)
   np.testing.assert_array_equal(np.isnan(y).all((1, 2)), np.arange(8) == 5)
   others = np.arange(8) != 5
   np.testing.assert_allclose(y[others], norm()[0][others], **CLOSE)
