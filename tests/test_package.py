@@ -34,21 +34,20 @@ ALLOWED = {
   "linen/_domain": {"_checks", "_running", "linen/_batch_norm", "variants/domain"},
   "linen/_prediction_time": LAYER | {"linen/_batch_norm", "variants/prediction_time"},
   "linen/_reference": {"_checks", "_moments", "variants/reference"},
+  "linen/_renorm": {"_checks", "linen/_batch_norm", "variants/renorm"},
   "nnx/_batch_norm": LAYER,
   "nnx/_conditional": {"_checks", "nnx/_batch_norm", "variants/conditional"},
   "nnx/_domain": {"_checks", "_running", "nnx/_batch_norm", "variants/domain"},
   "nnx/_prediction_time": {"_checks", "_layers", "nnx/_batch_norm", "variants/prediction_time"},
   "nnx/_reference": {"_checks", "_moments", "variants/reference"},
-  "linen/_renorm": {"_checks", "linen/_batch_norm", "variants/renorm"},
   "nnx/_renorm": {"_checks", "nnx/_batch_norm", "variants/renorm"},
   "variants/__init__": set(),
-  "variants/renorm": {"_batch_norm", "_checks", "_choose", "_moments", "_running"},
   "variants/_examples": {"_checks", "_moments"},
   "variants/conditional": {"_batch_norm", "_checks", "_moments", "_running", "variants/_examples"},
   "variants/domain": {"_checks", "variants/_examples"} | STEPS,
   "variants/prediction_time": {"_batch_norm", "_checks", "_choose", "_moments", "_running"},
-  "variants/reference": {"_batch_norm", "_checks", "_choose", "_rule", "variants/_examples"}
-  | STEPS,
+  "variants/reference": {"_batch_norm", "_checks", "_choose", "variants/_examples"} | STEPS,
+  "variants/renorm": {"_batch_norm", "_checks", "_choose", "_moments", "_running"},
 }
 # What they may import of others', beside these.
 EVERYWHERE = {"jax", "numpy", "chex"}
