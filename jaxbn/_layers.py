@@ -5,6 +5,7 @@ An option added here is in both. Flax itself is not imported: the layers are.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -41,13 +42,17 @@ def call(
   mask: chex.Array | None = None,
   weights: chex.Array | None = None,
   residual: chex.Array | None = None,
+  function: Callable[..., tuple[jax.Array, RunningStats | None]] = batch_norm,
   **arguments: Any,
 ) -> tuple[jax.Array, RunningStats | None]:
-  """`batch_norm` with the layer's options and those arguments on which the two kinds differ."""
+  """`batch_norm` with the layer's options and those arguments on which the two kinds differ.
+
+  Or another function of the same arguments, for a layer that is derived.
+  """
   options = {name: getattr(layer, name) for name in _OPTIONS}
   if mask is not None or weights is not None:
     options["masked_value"] = layer.masked_value
   if mask is not None:
     options["mask"] = jnp.asarray(mask, bool)  # any dtype will do in Flax
   options |= arguments
-  return batch_norm(x, scale, bias, state, weights=weights, residual=residual, **options)
+  return function(x, scale, bias, state, weights=weights, residual=residual, **options)

@@ -241,7 +241,7 @@ class BatchNorm(nnx.Module):
         continue
       variable = getattr(self, name)
       # As in Flax the running statistics are no path for gradients.
-      value = jax.lax.stop_gradient(value).reshape((self.num_features,))
+      value = jax.lax.stop_gradient(value).reshape(variable.shape)
       try:
         variable.set_value(value)
       except errors.TraceContextError as error:

@@ -1,0 +1,84 @@
+"""Prediction-time batch normalization for a whole network of Flax Linen, as it is."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from jaxbn import _checks, _layers
+from jaxbn._running import RunningStats
+from jaxbn.linen._batch_norm import BatchNorm
+from jaxbn.variants.prediction_time import elements_per_example, interpolate
+
+
+def prediction_time(function: Callable[..., Any], prior: float = 0.0) -> Callable[..., Any]:
+  """The same function, in which every `BatchNorm` normalizes by what is predicted.
+
+  See `jaxbn.variants.prediction_time`. Neither the network nor its variables change, nothing is
+  written, and the rest of the network is in the mode that is asked for: ask for evaluation.
+  Layers with an axis_name share over it here as in training, and need it to be bound.
+
+  Args:
+    function: that applies the network, such as `module.apply`.
+    prior: how many pseudo-examples the running statistics count for: 0 for none, inf for
+      evaluation as usual.
+
+  Returns:
+    A function of the same arguments.
+
+  Raises:
+    ValueError: a negative prior; at the call, a layer that is derived from `BatchNorm`, for it has
+      other statistics.
+
+  >>> import jax, jax.numpy as jnp, jaxbn.linen
+  >>> layer = jaxbn.linen.BatchNorm(use_running_average=True)
+  >>> x = jnp.array([[9.0], [11.0]])
+  >>> variables = layer.init(jax.random.key(0), x)
+  >>> predict = jax.jit(jaxbn.linen.prediction_time(layer.apply))
+  >>> print(predict(variables, x).ravel().round(2))
+  [-1.  1.]
+  """
+  interpolate(prior)  # refuses what is no prior now, not at the first layer
+
+  def intercept(following: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    of_norm = isinstance(context.module, BatchNorm) and context.method_name == "_normalize"
+    if not of_norm or context.module.is_initializing():
+      return following(*args, **kwargs)
+    return _predict(context.module, prior, *args, **kwargs)
+
+  @functools.wraps(function)
+  def predicting(*args: Any, **kwargs: Any) -> Any:
+    with nn.intercept_methods(intercept):
+      return function(*args, **kwargs)
+
+  return predicting
+
+
+def _predict(
+  layer: BatchNorm, prior: float, x: jax.Array, scale: Any, bias: Any, _: Any, **given: Any
+) -> jax.Array:
+  if type(layer) is not BatchNorm:
+    raise ValueError(
+      f"prediction_time knows the layers BatchNorm, not {type(layer).__name__} at "
+      f"{'/'.join(layer.path) or 'the top'}: use jaxbn.variants.prediction_time there."
+    )
+  state = layer._running_stats(_checks.split_axes(x.ndim, layer.axis).shape(x))
+  y, _ = _layers.call(
+    layer,
+    x,
+    scale,
+    bias,
+    RunningStats(*(None if leaf is None else leaf.value for leaf in state)),
+    use_running_average=False,
+    axis_name=layer.axis_name,
+    axis_index_groups=layer.axis_index_groups,
+    virtual_batch_size=layer.virtual_batch_size,
+    dtype=layer.dtype,
+    choose=interpolate(prior, elements_per_example(x, layer.axis)),
+    **given,
+  )
+  return y
