@@ -56,6 +56,52 @@ def batch_renorm(
   return _of_batches(network, train, mask, bn.BatchRenorm, epsilon=epsilon, **limits)
 
 
+def whitening(
+  network: Any, train: bool, mask: Mask, *, epsilon: float = 1e-3, group_size: int = 8
+) -> Layer:
+  """Decorrelated batch norm (Huang et al., 2018): batch norm that whitens groups of channels."""
+  return _whitened(network, train, mask, group_size, epsilon=epsilon, method="zca")
+
+
+def iternorm(
+  network: Any,
+  train: bool,
+  mask: Mask,
+  *,
+  epsilon: float = 1e-3,
+  group_size: int = 8,
+  iterations: int = 5,
+) -> Layer:
+  """The same by some iterations of Newton's method (Huang et al., 2019)."""
+  newton = {"method": "newton", "iterations": iterations}
+  return _whitened(network, train, mask, group_size, epsilon=epsilon, **newton)
+
+
+def _whitened(network: Any, train: bool, mask: Mask, group_size: int, **settings: Any) -> Layer:
+  """A layer whose groups are as large as a divisor of its width allows."""
+  if group_size < 1:
+    raise UserError(f"config.norm_options has group_size={group_size}, but must be at least 1")
+  if train:
+    settings["axis_name"] = network.axis_name
+
+  def layer(activation: Callable[[jax.Array], jax.Array] | None = None, **options: Any) -> Any:
+    def call(x: jax.Array) -> jax.Array:
+      norm = bn.WhiteningNorm(
+        use_running_average=not train,
+        momentum=network.momentum,
+        dtype=network.dtype,
+        group_size=math.gcd(group_size, x.shape[-1]),
+        **settings,
+        **options,
+      )
+      y = masked(norm, mask)(x)
+      return y if activation is None else activation(y)
+
+    return call
+
+  return layer
+
+
 def _of_batches(
   network: Any, train: bool, mask: Mask, module: Callable[..., nn.Module], **settings: Any
 ) -> Layer:
@@ -205,6 +251,8 @@ def _several(network: Any, elements: int, x: jax.Array) -> None:
 NORMS: dict[str, Callable[..., Layer]] = {
   "batch": batch_norm,
   "renorm": batch_renorm,
+  "whitening": whitening,
+  "iternorm": iternorm,
   "none": no_norm,
   "layer": layer_norm,
   "group": group_norm,
