@@ -65,7 +65,12 @@ ALLOWED = {
   "nnx/_natural": {"_checks", "variants"},
   "nnx/_weight_norm": {"_checks", "_running", "variants"},
   "variants/gdnp": {"_checks"},
-  "variants/natural": {"_checks", "_moments", "_rule"},
+  "variants/natural": {
+    "_checks",
+    "_rule",
+    "variants/_covariance",
+    "variants/_inverse_root",
+  },
   "variants/weight_norm": {"_batch_norm", "_checks", "_choose", "_moments", "_rule", "_running"},
   "variants/path_sgd": {"_checks", "_rule"},
   "variants/normalizer_free": {"_batch_norm", "_checks"},

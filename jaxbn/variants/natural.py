@@ -39,16 +39,9 @@ import numpy as np
 from jax import lax
 
 from jaxbn import _checks
-from jaxbn._moments import (
-  Elements,
-  How,
-  divisor,
-  measure,
-  sum_over_devices,
-  valid_elements,
-  zero_unless,
-)
 from jaxbn._rule import accumulation_dtype
+from jaxbn.variants._covariance import covariance, real, share
+from jaxbn.variants._inverse_root import whitening_matrix
 
 if TYPE_CHECKING:
   import chex
@@ -143,33 +136,13 @@ def statistics(
   >>> natural.statistics(jnp.array([[1.0, 0.0], [3.0, 4.0]])).cov.tolist()
   [[1.0, 2.0], [2.0, 4.0]]
   """
-  x = _real(x)
-  axes = _checks.split_axes(x.ndim, -1)
-  _checks.nonempty(x, axes)
-  valid, _ = valid_elements(x, mask, None)
-  if mask is not None and jnp.shape(mask)[-1:] not in ((), (1,)):
-    raise ValueError(
-      f"mask of shape {jnp.shape(mask)} differs between the inputs; a covariance is of examples "
-      "that have all of them: give it size 1 on the last axis."
-    )
-  how = How(axes, True, True, *_checks.sharing(axis_name, axis_index_groups))
-  wide = x.astype(accumulation_dtype(x.dtype))
-  batch = measure(how, Elements(x, wide, valid))
-  d = zero_unless(valid, wide - batch.mean)
-  # On an explicit mesh the type of a sum over devices has to be said: the same on all of them.
-  mesh = jax.typeof(d).sharding.mesh
-  everywhere = jax.NamedSharding(mesh, jax.P()) if mesh.explicit_axes else None
-  products = lax.dot_general(
-    d,
-    d,
-    ((axes.reduced, axes.reduced), ((), ())),
-    precision=lax.Precision.HIGHEST,
-    out_sharding=everywhere,
-  )
-  if how.axis_name is not None:
-    (products,) = sum_over_devices([products], how.axis_name, how.axis_index_groups)
-  n = jnp.max(divisor(batch.count, products.dtype))  # of a mask, once for each input
-  return Statistics(batch.mean, products / n)
+  x = real(x)
+  (inputs,) = _checks.split_axes(x.ndim, -1).shape(x)
+  axis_name, groups = _checks.sharing(axis_name, axis_index_groups)
+  batch = covariance(x, inputs, mask=mask)
+  if axis_name is not None:
+    batch = share(batch, axis_name, groups, None)
+  return Statistics(batch.mean, batch.cov[0])
 
 
 def whitened_dense(
@@ -368,7 +341,7 @@ def rewhiten(
   dtype = jnp.asarray(whitening.center).dtype
   matrix = whitening.matrix
   if _checks.static_bool("decorrelate", decorrelate):
-    matrix = _inverse_root(statistics.cov, epsilon).astype(dtype)
+    matrix = whitening_matrix(statistics.cov, epsilon=epsilon).astype(dtype)
   new = Whitening(jnp.asarray(statistics.mean, dtype), matrix)
   return reparametrize(params, whitening, new), new
 
@@ -503,7 +476,7 @@ def _prepare(
   x: Any, kernel: Any, bias: Any, whitening: Whitening
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """x; the plain layer's kernel W = U V, and the bias, of the dtype of the result."""
-  x = _real(x)
+  x = real(x)
   kernel, bias = jnp.asarray(kernel), jnp.asarray(bias)
   _check_whitening(whitening, kernel)
   if x.shape[-1:] != kernel.shape[-2:-1] or bias.shape != kernel.shape[-1:]:
@@ -520,15 +493,6 @@ def _prepare(
 def _centred(x: jax.Array, whitening: Whitening, dtype: Any) -> jax.Array:
   center = lax.stop_gradient(whitening.center).astype(accumulation_dtype(x.dtype))
   return (x - center).astype(dtype)
-
-
-def _inverse_root(cov: chex.Array, epsilon: chex.Numeric) -> jax.Array:
-  """(cov + epsilon I)^(-1/2). No derivative is needed of it."""
-  values, vectors = jnp.linalg.eigh(cov)
-  values = values + epsilon
-  # What is below the last place of the largest one is rounding, and may be negative.
-  values = jnp.maximum(values, jnp.finfo(values.dtype).eps * values[-1])
-  return _matmul(vectors * lax.rsqrt(values), vectors.T)
 
 
 def _pads(padding: Any, positions: Any, window: Any, strides: Any) -> Sequence[tuple[int, int]]:
@@ -548,13 +512,6 @@ def _each(name: str, value: int | Sequence[int], positions: int) -> tuple[int, .
   if len(values) != positions:
     raise ValueError(f"{name}={value!r}: one integer, or one for each of {positions} axes.")
   return tuple(map(operator.index, values))  # type: ignore[arg-type]
-
-
-def _real(x: Any) -> jax.Array:
-  x = _checks.inexact(x)
-  if jnp.iscomplexobj(x):
-    raise TypeError(f"x has dtype {x.dtype}; whitened layers are for real input.")
-  return x
 
 
 def _check_whitening(whitening: Any, kernel: jax.Array) -> None:

@@ -483,6 +483,7 @@ def test_adam_goes_on_as_well_as_before():
     (lambda: natural.statistics(np.ones((3, 2), int)), TypeError, "int64"),
     (lambda: natural.statistics(np.ones((3, 2), complex)), TypeError, "for real"),
     (lambda: natural.statistics(np.ones((0, 2))), ValueError, "empty batch"),
+    (lambda: natural.statistics(1.0), ValueError, "axis=-1 is out of range for x with 0 axes"),
     (
       lambda: natural.statistics(np.ones((3, 2)), mask=np.ones((3, 2), bool)),
       ValueError,
