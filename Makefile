@@ -3,6 +3,8 @@
 # make chaos           kills a run 20 times and compares it with an undisturbed one
 # make test            everything that CI runs: ruff, the type checker, pytest
 # make exactness       the README's comparison with Flax
+# make compare-norms   every norm on Fashion-MNIST: batch sizes, depths, step times (ARGS=--long)
+# make compare-recurrent, compare-renorm, compare-descent   the experiments of papers
 # make bench           time and accuracy on this machine's CPU, beside other libraries
 # make bench-compiled  what compiled programs cost on an H100 and a TPU v5e, with neither at hand
 # make bench-scaling   what a step costs each of 4 to 1024 TPU chips, with none at hand, and a model
@@ -16,8 +18,8 @@ comma := ,
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train train-hosts chaos test exactness bench bench-compiled bench-scaling lint types pytest \
-        format clean
+.PHONY: train train-hosts chaos test exactness compare-norms compare-recurrent compare-renorm \
+        compare-descent bench bench-compiled bench-scaling lint types pytest format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -50,6 +52,19 @@ format: $(INSTALLED)
 
 exactness: $(INSTALLED)
 	@$(BIN)/python -m benchmarks.exactness
+
+compare-norms: $(INSTALLED)
+	@$(BIN)/python -m benchmarks.norms $(ARGS)
+	@$(BIN)/python -m benchmarks.norms_report
+
+compare-recurrent: $(INSTALLED)
+	@$(BIN)/python -m examples.papers.recurrent $(ARGS)
+
+compare-renorm: $(INSTALLED)
+	@$(BIN)/python -m examples.papers.renorm $(ARGS)
+
+compare-descent: $(INSTALLED)
+	@$(BIN)/python -m examples.papers.length_direction $(ARGS)
 
 bench: .venv-bench/.installed
 	@.venv-bench/bin/python -m benchmarks.speed
