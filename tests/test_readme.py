@@ -13,7 +13,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 ROW = r"\| (.+?) +\| +(\S+) +\| +(\S+) +\|"
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["plain JAX", "Flax", "groups"])
+@pytest.mark.parametrize("block", BLOCKS, ids=["plain JAX", "Flax", "groups", "a variant"])
 def test_its_examples_run(block):
   names = {}
   exec(block, names)
