@@ -37,7 +37,7 @@ class Network(nn.Module):
     classes: number of classes.
     widths, blocks: width and number of blocks of each stage.
     patch: side of the square of pixels that `space_to_depth` folds into the channels.
-    skip: whether a ResNet's blocks add their input.
+    skip: whether the blocks of a ResNet, with norm or without, add their input.
     norm: a name in `norms.NORMS`.
     norm_options: keyword arguments of the function that it names.
     momentum: share of the old running statistics kept at each step.
@@ -133,8 +133,8 @@ class NFResNet(Network):
 
   Each convolution standardizes its kernel, each activation is scaled to keep unit variance, and a
   block is x + alpha * f(x / beta), with the activations first, as the papers have it. beta² is the
-  variance that x would have if f did not start at zero. The x between the blocks can be looked at
-  in the collection `intermediates`, as `signal`.
+  variance that x would have if f did not start at zero. Without skip connections a block is f. The
+  x between the blocks can be looked at in the collection `intermediates`, as `signal`.
   """
 
   alpha: float = 0.2
@@ -147,16 +147,17 @@ class NFResNet(Network):
       for stage, (width, count) in enumerate(zip(self.widths, self.blocks, strict=True))
       for block in range(count)
     ]
-    variances = normalizer_free.expected_variances([s > 1 for _, s in blocks], alpha=self.alpha)
+    alpha = self.alpha if self.skip else 0.0
+    variances = normalizer_free.expected_variances([s > 1 for _, s in blocks], alpha=alpha)
     x = self.standardized(self.widths[0])(x)
     for (width, stride), var in zip(blocks, variances, strict=False):
       self.sow("intermediates", "signal", x)
       y = relu(x / var**0.5)
-      if stride > 1:
+      if self.skip and stride > 1:
         x = self.standardized(width, size=1, stride=stride)(y)
       y = relu(self.standardized(width, stride=stride)(y))
       y = self.standardized(width)(y)
-      x = x + self.alpha * bn.SkipInit(dtype=self.dtype)(y)
+      x = x + alpha * bn.SkipInit(dtype=self.dtype)(y) if self.skip else y
     self.sow("intermediates", "signal", x)
     return relu(x / variances[-1] ** 0.5).mean((1, 2))
 
@@ -221,7 +222,7 @@ def _check(config: Any, model: type[Network], image_shape: Sequence[int]) -> Non
       f"VGG halves {config.dataset}'s {image_shape[0]}x{image_shape[1]} images at every stage "
       "after the first and runs out of pixels; give it fewer stages"
     )
-  if not config.skip and model is not ResNet:
+  if not config.skip and not issubclass(model, ResNet | NFResNet):
     raise UserError(
       f"config.skip is False, but config.model is {config.model!r}, in which no skip connection "
       "can be left out: leave config.skip out, or try --config.model=resnet"

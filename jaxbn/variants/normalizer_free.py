@@ -15,6 +15,8 @@ and "High-performance large-scale image recognition without normalization") comp
 Nothing here depends on other examples: there is no state, and training and evaluation agree. The
 layers are WSConv, SkipInit and WSDense (Linen) or WSLinear (NNX). Adaptive gradient clipping, the
 second paper's, is `optax.adaptive_grad_clip`; leave the last linear layer out with `optax.masked`.
+Optax clips the kernels of dense layers and of 2-D and 3-D convolutions by output, as the paper has
+it, but takes a kernel of rank 3 for attention's: for a 1-D convolution pass it axis=(0, 1).
 """
 
 from __future__ import annotations
