@@ -9,15 +9,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import errors, nnx
+from flax import nnx
 from flax.nnx.nn import dtypes
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 
 from jaxbn import _checks, _layers
 from jaxbn._running import RunningStats, init
+from jaxbn.nnx._common import Trackable, parameter, tuples
 
 
-class BatchNorm(nnx.Module):
+class BatchNorm(Trackable):
   r"""Batch normalization (Ioffe & Szegedy 2015): a drop-in for `flax.nnx.BatchNorm`.
 
       y = (x - mean) / sqrt(var + epsilon) * scale + bias
@@ -109,18 +110,13 @@ class BatchNorm(nnx.Module):
     if start.count is not None:
       self.count = nnx.BatchStat(start.count)
 
-    def parameter(wanted: bool, initializer: Initializer, metadata: Mapping[str, Any]) -> Any:
-      if not wanted:
-        return nnx.data(None)
-      return nnx.Param(initializer(rngs.params(), shape, param_dtype), **metadata)
-
-    self.scale = parameter(use_scale, scale_init, scale_metadata)
-    self.bias = parameter(use_bias, bias_init, bias_metadata)
+    made = shape, param_dtype, rngs
+    self.scale = parameter(use_scale, scale_init, *made, scale_metadata)
+    self.bias = parameter(use_bias, bias_init, *made, bias_metadata)
 
     self.num_features = num_features
     self.use_running_average = use_running_average
-    # NNX compares and hashes what is not data: lists become tuples.
-    self.axis = _tuples(axis)
+    self.axis = tuples(axis)
     self.momentum = momentum
     self.epsilon = epsilon
     self.dtype = dtype
@@ -128,7 +124,7 @@ class BatchNorm(nnx.Module):
     self.use_bias = use_bias
     self.use_scale = use_scale
     self.axis_name = axis_name
-    self.axis_index_groups = _tuples(axis_index_groups)
+    self.axis_index_groups = tuples(axis_index_groups)
     self.use_fast_variance = use_fast_variance
     self.promote_dtype = promote_dtype
     self.debias = debias
@@ -169,13 +165,7 @@ class BatchNorm(nnx.Module):
     self, x: jax.Array, scale: Any, bias: Any, use_running_average: bool | None, **given: Any
   ) -> jax.Array:
     """The layer with these parameters; also with a `choose`, for those that are derived of it."""
-    if use_running_average is None:
-      use_running_average = self.use_running_average
-    if use_running_average is None:
-      raise ValueError(
-        "use_running_average was given neither to the constructor nor to the call: pass it to one, "
-        "or choose with train() and eval()."
-      )
+    use_running_average = self._evaluating(use_running_average)
     x, scale, bias, state, dtype = self._promoted(x, scale, bias, use_running_average)
     y, new_state = _layers.call(
       self,
@@ -193,15 +183,6 @@ class BatchNorm(nnx.Module):
     if not use_running_average:
       self._store(new_state)
     return y
-
-  def set_view(self, use_running_average: bool | None = None) -> None:
-    """What `nnx.view` calls to make a view with another mode.
-
-    Args:
-      use_running_average: True in evaluation, False in training, None to leave it.
-    """
-    if use_running_average is not None:
-      self.use_running_average = use_running_average
 
   def _promoted(
     self, x: jax.Array, scale: Any, bias: Any, use_running_average: bool
@@ -233,26 +214,3 @@ class BatchNorm(nnx.Module):
       # and rounds once, at the end, so it only needs to know that dtype.
       dtype = jnp.result_type(*(a for a in (x, mean, var, scale, bias) if a is not None))
     return x, scale, bias, state, dtype
-
-  def _store(self, state: RunningStats | None) -> None:
-    assert state is not None
-    for name, value in state._asdict().items():
-      if value is None:
-        continue
-      variable = getattr(self, name)
-      # As in Flax the running statistics are no path for gradients.
-      value = jax.lax.stop_gradient(value).reshape(variable.shape)
-      try:
-        variable.set_value(value)
-      except errors.TraceContextError as error:
-        raise errors.TraceContextError(
-          "the running statistics of this BatchNorm cannot be updated inside a JAX transformation "
-          "that it was not passed through: use the nnx one (nnx.jit, nnx.grad, ...) with the model "
-          "as an argument; or nnx.split it outside, nnx.merge(..., copy=True) it inside and return "
-          "the new state; or evaluate with model.eval()."
-        ) from error
-
-
-def _tuples(value: Any) -> Any:
-  """Lists, however deep, as tuples."""
-  return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value

@@ -11,13 +11,14 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 
 from jaxbn._running import RunningStats, init
+from jaxbn.nnx._common import Trackable, tuples
 from jaxbn.variants import input_norm
 
 _KERNEL_INIT = nnx.initializers.lecun_normal()
 _RECURRENT_KERNEL_INIT = nnx.initializers.orthogonal()
 
 
-class InputNormRNN(nnx.Module):
+class InputNormRNN(Trackable):
   r"""A recurrent layer whose input-to-hidden product is batch normalized, of whole sequences.
 
       simple   h_t = activation(BN(W_x x_t; input_scale) + W_h h_{t-1} + bias)
@@ -90,9 +91,7 @@ class InputNormRNN(nnx.Module):
     self.momentum = momentum
     self.epsilon = epsilon
     self.axis_name = axis_name
-    if axis_index_groups is not None:  # NNX compares and hashes what is not data
-      axis_index_groups = tuple(map(tuple, axis_index_groups))
-    self.axis_index_groups = axis_index_groups
+    self.axis_index_groups = tuples(axis_index_groups)
     self.debias = debias
     self.unbiased = unbiased
     self.skip_nonfinite = skip_nonfinite
@@ -130,13 +129,7 @@ class InputNormRNN(nnx.Module):
     Returns:
       y, (batch, time, hidden_features).
     """
-    if use_running_average is None:
-      use_running_average = self.use_running_average
-    if use_running_average is None:
-      raise ValueError(
-        "use_running_average was given neither to the constructor nor to the call: pass it to one, "
-        "or choose with train() and eval()."
-      )
+    use_running_average = self._evaluating(use_running_average)
     names = input_norm.InputNormParams._fields
     count = getattr(self, "count", None)
     y, state = input_norm.input_norm_rnn(
@@ -158,16 +151,5 @@ class InputNormRNN(nnx.Module):
       skip_nonfinite=self.skip_nonfinite,
     )
     if state is not None and not use_running_average:
-      for name, value in state._asdict().items():
-        if value is not None:
-          getattr(self, name).set_value(jax.lax.stop_gradient(value))
+      self._store(state)
     return y
-
-  def set_view(self, use_running_average: bool | None = None) -> None:
-    """What `nnx.view` calls to make a view with another mode.
-
-    Args:
-      use_running_average: True in evaluation, False in training, None to leave it.
-    """
-    if use_running_average is not None:
-      self.use_running_average = use_running_average

@@ -11,6 +11,7 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 
 from jaxbn import _checks
+from jaxbn.nnx._common import tuples
 from jaxbn.variants import natural
 
 _KERNEL_INIT = nnx.initializers.lecun_normal()
@@ -245,7 +246,7 @@ class WhitenedConv(_Whitened):
       rngs=rngs,
     )
     self.strides, self.padding, self.kernel_dilation = map(
-      _tuples, (strides, padding, kernel_dilation)
+      tuples, (strides, padding, kernel_dilation)
     )
 
   def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
@@ -266,8 +267,3 @@ class WhitenedConv(_Whitened):
       padding=self.padding,
       kernel_dilation=self.kernel_dilation,
     )
-
-
-def _tuples(value: Any) -> Any:
-  """Lists, however deep, as tuples."""
-  return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value

@@ -10,6 +10,7 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 
 from jaxbn._running import RunningStats
+from jaxbn.nnx._common import tuples
 from jaxbn.variants import recurrent
 
 _SCALE_INIT = nnx.initializers.constant(0.1)
@@ -75,9 +76,7 @@ class _Cell(nnx.RNNCellBase):
     self.momentum = momentum
     self.epsilon = epsilon
     self.axis_name = axis_name
-    if axis_index_groups is not None:  # NNX compares and hashes what is not data
-      axis_index_groups = tuple(map(tuple, axis_index_groups))
-    self.axis_index_groups = axis_index_groups
+    self.axis_index_groups = tuples(axis_index_groups)
     self.debias = debias
     self.unbiased = unbiased
     self.skip_nonfinite = skip_nonfinite

@@ -13,6 +13,7 @@ from flax.typing import Dtype, Initializer
 
 from jaxbn import _checks
 from jaxbn._moments import Moments
+from jaxbn.nnx._common import parameter, tuples
 from jaxbn.variants.reference import of_layer
 
 
@@ -72,23 +73,19 @@ class VirtualBatchNorm(nnx.Module):
     activation: Callable[[jax.Array], jax.Array] | None = None,
     rngs: nnx.Rngs,
   ):
-    def parameter(wanted: bool, initializer: Initializer) -> Any:
-      if not wanted:
-        return nnx.data(None)
-      return nnx.Param(initializer(rngs.params(), (num_features,), param_dtype))
-
-    self.scale = parameter(use_scale, scale_init)
-    self.bias = parameter(use_bias, bias_init)
+    made = (num_features,), param_dtype, rngs
+    self.scale = parameter(use_scale, scale_init, *made)
+    self.bias = parameter(use_bias, bias_init, *made)
     # NaN, not 0: without a reference batch no result shall look like one.
     self.mean = nnx.BatchStat(jnp.full((num_features,), jnp.nan))
     self.var = nnx.BatchStat(jnp.full((num_features,), jnp.nan))
     self.count = nnx.BatchStat(jnp.ones((num_features,)))
     self.num_features = num_features
-    self.axis = tuple(axis) if isinstance(axis, list) else axis
+    self.axis = tuples(axis)
     self.epsilon = epsilon
     self.dtype = dtype
     self.axis_name = axis_name
-    self.axis_index_groups = axis_index_groups and tuple(map(tuple, axis_index_groups))
+    self.axis_index_groups = tuples(axis_index_groups)
     self.use_fast_variance = use_fast_variance
     self.masked_value = masked_value
     self.activation = activation

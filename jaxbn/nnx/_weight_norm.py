@@ -12,6 +12,7 @@ from flax.typing import Dtype, Initializer
 
 from jaxbn import _checks
 from jaxbn._running import RunningStats, init
+from jaxbn.nnx._common import Trackable, parameter, tuples, write
 from jaxbn.variants import weight_norm
 
 
@@ -92,7 +93,7 @@ class WeightNorm(nnx.Module):
     return plain(x)
 
 
-class MeanOnlyBatchNorm(nnx.Module):
+class MeanOnlyBatchNorm(Trackable):
   r"""Mean-only batch normalization (Salimans & Kingma 2016, section 4), after a `WeightNorm`.
 
       y = x - mean + bias
@@ -142,16 +143,13 @@ class MeanOnlyBatchNorm(nnx.Module):
     start = init(num_features, momentum=momentum, debias=debias)
     self.mean = nnx.BatchStat(start.mean)
     self.count = nnx.data(None) if start.count is None else nnx.BatchStat(start.count)
-    self.bias = nnx.data(None)
-    if use_bias:
-      self.bias = nnx.Param(bias_init(rngs.params(), (num_features,), param_dtype))
+    self.bias = parameter(use_bias, bias_init, (num_features,), param_dtype, rngs)
     self.use_running_average = use_running_average
     self.axis = axis
     self.momentum = momentum
     self.dtype = dtype
     self.axis_name = axis_name
-    # NNX compares and hashes what is not data: lists become tuples.
-    self.axis_index_groups = axis_index_groups and tuple(map(tuple, axis_index_groups))
+    self.axis_index_groups = tuples(axis_index_groups)
     self.debias = debias
     self.masked_value = masked_value
 
@@ -172,13 +170,7 @@ class MeanOnlyBatchNorm(nnx.Module):
     Returns:
       y, of x's shape.
     """
-    if use_running_average is None:
-      use_running_average = self.use_running_average
-    if use_running_average is None:
-      raise ValueError(
-        "use_running_average was given neither to the constructor nor to the call: pass it to one, "
-        "or choose with train() and eval()."
-      )
+    use_running_average = self._evaluating(use_running_average)
     x = _checks.inexact(x)
     mean = self.mean[...]
     count, bias = (None if v is None else v[...] for v in (self.count, self.bias))
@@ -197,16 +189,7 @@ class MeanOnlyBatchNorm(nnx.Module):
       dtype=self.dtype,
     )
     if not use_running_average and new_state is not None:
-      self.mean.set_value(jax.lax.stop_gradient(new_state.mean))
-      if self.count is not None:
-        self.count.set_value(new_state.count)
+      write(self, self.mean, new_state.mean)
+      if self.count is not None and new_state.count is not None:
+        write(self, self.count, new_state.count)
     return y
-
-  def set_view(self, use_running_average: bool | None = None) -> None:
-    """What `nnx.view` calls to make a view with another mode.
-
-    Args:
-      use_running_average: True in evaluation, False in training, None to leave it.
-    """
-    if use_running_average is not None:
-      self.use_running_average = use_running_average

@@ -8,14 +8,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import errors, nnx
+from flax import nnx
 from flax.typing import Dtype, Initializer
 
 from jaxbn import _checks
+from jaxbn.nnx._common import Trackable, parameter, tuples
 from jaxbn.variants.whitening import WhiteningStats, init, whitening_norm
 
 
-class WhiteningNorm(nnx.Module):
+class WhiteningNorm(Trackable):
   r"""Decorrelated batch normalization (DBN) and iterative normalization (IterNorm).
 
       y = scale * (W (x - mean)) + bias,   W = (covariance + epsilon I)^(-1/2)
@@ -92,13 +93,9 @@ class WhiteningNorm(nnx.Module):
     self.mean = nnx.BatchStat(start.mean)
     self.whitening = nnx.BatchStat(start.whitening)
 
-    def parameter(wanted: bool, initializer: Initializer, metadata: Mapping[str, Any]) -> Any:
-      if not wanted:
-        return nnx.data(None)
-      return nnx.Param(initializer(rngs.params(), (num_features,), param_dtype), **metadata)
-
-    self.scale = parameter(use_scale, scale_init, scale_metadata)
-    self.bias = parameter(use_bias, bias_init, bias_metadata)
+    made = (num_features,), param_dtype, rngs
+    self.scale = parameter(use_scale, scale_init, *made, scale_metadata)
+    self.bias = parameter(use_bias, bias_init, *made, bias_metadata)
 
     self.num_features = num_features
     self.use_running_average = use_running_average
@@ -109,9 +106,8 @@ class WhiteningNorm(nnx.Module):
     self.param_dtype = param_dtype
     self.use_bias = use_bias
     self.use_scale = use_scale
-    # NNX compares and hashes what is not data: lists become tuples.
-    self.axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
-    self.axis_index_groups = axis_index_groups and tuple(map(tuple, axis_index_groups))
+    self.axis_name = tuples(axis_name)
+    self.axis_index_groups = tuples(axis_index_groups)
     self.use_fast_variance = use_fast_variance
     self.skip_nonfinite = skip_nonfinite
     self.masked_value = masked_value
@@ -139,13 +135,7 @@ class WhiteningNorm(nnx.Module):
     Returns:
       y, of x's shape.
     """
-    if use_running_average is None:
-      use_running_average = self.use_running_average
-    if use_running_average is None:
-      raise ValueError(
-        "use_running_average was given neither to the constructor nor to the call: pass it to one, "
-        "or choose with train() and eval()."
-      )
+    use_running_average = self._evaluating(use_running_average)
     x = _checks.inexact(x)
     shape = _checks.split_axes(x.ndim, self.axis).shape(x)
     if shape != (self.num_features,):
@@ -179,25 +169,3 @@ class WhiteningNorm(nnx.Module):
     if not use_running_average:
       self._store(new_state)
     return y
-
-  def set_view(self, use_running_average: bool | None = None) -> None:
-    """What `nnx.view` calls to make a view with another mode.
-
-    Args:
-      use_running_average: True in evaluation, False in training, None to leave it.
-    """
-    if use_running_average is not None:
-      self.use_running_average = use_running_average
-
-  def _store(self, state: WhiteningStats | None) -> None:
-    assert state is not None
-    for name, value in state._asdict().items():
-      try:
-        # As in Flax the running statistics are no path for gradients.
-        getattr(self, name).set_value(jax.lax.stop_gradient(value))
-      except errors.TraceContextError as error:
-        raise errors.TraceContextError(
-          "the running statistics of this WhiteningNorm cannot be updated inside a JAX "
-          "transformation that it was not passed through: use the nnx one (nnx.jit, nnx.grad, ...) "
-          "with the model as an argument, or evaluate with model.eval()."
-        ) from error

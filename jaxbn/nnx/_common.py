@@ -1,0 +1,77 @@
+"""What the NNX layers do alike: modes, parameters, and variables that are written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax
+from flax import errors, nnx
+from flax.typing import Dtype, Initializer
+
+
+class Trackable(nnx.Module):
+  """A layer with running statistics: whether it evaluates, and how they are written."""
+
+  use_running_average: bool | None
+
+  def set_view(self, use_running_average: bool | None = None) -> None:
+    """What `nnx.view` calls to make a view with another mode.
+
+    Args:
+      use_running_average: True in evaluation, False in training, None to leave it.
+    """
+    if use_running_average is not None:
+      self.use_running_average = use_running_average
+
+  def _evaluating(self, use_running_average: bool | None) -> bool:
+    """What the call says, or else the constructor."""
+    if use_running_average is None:
+      use_running_average = self.use_running_average
+    if use_running_average is None:
+      raise ValueError(
+        "use_running_average was given neither to the constructor nor to the call: pass it to one, "
+        "or choose with train() and eval()."
+      )
+    return use_running_average
+
+  def _store(self, state: Any) -> None:
+    """Writes the leaves of a state, a NamedTuple, into the variables of their names."""
+    for name, value in state._asdict().items():
+      if value is not None:
+        write(self, getattr(self, name), value)
+
+
+def write(layer: nnx.Module, variable: nnx.Variable, value: jax.Array) -> None:
+  """Sets a running statistic, or says why that cannot be done here."""
+  # As in Flax the running statistics are no path for gradients.
+  value = jax.lax.stop_gradient(value).reshape(variable.shape)
+  try:
+    variable.set_value(value)
+  except errors.TraceContextError as error:
+    raise errors.TraceContextError(
+      f"the running statistics of this {type(layer).__name__} cannot be updated inside a JAX "
+      "transformation that it was not passed through: use the nnx one (nnx.jit, nnx.grad, ...) "
+      "with the model as an argument; or nnx.split it outside, nnx.merge(..., copy=True) it inside "
+      "and return the new state; or evaluate with model.eval()."
+    ) from error
+
+
+def parameter(
+  wanted: bool,
+  initializer: Initializer,
+  shape: tuple[int, ...],
+  dtype: Dtype,
+  rngs: nnx.Rngs,
+  metadata: Mapping[str, Any] = MappingProxyType({}),
+) -> Any:
+  """A parameter, or None if it is not wanted."""
+  return (
+    nnx.Param(initializer(rngs.params(), shape, dtype), **metadata) if wanted else nnx.data(None)
+  )
+
+
+def tuples(value: Any) -> Any:
+  """Lists, however deep, as tuples: NNX compares and hashes what is not data."""
+  return tuple(map(tuples, value)) if isinstance(value, list | tuple) else value
