@@ -99,21 +99,25 @@ def nonzero(tangents: Any) -> Any:
   return jax.tree.map(lambda t: None if is_zero(t) else t, tangents, is_leaf=is_zero)
 
 
-@functools.partial(jax.jit, static_argnums=1, inline=True)
 def unshared(x: jax.Array, copy: int) -> jax.Array:
   """x, of which XLA for CPUs does not see that it is the same as another copy.
 
-  It would convert bfloat16 x to float32 once, and store that for all who need it. On
-  accelerators, which convert as they read, a barrier would only be in the way. The copies are: 0, x
-  as it is, the sum's; 1 that of the squares; 2 of the moments' tangents; 3 of y's; 4 y's own.
+  It would convert bfloat16 x to float32 once, and store that for all who need it. (What needs no
+  conversion is as well shared.) On accelerators, which convert as they read, a barrier would only
+  be in the way. The copies are: 0, x as it is, the sum's; 1 that of the squares; 2 of the moments'
+  tangents; 3 of y's; 4 y's own.
   """
+  return x if accumulation_dtype(x.dtype) == x.dtype else _behind_barriers(x, copy)
 
-  def behind_barriers(x: jax.Array) -> jax.Array:
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _behind_barriers(x: jax.Array, copy: int) -> jax.Array:
+  def on_cpu(x: jax.Array) -> jax.Array:
     for _ in range(copy):  # the same barrier twice would be merged
       x = lax.optimization_barrier(x)
     return x
 
-  return lax.platform_dependent(x, cpu=behind_barriers, default=lambda x: x)
+  return lax.platform_dependent(x, cpu=on_cpu, default=lambda x: x)
 
 
 def slope(given: Given, var: jax.Array) -> tuple[jax.Array, jax.Array]:
