@@ -195,22 +195,24 @@ def _around(
   """
   if pivot is not None:
     return _around_pivot(how, elements, count, pivot)
-  return _around_any(how._replace(axis_name=None, axis_index_groups=None), elements, count)
+  how = how._replace(axis_name=None, axis_index_groups=None)
+  return _around_any(how, elements._replace(wide=None), count)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)  # traced once, in eager calls as well
 def _around_any(how: How, elements: Elements, count: jax.Array | None) -> Around:
-  def around_0(elements: Elements, count: jax.Array | None) -> Around:
-    return _around_pivot(how, elements, count, None)
-
-  def around_sample(elements: Elements, count: jax.Array | None) -> Around:
-    pivot = _sample(elements.x, how.axes, elements.valid)
-    return _around_pivot(how, elements, count, pivot)
-
+  around_0 = functools.partial(_around_pivot, how, pivot=None)
+  around_sample = functools.partial(_around_sample, how)
   # On CPUs a branch costs nothing, and subtracting in a sum half as much as the sum.
   by_branch = _around_0_where_near(around_0, around_sample)
   default = around_sample if how.sample_pivot else around_0
   return lax.platform_dependent(elements, count, cpu=by_branch, default=default)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)  # traced once for both platforms
+def _around_sample(how: How, elements: Elements, count: jax.Array | None) -> Around:
+  pivot = _sample(elements.x, how.axes, elements.valid)
+  return _around_pivot(how, elements, count, pivot)
 
 
 def _around_0_where_near(around_0: Any, around_sample: Any) -> Callable[[Elements, Any], Around]:
@@ -218,17 +220,17 @@ def _around_0_where_near(around_0: Any, around_sample: Any) -> Callable[[Element
 
   @jax.custom_batching.custom_vmap
   def chosen(elements: Elements, count: jax.Array | None) -> Around:
-    first = around_0(elements, count)
-    # The mean as the pivot, from now on.
-    first = Around(first.mean, jnp.zeros_like(first.mean), first.var)
-    near = (abs_square(first.pivot) < _NEAR * first.var) & jnp.isfinite(first.var)
-    near |= first.pivot == 0
+    _, mean, var = around_0(elements, count)
+    near = (abs_square(mean) < _NEAR * var) & jnp.isfinite(var) | (mean == 0)
+    # The mean as the pivot, from now on. All in one array: for the CPU, each costs as much as all.
+    first = jnp.stack([mean, jnp.zeros_like(mean), var])
 
-    def elsewhere(first: Around, *args: Any) -> Around:
-      return jax.tree.map(functools.partial(jnp.where, near), first, around_sample(*args))
+    def elsewhere(first: jax.Array, *args: Any) -> jax.Array:
+      return jnp.where(near, first, jnp.stack(around_sample(*args)))
 
     args = (first, elements, count)
-    return lax.cond(jnp.all(near), lambda first, *_: first, elsewhere, *args)
+    pivot, mean, var = lax.cond(jnp.all(near), lambda first, *_: first, elsewhere, *args)
+    return Around(pivot, mean, var.real)
 
   @chosen.def_vmap  # by itself, vmap would run both sides of the branch
   def _(axis_size: int, batched: Any, *args: Any) -> tuple[Around, Any]:
