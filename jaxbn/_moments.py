@@ -33,7 +33,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from jaxbn import _checks
-from jaxbn._rule import accumulation_dtype, nonzero, recomputing, unshared
+from jaxbn._rule import accumulation_dtype, nonzero, once, recomputing, unshared
 
 if TYPE_CHECKING:
   import chex
@@ -170,7 +170,8 @@ def measure(
   """`moments`, and `sync` where there is an axis_name, of arguments that have been checked."""
   x, axes = elements.x, how.axes
   count = _count(x, axes, elements.valid if elements.weight is None else elements.weight)
-  pivot, mean, var = _around(how, elements, None if _known(count) else count, pivot)
+  alone = how._replace(axis_name=None, axis_index_groups=None)
+  pivot, mean, var = _around(alone, elements, None if _known(count) else count, pivot)
   batch = Moments(count, pivot + mean, var)
   if how.axis_name is None:
     return batch
@@ -193,13 +194,13 @@ def _around(
 
   A count of None follows from the shape.
   """
+  elements = elements._replace(wide=None)
   if pivot is not None:
     return _around_pivot(how, elements, count, pivot)
-  how = how._replace(axis_name=None, axis_index_groups=None)
-  return _around_any(how, elements._replace(wide=None), count)
+  return _around_any(how, elements, count)
 
 
-@functools.partial(jax.jit, static_argnums=0, inline=True)  # traced once, in eager calls as well
+@once
 def _around_any(how: How, elements: Elements, count: jax.Array | None) -> Around:
   around_0 = functools.partial(_around_pivot, how, pivot=None)
   around_sample = functools.partial(_around_sample, how)
@@ -267,14 +268,19 @@ def _around_pivot(
 def _around_jvp(how: How, primals: Any, tangents: Any) -> tuple[Around, Around]:
   elements, count, _ = primals
   d_elements, d_count, _ = nonzero(tangents)
+  values = _around(how, *primals)
+  kept = elements._replace(wide=None)
+  d_mean, d_var = _around_tangent(how, kept, count, values, d_elements, d_count)
+  return values, Around(jnp.zeros_like(values.pivot), d_mean, d_var)
 
+
+@once
+def _around_tangent(how: How, *args: Any) -> tuple[jax.Array, jax.Array]:
   @recomputing
   def tangent(elements: Elements, *args: Any) -> Any:
     return d_mean_and_var(how, elements._replace(x=unshared(elements.x, 2)), *args)
 
-  values = _around(how, *primals)
-  d_mean, d_var = tangent(elements._replace(wide=None), count, values, d_elements, d_count)
-  return values, Around(jnp.zeros_like(values.pivot), d_mean, d_var)
+  return tangent(*args)
 
 
 def d_mean_and_var(

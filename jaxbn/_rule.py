@@ -43,6 +43,7 @@ class Form(NamedTuple):
   dtype: Any  # of y
   activation: Elementwise | None = None
   exact: bool = True
+  traced_once: bool = True  # False: the activation holds arrays, or cannot be hashed
 
 
 class Given(NamedTuple):
@@ -62,9 +63,26 @@ class Given(NamedTuple):
   constants: tuple[Any, ...] = ()  # further arguments of the activation
 
 
+def once(function: Callable[..., Any]) -> Callable[..., Any]:
+  """The same function, traced once for all layers alike: where its first argument, which is known
+  when tracing, and the shapes of the others are equal."""
+  jitted = jax.jit(function, static_argnums=0)
+
+  @functools.wraps(function)
+  def call(known: Any, *args: Any) -> Any:
+    return (jitted if getattr(known, "traced_once", True) else function)(known, *args)
+
+  return call
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def apply(form: Form, given: Given, mean: jax.Array, var: jax.Array) -> jax.Array:
   """y = act((x - mean) k + bias + residual), rounded once, at the end."""
+  return _apply(form, given._replace(wide=None), mean, var)
+
+
+@once
+def _apply(form: Form, given: Given, mean: jax.Array, var: jax.Array) -> jax.Array:
   given = given._replace(x=unshared(given.x, 4))
   k, _ = slope(given, var)
   # The subtraction first: folded into the bias it would cancel where the mean is large.
@@ -75,13 +93,17 @@ def apply(form: Form, given: Given, mean: jax.Array, var: jax.Array) -> jax.Arra
 @functools.partial(apply.defjvp, symbolic_zeros=True)
 def _apply_jvp(form: Form, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
   given, mean, var = primals
+  kept = given._replace(wide=None)
+  return apply(form, *primals), _apply_tangent(form, kept, mean, var, *nonzero(tangents))
 
+
+@once
+def _apply_tangent(form: Form, *args: Any) -> jax.Array:
   @recomputing
   def tangent(given: Given, *args: Any) -> jax.Array:
     return d_apply(form, given._replace(x=unshared(given.x, 3)), *args)
 
-  # `wide` is not kept.
-  return apply(form, *primals), tangent(given._replace(wide=None), mean, var, *nonzero(tangents))
+  return tangent(*args)
 
 
 def recomputing(linear: Callable[..., Any]) -> Callable[..., Any]:
