@@ -33,7 +33,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from jaxbn import _checks
-from jaxbn._rule import accumulation_dtype, nonzero, recomputing, unshared
+from jaxbn._rule import accumulation_dtype, nonzero, once, recomputing, unshared
 
 if TYPE_CHECKING:
   import chex
@@ -170,7 +170,8 @@ def measure(
   """`moments`, and `sync` where there is an axis_name, of arguments that have been checked."""
   x, axes = elements.x, how.axes
   count = _count(x, axes, elements.valid if elements.weight is None else elements.weight)
-  pivot, mean, var = _around(how, elements, jnp.asarray(count), pivot)
+  alone = how._replace(axis_name=None, axis_index_groups=None)
+  pivot, mean, var = _around(alone, elements, None if _known(count) else count, pivot)
   batch = Moments(count, pivot + mean, var)
   if how.axis_name is None:
     return batch
@@ -186,44 +187,51 @@ class Around(NamedTuple):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _around(how: How, elements: Elements, count: jax.Array, pivot: jax.Array | None) -> Around:
-  """Around the pivot given, or else one that costs little where this runs."""
+def _around(
+  how: How, elements: Elements, count: jax.Array | None, pivot: jax.Array | None
+) -> Around:
+  """Around the pivot given, or else one that costs little where this runs.
+
+  A count of None follows from the shape.
+  """
+  elements = elements._replace(wide=None)
   if pivot is not None:
     return _around_pivot(how, elements, count, pivot)
-  return _around_any(how._replace(axis_name=None, axis_index_groups=None), elements, count)
+  return _around_any(how, elements, count)
 
 
-@functools.partial(jax.jit, static_argnums=0, inline=True)  # traced once, in eager calls as well
-def _around_any(how: How, elements: Elements, count: jax.Array) -> Around:
-  def around_0(elements: Elements, count: jax.Array) -> Around:
-    return _around_pivot(how, elements, count, None)
-
-  def around_sample(elements: Elements, count: jax.Array) -> Around:
-    pivot = _sample(elements.x, how.axes, elements.valid)
-    return _around_pivot(how, elements, count, pivot)
-
+@once
+def _around_any(how: How, elements: Elements, count: jax.Array | None) -> Around:
+  around_0 = functools.partial(_around_pivot, how, pivot=None)
+  around_sample = functools.partial(_around_sample, how)
   # On CPUs a branch costs nothing, and subtracting in a sum half as much as the sum.
   by_branch = _around_0_where_near(around_0, around_sample)
   default = around_sample if how.sample_pivot else around_0
   return lax.platform_dependent(elements, count, cpu=by_branch, default=default)
 
 
+@functools.partial(jax.jit, static_argnums=0, inline=True)  # traced once for both platforms
+def _around_sample(how: How, elements: Elements, count: jax.Array | None) -> Around:
+  pivot = _sample(elements.x, how.axes, elements.valid)
+  return _around_pivot(how, elements, count, pivot)
+
+
 def _around_0_where_near(around_0: Any, around_sample: Any) -> Callable[[Elements, Any], Around]:
   """Around 0, and in channels whose mean is far from it, if there are any, around the sample."""
 
   @jax.custom_batching.custom_vmap
-  def chosen(elements: Elements, count: jax.Array) -> Around:
-    first = around_0(elements, count)
-    # The mean as the pivot, from now on.
-    first = Around(first.mean, jnp.zeros_like(first.mean), first.var)
-    near = (abs_square(first.pivot) < _NEAR * first.var) & jnp.isfinite(first.var)
-    near |= first.pivot == 0
+  def chosen(elements: Elements, count: jax.Array | None) -> Around:
+    _, mean, var = around_0(elements, count)
+    near = (abs_square(mean) < _NEAR * var) & jnp.isfinite(var) | (mean == 0)
+    # The mean as the pivot, from now on. All in one array: for the CPU, each costs as much as all.
+    first = jnp.stack([mean, jnp.zeros_like(mean), var])
 
-    def elsewhere(first: Around, *args: Any) -> Around:
-      return jax.tree.map(functools.partial(jnp.where, near), first, around_sample(*args))
+    def elsewhere(first: jax.Array, *args: Any) -> jax.Array:
+      return jnp.where(near, first, jnp.stack(around_sample(*args)))
 
     args = (first, elements, count)
-    return lax.cond(jnp.all(near), lambda first, *_: first, elsewhere, *args)
+    pivot, mean, var = lax.cond(jnp.all(near), lambda first, *_: first, elsewhere, *args)
+    return Around(pivot, mean, var.real)
 
   @chosen.def_vmap  # by itself, vmap would run both sides of the branch
   def _(axis_size: int, batched: Any, *args: Any) -> tuple[Around, Any]:
@@ -236,12 +244,13 @@ def _around_0_where_near(around_0: Any, around_sample: Any) -> Callable[[Element
 
 
 def _around_pivot(
-  how: How, elements: Elements, count: jax.Array, pivot: jax.Array | None
+  how: How, elements: Elements, count: jax.Array | None, pivot: jax.Array | None
 ) -> Around:
   """E[d] and E[|d|^2] - |E[d]|^2, or in a second pass E[|d - E[d]|^2]; None: around 0."""
+  n = _divisor_of(how, elements.x, count)
 
   def mean_of(values: jax.Array) -> jax.Array:
-    return _total(values, how.axes, elements) / divisor(count, values.real.dtype)
+    return _total(values, how.axes, elements) / n
 
   p = None if pivot is None else how.axes.expand(pivot)
   mean = mean_of(_from_pivot(elements, p))
@@ -259,22 +268,28 @@ def _around_pivot(
 def _around_jvp(how: How, primals: Any, tangents: Any) -> tuple[Around, Around]:
   elements, count, _ = primals
   d_elements, d_count, _ = nonzero(tangents)
+  values = _around(how, *primals)
+  kept = elements._replace(wide=None)
+  d_mean, d_var = _around_tangent(how, kept, count, values, d_elements, d_count)
+  return values, Around(jnp.zeros_like(values.pivot), d_mean, d_var)
 
+
+@once
+def _around_tangent(how: How, *args: Any) -> tuple[jax.Array, jax.Array]:
   @recomputing
   def tangent(elements: Elements, *args: Any) -> Any:
     return d_mean_and_var(how, elements._replace(x=unshared(elements.x, 2)), *args)
 
-  values = _around(how, *primals)
-  d_mean, d_var = tangent(elements._replace(wide=None), count, values, d_elements, d_count)
-  return values, Around(jnp.zeros_like(values.pivot), d_mean, d_var)
+  return tangent(*args)
 
 
 def d_mean_and_var(
-  how: How, elements: Elements, count: jax.Array, values: Any, d: Elements, d_count: Any
+  how: How, elements: Elements, count: Any, values: Any, d: Elements, d_count: Any
 ) -> tuple[jax.Array, jax.Array]:
   """The tangents: dmean = E[dx], dvar = 2 E[(x - mean) dx], and what weights add.
 
-  `values` are pivot, mean and var as in `Around`; pivot None is 0.
+  `values` are pivot, mean and var as in `Around`; pivot None is 0. A count of None follows from the
+  shape.
   """
   pivot, mean, var = values
   total = functools.partial(_total, axes=how.axes)
@@ -295,7 +310,7 @@ def d_mean_and_var(
     d_var = d_var + total(d.weight * abs_square(centered), elements=unweighted)
   if d_count is not None:
     d_var = d_var - var * d_count  # that of the mean is in d.weight * centered
-  n = divisor(count, var.dtype)
+  n = _divisor_of(how, elements.x, count)
   return d_mean / n, d_var / n
 
 
@@ -421,12 +436,12 @@ def sync(
   pivot = _constant_pivot(pivot, moments.mean.dtype)
 
   # The mean of a device without elements is a placeholder: it lies at no distance.
-  d = jnp.where(jnp.asarray(moments.count) > 0, moments.mean - pivot, 0)
+  d = where(occupied(moments.count), moments.mean - pivot, 0)
   values = [d, moments.var + abs_square(d)]
   count, n, (first, second) = _sum_over_axis(moments.count, values, axis_name, groups)
   mean_d = first / n
   var = _variance(second / n, mean_d)
-  return Moments(count, jnp.where(jnp.asarray(count) > 0, pivot + mean_d, 0), var)
+  return Moments(count, where(occupied(count), pivot + mean_d, 0), var)
 
 
 def abs_square(x: jax.Array) -> jax.Array:
@@ -486,10 +501,30 @@ def zero_unless(valid: jax.Array | None, x: jax.Array) -> jax.Array:
   return x if valid is None else jnp.where(valid, x, 0)
 
 
-def divisor(count: chex.Numeric, dtype: Any) -> jax.Array:
+def divisor(count: chex.Numeric, dtype: Any) -> chex.Numeric:
   """The count to divide by: 1 where there is nothing to divide."""
+  if _known(count):
+    return np.where(np.asarray(count) > 0, count, 1).astype(dtype)
   count = jnp.asarray(count, dtype)
   return jnp.where(count > 0, count, 1)
+
+
+def occupied(count: chex.Numeric) -> Any:
+  """Whether a channel has elements; True itself where all are known to have."""
+  if _known(count) and np.all(np.asarray(count) > 0):
+    return True
+  return jnp.asarray(count) > 0
+
+
+def where(condition: Any, value: jax.Array, otherwise: chex.Numeric) -> jax.Array:
+  """jnp.where, and no operation at all where the condition is True itself."""
+  return value if condition is True else jnp.where(condition, value, otherwise)
+
+
+def _divisor_of(how: How, x: jax.Array, count: chex.Numeric | None) -> chex.Numeric:
+  """The count of x's elements to divide by; one of None follows from the shape."""
+  real = accumulation_dtype(jnp.finfo(x.dtype).dtype)
+  return divisor(_size(x, how.axes) if count is None else count, real)
 
 
 def _sample(x: jax.Array, axes: _checks.Axes, valid: jax.Array | None) -> jax.Array:
@@ -553,15 +588,20 @@ def _first_valid(x: jax.Array, axes: _checks.Axes, valid: jax.Array) -> jax.Arra
 
 def _count(x: jax.Array, axes: _checks.Axes, counted: jax.Array | None) -> chex.Numeric:
   """The number of valid elements (or the sum of weights) per channel, of the smallest shape."""
-  whole = math.prod(x.shape[a] for a in axes.reduced)
   if counted is None:
-    return np.int32(whole) if whole <= _INT32_MAX else np.float32(whole)
+    return _size(x, axes)
+  whole = math.prod(x.shape[a] for a in axes.reduced)
   # Counting the mask as it is, not broadcast, is exact and costs little.
   repeats = whole // math.prod(counted.shape[a] for a in axes.reduced)
   integer = counted.dtype == jnp.bool_ and whole <= _INT32_MAX
   dtype = jnp.int32 if integer else accumulation_dtype(x.real.dtype)
   count = jnp.sum(counted, axes.reduced, dtype=dtype) * jnp.asarray(repeats, dtype)
   return count.reshape(()) if count.size == 1 else count
+
+
+def _size(x: jax.Array, axes: _checks.Axes) -> chex.Numeric:
+  whole = math.prod(x.shape[a] for a in axes.reduced)
+  return np.int32(whole) if whole <= _INT32_MAX else np.float32(whole)
 
 
 def _known(count: chex.Numeric) -> bool:

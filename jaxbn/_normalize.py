@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -135,12 +135,14 @@ def arrange(
     None if residual is None else _checks.same_shape("residual", residual, x),
     jnp.asarray(epsilon, jnp.promote_types(x.real.dtype, jnp.float32)),
   )
-  if _checks.elementwise("activation", activation, given.wide):
+  holds_arrays = _checks.elementwise("activation", activation, given.wide)
+  alike = not holds_arrays and isinstance(activation, Hashable)
+  if holds_arrays:
     # A custom rule must be given what it is differentiated by: parameters of the activation, too.
     hoisted, constants = jax.closure_convert(activation, given.wide)
     if constants:
       activation, given = hoisted, given._replace(constants=tuple(constants))
-  return Form(axes, dtype, activation), given
+  return Form(axes, dtype, activation, traced_once=alike), given
 
 
 def require_mask(masked_value: float | None, valid: jax.Array | None) -> None:

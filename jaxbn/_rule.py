@@ -43,6 +43,7 @@ class Form(NamedTuple):
   dtype: Any  # of y
   activation: Elementwise | None = None
   exact: bool = True
+  traced_once: bool = True  # False: the activation holds arrays, or cannot be hashed
 
 
 class Given(NamedTuple):
@@ -62,9 +63,26 @@ class Given(NamedTuple):
   constants: tuple[Any, ...] = ()  # further arguments of the activation
 
 
+def once(function: Callable[..., Any]) -> Callable[..., Any]:
+  """The same function, traced once for all layers alike: where its first argument, which is known
+  when tracing, and the shapes of the others are equal."""
+  jitted = jax.jit(function, static_argnums=0)
+
+  @functools.wraps(function)
+  def call(known: Any, *args: Any) -> Any:
+    return (jitted if getattr(known, "traced_once", True) else function)(known, *args)
+
+  return call
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def apply(form: Form, given: Given, mean: jax.Array, var: jax.Array) -> jax.Array:
   """y = act((x - mean) k + bias + residual), rounded once, at the end."""
+  return _apply(form, given._replace(wide=None), mean, var)
+
+
+@once
+def _apply(form: Form, given: Given, mean: jax.Array, var: jax.Array) -> jax.Array:
   given = given._replace(x=unshared(given.x, 4))
   k, _ = slope(given, var)
   # The subtraction first: folded into the bias it would cancel where the mean is large.
@@ -75,13 +93,17 @@ def apply(form: Form, given: Given, mean: jax.Array, var: jax.Array) -> jax.Arra
 @functools.partial(apply.defjvp, symbolic_zeros=True)
 def _apply_jvp(form: Form, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
   given, mean, var = primals
+  kept = given._replace(wide=None)
+  return apply(form, *primals), _apply_tangent(form, kept, mean, var, *nonzero(tangents))
 
+
+@once
+def _apply_tangent(form: Form, *args: Any) -> jax.Array:
   @recomputing
   def tangent(given: Given, *args: Any) -> jax.Array:
     return d_apply(form, given._replace(x=unshared(given.x, 3)), *args)
 
-  # `wide` is not kept.
-  return apply(form, *primals), tangent(given._replace(wide=None), mean, var, *nonzero(tangents))
+  return tangent(*args)
 
 
 def recomputing(linear: Callable[..., Any]) -> Callable[..., Any]:
@@ -99,21 +121,25 @@ def nonzero(tangents: Any) -> Any:
   return jax.tree.map(lambda t: None if is_zero(t) else t, tangents, is_leaf=is_zero)
 
 
-@functools.partial(jax.jit, static_argnums=1, inline=True)
 def unshared(x: jax.Array, copy: int) -> jax.Array:
   """x, of which XLA for CPUs does not see that it is the same as another copy.
 
-  It would convert bfloat16 x to float32 once, and store that for all who need it. On
-  accelerators, which convert as they read, a barrier would only be in the way. The copies are: 0, x
-  as it is, the sum's; 1 that of the squares; 2 of the moments' tangents; 3 of y's; 4 y's own.
+  It would convert bfloat16 x to float32 once, and store that for all who need it. (What needs no
+  conversion is as well shared.) On accelerators, which convert as they read, a barrier would only
+  be in the way. The copies are: 0, x as it is, the sum's; 1 that of the squares; 2 of the moments'
+  tangents; 3 of y's; 4 y's own.
   """
+  return x if accumulation_dtype(x.dtype) == x.dtype else _behind_barriers(x, copy)
 
-  def behind_barriers(x: jax.Array) -> jax.Array:
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _behind_barriers(x: jax.Array, copy: int) -> jax.Array:
+  def on_cpu(x: jax.Array) -> jax.Array:
     for _ in range(copy):  # the same barrier twice would be merged
       x = lax.optimization_barrier(x)
     return x
 
-  return lax.platform_dependent(x, cpu=behind_barriers, default=lambda x: x)
+  return lax.platform_dependent(x, cpu=on_cpu, default=lambda x: x)
 
 
 def slope(given: Given, var: jax.Array) -> tuple[jax.Array, jax.Array]:

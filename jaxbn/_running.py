@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn import _checks
-from jaxbn._moments import Moments, require_moments
+from jaxbn._moments import Moments, occupied, require_moments, where
 
 if TYPE_CHECKING:
   import chex
@@ -113,7 +113,7 @@ def update(
   count = None if state.count is None else jnp.asarray(state.count) + 1
   keep, gain = _shares(count, momentum, debias, moments.var.dtype)
   mean, var = moments.mean, unbiased_variance(moments) if unbiased else moments.var
-  usable = jnp.asarray(moments.count) > 0
+  usable = occupied(moments.count)
   if skip_nonfinite:
     usable = usable & jnp.isfinite(mean) & jnp.isfinite(var)
 
@@ -121,10 +121,10 @@ def update(
     # Selected twice: an unusable value must reach neither the result nor a gradient.
     # And in the wider of the two precisions: in bfloat16 0.99 is 0.988.
     wide = old.astype(jnp.promote_types(old.dtype, batch.dtype))
-    new = keep * wide + gain * jnp.where(usable, batch, 0)
-    return jnp.where(usable, new.astype(_state_dtype(old.dtype, new.dtype)), old)
+    new = keep * wide + gain * where(usable, batch, 0)
+    return where(usable, new.astype(_state_dtype(old.dtype, new.dtype)), old)
 
-  new_count = None if count is None else jnp.where(usable, count, count - 1)
+  new_count = None if count is None else where(usable, count, count - 1)
   return RunningStats(blend(state.mean, mean), blend(state.var, var), new_count)
 
 

@@ -119,7 +119,8 @@ def by_group(
     axes = _split_axes(groups, form.axes)
     position = axes.features.index(groups.axis)
   sharding = jax.typeof(given.x).sharding
-  within = form._replace(axes=axes, activation=_as_given(form.activation, given))
+  activation = _as_given(form.activation, given)  # a new one, which no other layer has
+  within = form._replace(axes=axes, activation=activation, traced_once=activation is None)
   axis_name, members = groups.sharing
   how = how._replace(axes=axes, axis_name=axis_name, axis_index_groups=members)
 

@@ -436,3 +436,11 @@ def test_a_state_of_other_channels_is_refused(shape):
 def test_a_batch_that_is_not_moments_is_refused():
   with pytest.raises(TypeError, match=r"a tuple was given; jaxbn\.Moments are needed"):
     jaxbn.update(jaxbn.init(3), (8, jnp.zeros(3), jnp.ones(3)))
+
+
+def test_a_count_that_is_known_needs_no_selection():
+  # Every layer has one, and all that is traced is lowered and compiled.
+  def update(state, mean, var):
+    return jaxbn.update(state, jaxbn.Moments(np.int32(8), mean, var))
+
+  assert "select_n" not in str(jax.make_jaxpr(update)(jaxbn.init(3), jnp.ones(3), jnp.ones(3)))
