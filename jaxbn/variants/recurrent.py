@@ -434,7 +434,7 @@ def gru_hidden(h: jax.Array, from_hidden: jax.Array, from_input: jax.Array) -> j
 
 
 class Options(NamedTuple):
-  """What is known of the normalization when tracing."""
+  """How it is normalized; `tracking` goes to `update`."""
 
   use_running_average: bool
   epsilon: float
@@ -548,6 +548,7 @@ def _with_row(tree: Tree, t: jax.Array, row: Tree) -> Tree:
 
 
 def lengths(seq_lengths: chex.Array | None, batch: tuple[int, ...]) -> jax.Array | None:
+  """Refuses what is not one integer for each example."""
   if seq_lengths is None:
     return None
   seq_lengths = jnp.asarray(seq_lengths)
@@ -584,6 +585,7 @@ def _check(params: _Params, stats: _Stats, carry: _Carry, x: jax.Array) -> None:
 
 
 def require_shape(name: str, value: Any, shape: tuple[int, ...]) -> None:
+  """Refuses another shape."""
   if jnp.shape(value) != shape:
     raise ValueError(
       f"{name} has shape {jnp.shape(value)}, but with this carry and x it must be {shape}."

@@ -242,6 +242,22 @@ def test_devices_with_different_lengths_count_every_step_that_exists(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_examples_may_be_a_named_axis_of_vmap(kind):
+  params, stats, x = parameters(kind), statistics(kind), data()[0]
+  options = {"use_running_average": False, "momentum": 0.9}
+
+  def example(x):
+    carry = CARRY[kind]((), UNITS, dtype=x.dtype)
+    return STEP[kind](params, stats, carry, x, axis_name="examples", **options)[1:]
+
+  y, after = jax.vmap(example, axis_name="examples")(x)
+  carry = CARRY[kind](BATCH, UNITS, dtype=x.dtype)
+  expected, expected_after = STEP[kind](params, stats, carry, x, **options)[1:]
+  np.testing.assert_allclose(y, expected, **CLOSE)
+  chex.assert_trees_all_close(jax.tree.map(lambda a: a[3], after), expected_after, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_step_shares_by_few_reductions(kind):
   params, stats, x = parameters(kind), statistics(kind), data()[0]
 
