@@ -271,6 +271,10 @@ def lstm_step(
   not given otherwise: its product then has variance 0, and counts for nothing. Where inputs too are
   constant, the paper starts h with some noise, for 1/sqrt(epsilon) multiplies its gradient.
 
+  What is wrong in the running statistics of one step adds to the next's: to evaluate while the
+  parameters still change fast, average them anew, over batches with momentum=None, as the paper
+  does in the end.
+
   Works under every transformation. But around a `lax.scan` of it, JAX cannot take a grad of grad or
   a hessian of the moments: unroll the loop for these, or take jvp of grad.
 
@@ -289,8 +293,7 @@ def lstm_step(
     axis_name: the axis of pmap, shard_map or vmap whose members share statistics, by two
       all-reduces in a step: of the gates' products, and of the cell.
     axis_index_groups: as in `sync`.
-    debias: as in `update`; early in training it matters here, where the many small scales let
-      wrong statistics do harm in every step.
+    debias: as in `update`.
     unbiased: as in `update`.
     skip_nonfinite: as in `update`.
 
@@ -381,7 +384,7 @@ def gru_step(
     epsilon: added to the variances.
     axis_name: as in `lstm_step`; here one all-reduce in a step.
     axis_index_groups: as in `sync`.
-    debias: as in `lstm_step`.
+    debias: as in `update`.
     unbiased: as in `update`.
     skip_nonfinite: as in `update`.
 
