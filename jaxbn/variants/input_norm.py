@@ -59,8 +59,8 @@ def sequence_norm(
       sequence-wise   mean_k = sum_{b,t} x_{btk} / N,       N all frames of all sequences
       frame-wise      mean_tk = sum_b x_{btk} / N_t,        N_t those of step t
 
-  and the variances likewise (Laurent et al. 2015, section 3; the first is also that of Amodei et
-  al. 2015, section 3.2). It is meant for what comes from the input, W_x x, before the recurrence.
+  and the variances likewise (Laurent et al. 2015; the first is also that of Amodei et al. 2015,
+  section 3.2). It is meant for what comes from the input, W_x x, before the recurrence.
 
   Args:
     x: (batch, time, features).

@@ -271,6 +271,10 @@ def lstm_step(
   not given otherwise: its product then has variance 0, and counts for nothing. Where inputs too are
   constant, the paper starts h with some noise, for 1/sqrt(epsilon) multiplies its gradient.
 
+  What is wrong in the running statistics of one step adds to the next's: to evaluate while the
+  parameters still change fast, average them anew, over batches with momentum=None, as the paper
+  does in the end.
+
   Works under every transformation. But around a `lax.scan` of it, JAX cannot take a grad of grad or
   a hessian of the moments: unroll the loop for these, or take jvp of grad.
 
@@ -289,8 +293,7 @@ def lstm_step(
     axis_name: the axis of pmap, shard_map or vmap whose members share statistics, by two
       all-reduces in a step: of the gates' products, and of the cell.
     axis_index_groups: as in `sync`.
-    debias: as in `update`; early in training it matters here, where the many small scales let
-      wrong statistics do harm in every step.
+    debias: as in `update`.
     unbiased: as in `update`.
     skip_nonfinite: as in `update`.
 
@@ -381,7 +384,7 @@ def gru_step(
     epsilon: added to the variances.
     axis_name: as in `lstm_step`; here one all-reduce in a step.
     axis_index_groups: as in `sync`.
-    debias: as in `lstm_step`.
+    debias: as in `update`.
     unbiased: as in `update`.
     skip_nonfinite: as in `update`.
 
@@ -434,7 +437,7 @@ def gru_hidden(h: jax.Array, from_hidden: jax.Array, from_input: jax.Array) -> j
 
 
 class Options(NamedTuple):
-  """What is known of the normalization when tracing."""
+  """How it is normalized; `tracking` goes to `update`."""
 
   use_running_average: bool
   epsilon: float
@@ -548,6 +551,7 @@ def _with_row(tree: Tree, t: jax.Array, row: Tree) -> Tree:
 
 
 def lengths(seq_lengths: chex.Array | None, batch: tuple[int, ...]) -> jax.Array | None:
+  """Refuses what is not one integer for each example."""
   if seq_lengths is None:
     return None
   seq_lengths = jnp.asarray(seq_lengths)
@@ -584,6 +588,7 @@ def _check(params: _Params, stats: _Stats, carry: _Carry, x: jax.Array) -> None:
 
 
 def require_shape(name: str, value: Any, shape: tuple[int, ...]) -> None:
+  """Refuses another shape."""
   if jnp.shape(value) != shape:
     raise ValueError(
       f"{name} has shape {jnp.shape(value)}, but with this carry and x it must be {shape}."

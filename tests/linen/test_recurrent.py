@@ -1,5 +1,7 @@
 """The recurrent layers for Linen: under nn.RNN they are the functions, scanned."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,8 @@ import jaxbn
 import jaxbn.linen
 from jaxbn.variants import input_norm, recurrent
 
-BATCH, TIME, FEATURES, UNITS = 8, 5, 3, 4
-LENGTHS = np.array([5, 4, 3, 5, 2, 1, 5, 5])
+BATCH, TIME, FEATURES, UNITS = 8, 4, 3, 4
+LENGTHS = np.array([4, 3, 2, 4, 2, 1, 4, 4])
 CELLS = {
   "lstm": (jaxbn.linen.LSTMCell, recurrent.LSTMParams, recurrent.lstm_stats, recurrent.lstm_step),
   "gru": (jaxbn.linen.GRUCell, recurrent.GRUParams, recurrent.gru_stats, recurrent.gru_step),
@@ -30,6 +32,7 @@ def rnn(kind, evaluating=False, **options):
   return nn.RNN(cell, variable_carry="batch_stats")
 
 
+@functools.partial(jax.jit, static_argnames=("kind", "evaluating"))
 def functional(kind, variables, x, lengths=None, evaluating=False):
   """The same by the functions, of x (batch, time, features)."""
   _, params, _, step = CELLS[kind]
@@ -37,13 +40,17 @@ def functional(kind, variables, x, lengths=None, evaluating=False):
   stats = recurrent.LSTMStats if kind == "lstm" else recurrent.GRUStats
   tree = variables["batch_stats"]["cell"]
   stats = stats(**{name: jaxbn.RunningStats(**rows) for name, rows in tree.items()})
-  carry, ys = CARRIES[kind](len(x), UNITS, lengths), []
-  for t in range(x.shape[1]):
+
+  def one(state, x):
+    carry, stats = state
     options = {"use_running_average": evaluating, "momentum": 0.9}
-    carry, y, stats = step(params, stats, carry, x[:, t], **options)
-    ys.append(y)
+    carry, y, stats = step(params, stats, carry, x, **options)
+    return (carry, stats), y
+
+  start = CARRIES[kind](len(x), UNITS, lengths), stats
+  (_, stats), ys = jax.lax.scan(one, start, jnp.swapaxes(x, 0, 1))
   leaves = {name: {"mean": s.mean, "var": s.var} for name, s in stats._asdict().items()}
-  return jnp.stack(ys, 1), {"batch_stats": {"cell": leaves}}
+  return jnp.swapaxes(ys, 0, 1), {"batch_stats": {"cell": leaves}}
 
 
 def assert_close(a, b):
@@ -52,27 +59,28 @@ def assert_close(a, b):
 
 
 def flip(x, lengths=LENGTHS):
-  return jnp.stack([jnp.concatenate([a[:n][::-1], a[n:]]) for a, n in zip(x, lengths, strict=True)])
+  steps = np.arange(TIME)
+  order = np.where(steps < lengths[:, None], lengths[:, None] - 1 - steps, steps)
+  return jnp.take_along_axis(x, order[..., None], 1)
 
 
 @pytest.mark.parametrize("kind", CELLS)
 def test_under_rnn_it_is_the_function_scanned(kind):
   x, model = data(), rnn(kind)
-  variables = model.init(jax.random.key(1), x)
+  variables = jax.jit(model.init)(jax.random.key(1), x)
   y, updates = jax.jit(lambda x: model.apply(variables, x, mutable=["batch_stats"]))(x)
   expected, after = functional(kind, variables, x)
   assert_close(y, expected)
   assert_close(updates, after)
   variables = variables | updates
-  y = rnn(kind, evaluating=True).apply(variables, x)
+  y = jax.jit(rnn(kind, evaluating=True).apply)(variables, x)
   assert_close(y, functional(kind, variables, x, evaluating=True)[0])
 
 
-@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize(("kind", "reverse"), [("lstm", True), ("gru", False)])
 def test_padding_enters_nothing_where_the_carry_knows_the_lengths(kind, reverse):
   x, model = data(), rnn(kind)
-  variables = model.init(jax.random.key(1), x)
+  variables = jax.jit(model.init)(jax.random.key(1), x)
   there = (np.arange(TIME) < LENGTHS[:, None])[..., None]
   carry = model.cell.initialize_carry(jax.random.key(0), (BATCH, FEATURES), LENGTHS)
 
@@ -98,19 +106,18 @@ def test_padding_enters_nothing_where_the_carry_knows_the_lengths(kind, reverse)
 
   gradient = jax.jit(jax.grad(loss, has_aux=True))
   grads, (last, y, updates) = gradient(variables["params"], jnp.where(there, x, jnp.nan))
-  expected, (expected_last, expected_y, after) = jax.grad(expected_loss, has_aux=True)(
-    variables["params"], x
-  )
+  expected_gradient = jax.jit(jax.grad(expected_loss, has_aux=True))
+  expected, (expected_last, expected_y, after) = expected_gradient(variables["params"], x)
   assert_close(last.h, expected_last)
   assert_close(jnp.where(there, y, 0), jnp.where(there, expected_y, 0))
   assert_close(updates, after)
   assert_close(grads, expected)
 
 
-@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize("kind", ["gru"])
 def test_devices_share_their_statistics(kind):
   x, model = data(), rnn(kind, axis_name="b")
-  variables = model.init(jax.random.key(1), x)  # needs no bound axis
+  variables = jax.jit(model.init)(jax.random.key(1), x)  # needs no bound axis
   run = jax.pmap(lambda x: model.apply(variables, x, mutable=["batch_stats"]), axis_name="b")
   y, updates = run(x.reshape(2, BATCH // 2, TIME, FEATURES))
   expected, after = functional(kind, variables, x)
@@ -119,7 +126,7 @@ def test_devices_share_their_statistics(kind):
 
 
 def test_initialization_changes_no_statistics_and_forget_gates_start_at_one():
-  variables = rnn("lstm").init(jax.random.key(1), data())
+  variables = jax.jit(rnn("lstm").init)(jax.random.key(1), data())
   for rows in variables["batch_stats"]["cell"].values():
     np.testing.assert_array_equal(rows["mean"], 0)
     np.testing.assert_array_equal(rows["var"], 1)
@@ -130,8 +137,8 @@ def test_initialization_changes_no_statistics_and_forget_gates_start_at_one():
 
 def test_count_is_a_leaf_where_it_is_needed():
   x, model = data(), rnn("gru", debias=True)
-  variables = model.init(jax.random.key(1), x)
-  _, updates = model.apply(variables, x, mutable=["batch_stats"])
+  variables = jax.jit(model.init)(jax.random.key(1), x)
+  _, updates = jax.jit(lambda x: model.apply(variables, x, mutable=["batch_stats"]))(x)
   np.testing.assert_array_equal(updates["batch_stats"]["cell"]["hidden"]["count"], 1)
 
 
@@ -145,8 +152,9 @@ def test_errors():
     model.init(jax.random.key(0), x)
 
 
-@pytest.mark.parametrize("max_length", [None, TIME], ids=["sequence-wise", "frame-wise"])
-@pytest.mark.parametrize("kind", ["simple", "lstm", "gru"])
+@pytest.mark.parametrize(
+  ("kind", "max_length"), [("simple", None), ("lstm", TIME)], ids=["sequence-wise", "frame-wise"]
+)
 def test_input_norm_rnn_is_the_function(kind, max_length):
   x = data()
   layer = jaxbn.linen.InputNormRNN(UNITS, kind, max_length=max_length, momentum=0.9)

@@ -33,8 +33,7 @@ def variables(model):
   return {"params": {"cell": params}, "batch_stats": {"cell": state}}
 
 
-@pytest.mark.parametrize("axes", AXES)
-@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize(("kind", "axes"), [("lstm", "everything"), ("gru", "statistics")])
 def test_under_rnn_it_is_the_function_scanned(kind, axes):
   x, model = data(), rnn(kind, axes)
   before = variables(model)
@@ -47,7 +46,7 @@ def test_under_rnn_it_is_the_function_scanned(kind, axes):
   linen.assert_close(model(x), expected)
 
 
-@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize("kind", ["gru"])
 def test_padding_enters_nothing_where_the_carry_knows_the_lengths(kind):
   x, model = data(), rnn(kind, "statistics")
   before = variables(model)
@@ -71,7 +70,8 @@ def test_padding_enters_nothing_where_the_carry_knows_the_lengths(kind):
 
   gradient = nnx.jit(nnx.grad(loss, has_aux=True))
   grads, last = gradient(model, jnp.where(there, x, jnp.nan))
-  expected, (expected_last, after) = jax.grad(expected_loss, has_aux=True)(before["params"], x)
+  expected_gradient = jax.jit(jax.grad(expected_loss, has_aux=True))
+  expected, (expected_last, after) = expected_gradient(before["params"], x)
   linen.assert_close(last.h, expected_last)
   linen.assert_close(variables(model)["batch_stats"], after["batch_stats"])
   linen.assert_close(nnx.to_pure_dict(grads)["cell"], expected["cell"])
