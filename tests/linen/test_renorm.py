@@ -141,7 +141,6 @@ def test_masks_and_networks():
     ({"keep": "output"}, ValueError, "keep='output' with choose"),
     ({"use_running_average": 1}, TypeError, "use_running_average=1: a Python bool"),
   ],
-  ids=str,
 )
 def test_what_is_wrong_is_refused(options, error, match):
   with pytest.raises(error, match=match):

@@ -81,7 +81,6 @@ def test_training_in_nnx_jit_traces_once():
     ({}, {"use_running_average": 1}, TypeError, "use_running_average=1: a Python bool"),
     ({"use_running_average": None}, {}, ValueError, "neither to the constructor nor to the call"),
   ],
-  ids=str,
 )
 def test_what_is_wrong_is_refused(options, call, error, match):
   layer = make(**options)

@@ -244,7 +244,6 @@ def test_one_all_reduce():
     ({"momentun": 0.9}, TypeError, "momentun"),
     ({"choose": lambda b, s: None}, TypeError, "choose"),
   ],
-  ids=str,
 )
 def test_what_is_wrong_is_refused(options, error, match):
   with pytest.raises(error, match=match):
