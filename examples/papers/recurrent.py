@@ -360,7 +360,7 @@ def page(found: dict[str, Any], costs: dict[str, Any] | None) -> str:
     "In the paper, with 784 steps of MNIST, 100 units and far longer training, the plain LSTM and "
     "the normalized one come to "
     + ", and ".join(f"{a} and {b} ({task})" for task, (a, b) in PAPER.items())
-    + ", the latter sooner.",
+    + "; the normalized one learns sooner in both.",
     f"Run on {found['date']}, with "
     + ", ".join(f"{name} {found['versions'][name]}" for name in ("jax", "flax", "numpy"))
     + f"; {found['machine']['cpu']}, {found['machine']['cores']} cores.",
@@ -372,7 +372,8 @@ def page(found: dict[str, Any], costs: dict[str, Any] | None) -> str:
       f"Microseconds per step of {size['units']} units on the CPU ({costs['machine']['cpu']}, "
       f"{costs['machine']['cores']} cores), for batches of {size['batch']} and {size['steps']} "
       "steps: the cells of jaxbn.linen and Flax's plain ones (OptimizedLSTMCell, GRUCell) under "
-      f"`nn.RNN`, in turns, the least of at least {size['samples']} times each "
+      "`nn.RNN`, in turns, the least of at least "
+      f"{min(row['samples'] for row in costs['rows'])} times each "
       f"(`{costs['command']}`). The goal is at most {cost.GOAL} times; the most here is "
       f"{max(row['ratio_min'] for row in costs['rows']):.2f}.",
       cost.markdown(costs["rows"]),
