@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -202,10 +202,10 @@ def _around(
 
 @once
 def _around_any(how: How, elements: Elements, count: jax.Array | None) -> Around:
-  around_0 = functools.partial(_around_pivot, how, pivot=None)
   around_sample = functools.partial(_around_sample, how)
+  around_0 = functools.partial(_around_pivot, how, pivot=None)
   # On CPUs a branch costs nothing, and subtracting in a sum half as much as the sum.
-  by_branch = _around_0_where_near(around_0, around_sample)
+  by_branch = functools.partial(_around_0_where_near, how)
   default = around_sample if how.sample_pivot else around_0
   return lax.platform_dependent(elements, count, cpu=by_branch, default=default)
 
@@ -216,31 +216,30 @@ def _around_sample(how: How, elements: Elements, count: jax.Array | None) -> Aro
   return _around_pivot(how, elements, count, pivot)
 
 
-def _around_0_where_near(around_0: Any, around_sample: Any) -> Callable[[Elements, Any], Around]:
+def _around_0_where_near(how: How, elements: Elements, count: jax.Array | None) -> Around:
   """Around 0, and in channels whose mean is far from it, if there are any, around the sample."""
+  _, mean, var = _around_pivot(how, elements, count, None)
+  near = (abs_square(mean) < _NEAR * var) & jnp.isfinite(var) | (mean == 0)
+  # The mean as the pivot, from now on. All in one array: for the CPU, each costs as much as all.
+  first = jnp.stack([mean, jnp.zeros_like(mean), var])
 
-  @jax.custom_batching.custom_vmap
-  def chosen(elements: Elements, count: jax.Array | None) -> Around:
-    _, mean, var = around_0(elements, count)
-    near = (abs_square(mean) < _NEAR * var) & jnp.isfinite(var) | (mean == 0)
-    # The mean as the pivot, from now on. All in one array: for the CPU, each costs as much as all.
-    first = jnp.stack([mean, jnp.zeros_like(mean), var])
+  def elsewhere(first: jax.Array, *args: Any) -> jax.Array:
+    return jnp.where(near, first, jnp.stack(_around_sample(how, *args)))
 
-    def elsewhere(first: jax.Array, *args: Any) -> jax.Array:
-      return jnp.where(near, first, jnp.stack(around_sample(*args)))
+  args = (first, elements, count)
+  pivot, mean, var = lax.cond(_all(near), lambda first, *_: first, elsewhere, *args)
+  return Around(pivot, mean, var.real)
 
-    args = (first, elements, count)
-    pivot, mean, var = lax.cond(jnp.all(near), lambda first, *_: first, elsewhere, *args)
-    return Around(pivot, mean, var.real)
 
-  @chosen.def_vmap  # by itself, vmap would run both sides of the branch
-  def _(axis_size: int, batched: Any, *args: Any) -> tuple[Around, Any]:
-    in_axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, batched)
-    batch = functools.partial(jax.vmap, in_axes=in_axes, axis_size=axis_size)
-    result = _around_0_where_near(batch(around_0), batch(around_sample))(*args)
-    return result, jax.tree.map(lambda _: True, result)
+@jax.custom_batching.custom_vmap
+def _all(conditions: jax.Array) -> jax.Array:
+  """Whether all hold; under vmap for the whole batch, so that a branch on it stays a branch."""
+  return jnp.all(conditions)
 
-  return chosen
+
+@_all.def_vmap
+def _(axis_size: int, batched: Any, conditions: jax.Array) -> tuple[jax.Array, bool]:
+  return _all(conditions), False
 
 
 def _around_pivot(

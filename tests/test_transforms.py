@@ -273,6 +273,23 @@ def test_second_derivatives(transform, kind, mode):
   assert_close(tuple(actual), expected, rtol=1e-7)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_derivatives_of_a_scan_over_layers(kind):
+  # JAX inlines a custom rule when it differentiates a scan the first time.
+  *primals, state = arguments(kind)
+  f = layer(kind, "training")
+
+  def loss(x, scale, bias, unroll):
+    layers = jnp.stack([scale, scale + 1]), jnp.stack([bias, bias - 1])
+    step = lambda x, p: (f(x, *p, state)[0], None)  # noqa: E731
+    return jnp.sum(COTANGENT * jnp.sin(jax.lax.scan(step, x, layers, unroll=unroll)[0]))
+
+  def twice(unroll):
+    return jax.jit(lambda *p: of_grad_of_grad(lambda *q: loss(*q, unroll), p))(*primals)
+
+  assert_close(twice(1), twice(2))
+
+
 # Devices, against the formula as it is written in textbooks, which JAX differentiates.
 
 DEVICES = 2

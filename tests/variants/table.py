@@ -100,6 +100,11 @@ TRANSFORMS = {
   "grad of grad": lambda f, args: jax.grad(directional(f, args), numbers(args))(*args),
   "jvp of grad": lambda f, args: jax.jvp(jax.grad(loss(f), numbers(args)), args, along(args)),
   "hessian": hessian,
+  # JAX inlines a custom rule when it differentiates a scan the first time.
+  "grad of grad of scan": lambda f, args: jax.grad(
+    directional(lambda *b: scan(f, b), args), numbers(args)
+  )(*args),
+  "hessian of scan": lambda f, args: hessian(lambda *b: scan(f, b), args),
 }
 
 
