@@ -1159,3 +1159,23 @@ def test_sync_refuses_a_pivot_of_another_shape(shape):
 def test_complex_weights_are_refused_in_a_list_too():
   with pytest.raises(TypeError, match="weights have dtype complex64"):
     jaxbn.moments(jnp.ones((2, 1)), weights=[[1j], [2j]])
+
+
+def test_under_vmap_the_branch_for_far_means_stays_a_branch():
+  def statistics(x):
+    return jaxbn.moments(x)[1:]
+
+  near, far = np.random.default_rng(0).normal(size=(2, 2, 64, 3)).astype(np.float32)
+  far[1] += 1e4
+  x = np.stack([near, far])
+  twice = jax.jit(jax.vmap(jax.vmap(statistics)))
+  branches = [f.lower(a).as_text().count("stablehlo.case") for f, a in [
+    (jax.jit(statistics), x[0, 0]), (twice, x)
+  ]]  # fmt: skip
+  assert branches[0] == branches[1] > 0
+  for (mean, var), one in zip(
+    zip(*(v.reshape(4, 3) for v in twice(x)), strict=True), x.reshape(4, 64, 3), strict=True
+  ):
+    alone = jax.jit(statistics)(one)
+    np.testing.assert_array_max_ulp(np.asarray(mean), np.asarray(alone[0]), 2)
+    np.testing.assert_allclose(var, oracle.moments(one).var, rtol=1e-4)
