@@ -51,14 +51,14 @@ def section(results: dict[str, Any]) -> str:
   training, times = of_kind(results, "training"), of_kind(results, "time")
   sizes = sorted({r["batch_size"] for r in training})
   base = _base(training)
-  by_size = [["norm", *(f"batch {n}" for n in sizes)]]
+  by_size = [["norm", "rate", *(f"batch {n}" for n in sizes)]]
   depths = sorted({(r["depth"], r["skip"]) for r in training}, key=lambda d: (not d[1], d[0]))
   by_depth = [
     ["norm", *(f"{_layers(d)} layers{'' if skip else ', no skip'}" for d, skip in depths)]
   ]
   for norm in norms(training):
     mine = [r for r in training if r["norm"] == norm]
-    by_size.append([norm, *(_cell(mine, base, batch_size=n) for n in sizes)])
+    by_size.append([norm, str(mine[0]["rate"]), *(_cell(mine, base, batch_size=n) for n in sizes)])
     by_depth.append([norm, *(_cell(mine, base, depth=d, skip=skip) for d, skip in depths)])
   return "\n\n".join([_conditions(results, training, base), stored.table(by_size, range(1, 9)),
     "Depths, at a batch of {batch_size}:".format(**base), stored.table(by_depth, range(1, 9)),
@@ -74,8 +74,8 @@ def _conditions(results: dict[str, Any], training: list[dict[str, Any]], base: A
     f"{results['machine']['cpu']}: test accuracy in percent after {examples:,} training images, "
     + ("one run each" if seeds == 1 else f"mean of {seeds} seeds ± their standard deviation")
     + f", at {_layers(base['depth'])} layers with skip connections unless said otherwise. "
-    "Each norm has the best of three learning rates. (n): of the runs, n diverged, that is, had a "
-    "loss that was not finite, or an accuracy below twice chance."
+    f"Each norm has the best of three learning rates for {base['batch_size']} images. (n): of the "
+    "runs, n diverged, that is, had a loss that was not finite, or an accuracy below twice chance."
   )
 
 

@@ -3,6 +3,7 @@
 import json
 
 from benchmarks import norms, norms_report
+from benchmarks import results as stored
 from benchmarks.norms import Case
 
 TINY = Case("batch", batch_size=32, examples=640, seeds=2, rate=0.4, dataset="digits")
@@ -40,7 +41,7 @@ def test_the_rate_is_chosen_on_images_held_out(monkeypatch):
 
 def row(**changes):
   base = {"kind": "training", "norm": "batch", "batch_size": 128, "depth": 1, "skip": True}
-  base |= {"seed": 0, "examples": 640, "accuracy": 0.5, "loss": 1.0, "diverged": False}
+  base |= {"rate": 0.2, "seed": 0, "examples": 640, "accuracy": 0.5, "loss": 1.0, "diverged": False}
   return base | changes
 
 
@@ -61,8 +62,15 @@ HEAD = {"command": "a command", "date": "a day", "versions": {"jax": "1"}, "mach
 
 def test_its_tables_show_means_spreads_divergence_and_ratios(tmp_path):
   tables = norms_report.section(HEAD | {"rows": ROWS})
-  assert "| batch | 18.8 ± 8.8 (1) | 62.5 ± 17.7 |" in tables
+  assert "| batch | 0.2 | 18.8 ± 8.8 (1) | 62.5 ± 17.7 |" in tables
   assert "| batch | 62.5 ± 17.7 | 50.0 | 50.0 |" in tables.replace(" |  |", " |")
   assert "| none | 0.50; 1.00 |" in tables
   norms_report.draw(HEAD | {"rows": ROWS}, tmp_path / "figure.png")
   assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_the_page_shows_what_was_found():
+  results = stored.read("norms")
+  assert results is not None
+  page = norms_report.PAGE.read_text()
+  assert norms_report.spliced(page, norms_report.section(results)) == page
