@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 _INT32_MAX = 2**31 - 1
 _NEAR = 4  # squared distance of the mean from 0, in variances, up to which 0 is a good pivot
 _SAMPLED = 8  # elements that make a pivot
-_LOW_BITS = 12  # of a count, see _sum_over_axis
+_LOW_BITS = 12  # of a count, see sum_over_axis
 
 
 class Moments(NamedTuple):
@@ -137,7 +137,7 @@ def moments(
   _checks.nonempty(x, axes)
   valid, weight = valid_elements(x, mask, weights)
   if pivot is not None:
-    pivot = _constant_pivot(_checks.channels("pivot", pivot, x, axes), x.dtype)
+    pivot = constant_pivot(_checks.channels("pivot", pivot, x, axes), x.dtype)
   how = How(axes, _checks.static_bool("use_fast_variance", use_fast_variance))
   return measure(how, Elements(x, x.astype(accumulation_dtype(x.dtype)), valid, weight), pivot)
 
@@ -372,7 +372,7 @@ def merge(a: Moments, b: Moments) -> Moments:
   delta = jnp.where((n_a > 0) & (n_b > 0), b.mean - a.mean, 0)
   mean = jnp.where(n_a > 0, a.mean, b.mean) + delta * share_b
   var = a.var * share_a + b.var * share_b + abs_square(delta) * (share_a * share_b)
-  return Moments(_add_counts(a.count, b.count), mean, var)
+  return Moments(add_counts(a.count, b.count), mean, var)
 
 
 def sync(
@@ -430,14 +430,14 @@ def sync(
       f"{moments.mean.shape}: pass one value per channel."
     )
   if pivot is None:
-    _, n, (weighted,) = _sum_over_axis(moments.count, [moments.mean], axis_name, groups)
+    _, n, (weighted,) = sum_over_axis(moments.count, [moments.mean], axis_name, groups)
     pivot = weighted / n
-  pivot = _constant_pivot(pivot, moments.mean.dtype)
+  pivot = constant_pivot(pivot, moments.mean.dtype)
 
   # The mean of a device without elements is a placeholder: it lies at no distance.
   d = where(occupied(moments.count), moments.mean - pivot, 0)
   values = [d, moments.var + abs_square(d)]
-  count, n, (first, second) = _sum_over_axis(moments.count, values, axis_name, groups)
+  count, n, (first, second) = sum_over_axis(moments.count, values, axis_name, groups)
   mean_d = first / n
   var = _variance(second / n, mean_d)
   return Moments(count, where(occupied(count), pivot + mean_d, 0), var)
@@ -479,7 +479,7 @@ def _variance(mean_square: jax.Array, mean: jax.Array) -> jax.Array:
   return jnp.where(var < unresolved, unresolved, var)
 
 
-def _constant_pivot(pivot: chex.Array, dtype: Any) -> jax.Array:
+def constant_pivot(pivot: chex.Array, dtype: Any) -> jax.Array:
   """A pivot as given: no path for gradients, and 0 where it is not finite."""
   if jnp.iscomplexobj(pivot) and not jnp.issubdtype(dtype, jnp.complexfloating):
     raise TypeError(f"pivot is complex, but x is not: {dtype}. Pass the real part.")
@@ -618,7 +618,7 @@ def _multiply_known(count: chex.Numeric, times: int) -> chex.Numeric:
   return np.asarray(count, np.float32) * np.float32(times)
 
 
-def _add_counts(a: chex.Numeric, b: chex.Numeric) -> chex.Numeric:
+def add_counts(a: chex.Numeric, b: chex.Numeric) -> chex.Numeric:
   """a + b, which stops at the largest int32 rather than wrapping around."""
   if not (_is_integer(a) and _is_integer(b)):
     return jnp.asarray(a) + jnp.asarray(b)
@@ -628,7 +628,7 @@ def _add_counts(a: chex.Numeric, b: chex.Numeric) -> chex.Numeric:
   return jnp.where(a > _INT32_MAX - b, _INT32_MAX, a + b)
 
 
-def _sum_over_axis(
+def sum_over_axis(
   count: chex.Numeric,
   values: list[jax.Array],
   axis_name: Any,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -117,15 +118,20 @@ def update(
   if skip_nonfinite:
     usable = usable & jnp.isfinite(mean) & jnp.isfinite(var)
 
-  def blend(old: jax.Array, batch: jax.Array) -> jax.Array:
-    # Selected twice: an unusable value must reach neither the result nor a gradient.
-    # And in the wider of the two precisions: in bfloat16 0.99 is 0.988.
-    wide = old.astype(jnp.promote_types(old.dtype, batch.dtype))
-    new = keep * wide + gain * where(usable, batch, 0)
-    return where(usable, new.astype(_state_dtype(old.dtype, new.dtype)), old)
-
   new_count = None if count is None else where(usable, count, count - 1)
-  return RunningStats(blend(state.mean, mean), blend(state.var, var), new_count)
+  both = functools.partial(blend, keep, gain, usable)
+  return RunningStats(both(state.mean, mean), both(state.var, var), new_count)
+
+
+def blend(
+  keep: chex.Numeric, gain: chex.Numeric, usable: Any, old: jax.Array, batch: jax.Array
+) -> jax.Array:
+  """keep * old + gain * batch where that is usable, else old."""
+  # Selected twice: an unusable value must reach neither the result nor a gradient.
+  # And in the wider of the two precisions: in bfloat16 0.99 is 0.988.
+  wide = old.astype(jnp.promote_types(old.dtype, batch.dtype))
+  new = keep * wide + gain * where(usable, batch, 0)
+  return where(usable, new.astype(_state_dtype(old.dtype, new.dtype)), old)
 
 
 def unbiased_variance(moments: Moments) -> jax.Array:

@@ -59,7 +59,7 @@ ALLOWED = {
   "variants/renorm": {"_batch_norm", "_checks", "_choose", "_moments", "_running"},
   "variants/_covariance": {"_checks", "_moments", "_rule"},
   "variants/_inverse_root": {"_checks", "_rule", "variants/_covariance"},
-  "variants/whitening": {"_checks", "_normalize", "_rule"}
+  "variants/whitening": {"_checks", "_normalize", "_rule", "_running"}
   | {"variants/_covariance", "variants/_inverse_root"},
   "linen/_natural": {"_checks", "variants"},
   "linen/_weight_norm": {"_checks", "_running", "variants"},

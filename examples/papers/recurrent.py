@@ -33,7 +33,7 @@ from rich.table import Table
 import jaxbn.linen
 from benchmarks import recurrent as cost
 from benchmarks import results as stored
-from examples.papers.renorm import Split, batches, digits
+from examples.papers.digits import Split, batches, digits
 from jaxbn.variants.recurrent import forget_gates_at_one
 
 FOLDER = Path("docs")

@@ -31,7 +31,7 @@ from rich.table import Table
 
 import jaxbn
 from benchmarks import results as stored
-from examples import data
+from examples.papers.digits import Split, batches, digits
 from jaxbn.variants import renorm
 
 FOLDER = Path("docs")
@@ -57,7 +57,6 @@ class Setting(NamedTuple):
 
 SETTINGS = (Setting(CONVOLUTIONAL, False), Setting(CONVOLUTIONAL, True), Setting(CONNECTED, False))
 MOMENTUM = 0.9  # of the gradients
-VALIDATION_SHARE = 0.2
 
 
 class Plan(NamedTuple):
@@ -68,50 +67,6 @@ class Plan(NamedTuple):
   seeds: int = 3
   # Of batches of 32; for others proportional. That of the best validation accuracy counts.
   learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
-
-
-class Split(NamedTuple):
-  """Images, standardized by the training set's mean and deviation, and their labels."""
-
-  images: np.ndarray
-  labels: np.ndarray
-
-
-def digits() -> dict[str, Split]:
-  """Training, validation and test."""
-  found = data.load("digits")
-  train, test = (a.astype(np.float32) for a in (found.train_images, found.test_images))
-  order = np.random.default_rng(0).permutation(len(train))
-  held_out = round(VALIDATION_SHARE * len(train))
-  mean, std = train.mean(), train.std()
-
-  def split(images: np.ndarray, labels: np.ndarray) -> Split:
-    return Split((images - mean) / std, labels)
-
-  return {
-    "train": split(train[order[held_out:]], found.train_labels[order[held_out:]]),
-    "validation": split(train[order[:held_out]], found.train_labels[order[:held_out]]),
-    "test": split(test, found.test_labels),
-  }
-
-
-# Batches: which examples make which
-
-
-def batches(two_classes: bool, labels: np.ndarray, size: int, steps: int, seed: int) -> np.ndarray:
-  """Indices of the examples, (steps, size)."""
-  rng = np.random.default_rng(seed)
-  if not two_classes:
-    epochs = -(-steps * size // len(labels))
-    order = np.concatenate([rng.permutation(len(labels)) for _ in range(epochs)])
-    return order[: steps * size].reshape(steps, size)
-  members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-
-  def pair() -> np.ndarray:
-    classes = rng.choice(len(members), 2, replace=False)
-    return np.concatenate([rng.choice(members[c], size // 2, replace=False) for c in classes])
-
-  return np.stack([pair() for _ in range(steps)])
 
 
 # The network

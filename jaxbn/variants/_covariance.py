@@ -14,11 +14,11 @@ from jaxbn import _checks
 from jaxbn._moments import (
   Elements,
   How,
-  _add_counts,
-  _constant_pivot,
-  _sum_over_axis,
+  add_counts,
+  constant_pivot,
   divisor,
   measure,
+  sum_over_axis,
   valid_elements,
   zero_unless,
 )
@@ -131,7 +131,7 @@ def merge(a: CovarianceMoments, b: CovarianceMoments) -> CovarianceMoments:
   delta = jnp.where((n_a > 0) & (n_b > 0), b.mean - a.mean, 0)
   mean = jnp.where(n_a > 0, a.mean, b.mean) + delta * share_b
   cov = a.cov * share_a + b.cov * share_b + _outer(delta, a.cov) * (share_a * share_b)
-  return CovarianceMoments(_add_counts(a.count, b.count), mean, cov)
+  return CovarianceMoments(add_counts(a.count, b.count), mean, cov)
 
 
 def measure_covariance(
@@ -174,12 +174,12 @@ def share(
   moments: CovarianceMoments, axis_name: Any, groups: Any, pivot: jax.Array | None
 ) -> CovarianceMoments:
   """The moments of all devices, by the formulas of `jaxbn.sync`, for vectors."""
-  summed = functools.partial(_sum_over_axis, axis_name=axis_name, groups=groups)
+  summed = functools.partial(sum_over_axis, axis_name=axis_name, groups=groups)
   count, mean, cov = moments
   if pivot is None:
     _, n, (weighted,) = summed(count, [mean])
     pivot = weighted / n
-  pivot = _constant_pivot(pivot, mean.dtype)
+  pivot = constant_pivot(pivot, mean.dtype)
   # The mean of a device without elements is a placeholder: it lies at no distance.
   d = jnp.where(jnp.asarray(count) > 0, mean - pivot, 0)
   count, n, (d, products) = summed(count, [d, cov + _outer(d, cov)])

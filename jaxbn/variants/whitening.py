@@ -32,6 +32,7 @@ from jax import lax
 from jaxbn import _checks
 from jaxbn._normalize import align, arrange, fill, is_aligned, require_mask
 from jaxbn._rule import Form, Given, recomputing
+from jaxbn._running import blend
 from jaxbn.variants._covariance import (
   CovarianceMoments,
   by_partitioner,
@@ -264,15 +265,9 @@ def _track(
   # A NumPy number would impose its own precision.
   keep = momentum if isinstance(momentum, jax.Array) else float(momentum)
 
-  def blend(old: jax.Array, new: jax.Array, usable: jax.Array) -> jax.Array:
-    wide = jnp.promote_types(old.dtype, new.dtype)
-    # Selected twice: an unusable value must reach neither the result nor a gradient.
-    blended = keep * old.astype(wide) + (1 - keep) * jnp.where(usable, new, 0)
-    half = jnp.finfo(old.dtype).bits < 32
-    return jnp.where(usable, blended.astype(old.dtype if half else blended.dtype), old)
-
-  mean = blend(state.mean, batch.mean, jnp.repeat(usable, size))
-  return WhiteningStats(mean, blend(state.whitening, matrix, usable[:, None, None]))
+  mean = blend(keep, 1 - keep, jnp.repeat(usable, size), state.mean, batch.mean)
+  whitening = blend(keep, 1 - keep, usable[:, None, None], state.whitening, matrix)
+  return WhiteningStats(mean, whitening)
 
 
 def _require_momentum(momentum: Any) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from benchmarks import results
 from examples.papers import recurrent
-from examples.papers.renorm import Split, digits
+from examples.papers.digits import Split, digits
 
 DOCS = pathlib.Path(recurrent.__file__).resolve().parents[2] / "docs"
 
