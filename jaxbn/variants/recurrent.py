@@ -275,8 +275,7 @@ def lstm_step(
   parameters still change fast, average them anew, over batches with momentum=None, as the paper
   does in the end.
 
-  Works under every transformation. But around a `lax.scan` of it, JAX cannot take a grad of grad or
-  a hessian of the moments: unroll the loop for these, or take jvp of grad.
+  Works under every transformation, also around a `lax.scan` of it.
 
   Args:
     params: LSTMParams.

@@ -65,7 +65,7 @@ def stats_of(kind, rows):
   return type(STATS[kind](1, 1))(**fields)
 
 
-def scanned(kind, params, stats, x, carry=None, masks=None, unrolled=False, **options):
+def scanned(kind, params, stats, x, carry=None, masks=None, **options):
   """The whole recurrence of x (time, batch, features): outputs and statistics."""
   if carry is None:
     carry = CARRY[kind](x.shape[1:-1], UNITS, dtype=x.dtype)
@@ -77,12 +77,6 @@ def scanned(kind, params, stats, x, carry=None, masks=None, unrolled=False, **op
     carry, y, stats = STEP[kind](params, stats, carry, x, mask=mask, **options)
     return (carry, stats), y
 
-  if unrolled:
-    state, outputs = (carry, stats), []
-    for x_t in x:
-      state, y = step(state, (x_t, None))
-      outputs.append(y)
-    return jnp.stack(outputs), state[1], state[0]
   (carry, stats), ys = jax.lax.scan(step, (carry, stats), (x, masks))
   return ys, stats, carry
 
@@ -127,7 +121,7 @@ def flat(kind):
   return (jnp.swapaxes(data()[:2], 0, 1), *parameters(kind))
 
 
-def ours(kind, axis_name=None, *, lengths=None, unrolled=False):
+def ours(kind, axis_name=None, *, lengths=None):
   def f(x, *leaves):
     params = PARAMS[kind](*leaves)
     # Where the parameters are, on a mesh or not.
@@ -136,7 +130,7 @@ def ours(kind, axis_name=None, *, lengths=None, unrolled=False):
     zeros = x[:, 0] * 0
     carry = CARRY[kind](len(x), UNITS, lengths, x.dtype)
     carry = carry._replace(**{name: zeros for name in ("c", "h") if hasattr(carry, name)})
-    options = {"use_running_average": False, "axis_name": axis_name, "unrolled": unrolled}
+    options = {"use_running_average": False, "axis_name": axis_name}
     return jnp.swapaxes(
       scanned(kind, params, stats, jnp.swapaxes(x, 0, 1), carry, **options)[0], 0, 1
     )
@@ -181,21 +175,19 @@ def plain(kind, lengths=None):
   return f
 
 
-# Second derivatives in reverse mode of a scan are beyond JAX (see lstm_step): there it is unrolled.
-UNROLLED = {"grad of grad"}
-
-
 # The smaller program compiles sooner. What the steps' parts do under the rest is tested with them.
 TRANSFORMS = [
-  *(("gru", name) for name in ("jit", "vmap over x", "scan", "jvp", "jvp of grad", "grad of grad")),
+  *(
+    ("gru", name)
+    for name in ("jit", "vmap over x", "scan", "jvp", "jvp of grad", "grad of grad", "hessian")
+  ),
   *(("lstm", name) for name in ("grad", "vmap of grad", "grad of scan")),
 ]
 
 
 @pytest.mark.parametrize(("kind", "transform"), TRANSFORMS)
 def test_transformations(kind, transform):
-  f = ours(kind, unrolled=transform in UNROLLED)
-  table.compare(transform, f, plain(kind), flat(kind), rtol=1e-7)
+  table.compare(transform, ours(kind), plain(kind), flat(kind), rtol=1e-7)
 
 
 @pytest.mark.parametrize(
