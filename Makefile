@@ -58,6 +58,7 @@ compare-norms: $(INSTALLED)
 	@$(BIN)/python -m benchmarks.norms_report
 
 compare-recurrent: $(INSTALLED)
+	@$(BIN)/python -m benchmarks.recurrent
 	@$(BIN)/python -m examples.papers.recurrent $(ARGS)
 
 compare-renorm: $(INSTALLED)
