@@ -218,16 +218,20 @@ def _around_sample(how: How, elements: Elements, count: jax.Array | None) -> Aro
 
 def _around_0_where_near(how: How, elements: Elements, count: jax.Array | None) -> Around:
   """Around 0, and in channels whose mean is far from it, if there are any, around the sample."""
-  _, mean, var = _around_pivot(how, elements, count, None)
-  near = (abs_square(mean) < _NEAR * var) & jnp.isfinite(var) | (mean == 0)
+  sums = _sums(how, elements, count, None)
+  first = _around_of(how, sums, elements, count)
+  near = (abs_square(first.mean) < _NEAR * first.var) & jnp.isfinite(first.var) | (first.mean == 0)
+
   # The mean as the pivot, from now on. All in one array: for the CPU, each costs as much as all.
-  first = jnp.stack([mean, jnp.zeros_like(mean), var])
+  # Each branch makes it from the sums: one made before would be copied.
+  def around_0(near: jax.Array, sums: Any, *args: Any) -> jax.Array:
+    _, mean, var = _around_of(how, sums, *args)
+    return jnp.stack([mean, jnp.zeros_like(mean), var])
 
-  def elsewhere(first: jax.Array, *args: Any) -> jax.Array:
-    return jnp.where(near, first, jnp.stack(_around_sample(how, *args)))
+  def elsewhere(near: jax.Array, sums: Any, *args: Any) -> jax.Array:
+    return jnp.where(near, around_0(near, sums, *args), jnp.stack(_around_sample(how, *args)))
 
-  args = (first, elements, count)
-  pivot, mean, var = lax.cond(_all(near), lambda first, *_: first, elsewhere, *args)
+  pivot, mean, var = lax.cond(_all(near), around_0, elsewhere, near, sums, elements, count)
   return Around(pivot, mean, var.real)
 
 
@@ -245,21 +249,36 @@ def _(axis_size: int, batched: Any, conditions: jax.Array) -> tuple[jax.Array, b
 def _around_pivot(
   how: How, elements: Elements, count: jax.Array | None, pivot: jax.Array | None
 ) -> Around:
-  """E[d] and E[|d|^2] - |E[d]|^2, or in a second pass E[|d - E[d]|^2]; None: around 0."""
-  n = _divisor_of(how, elements.x, count)
+  """The moments of d = x - pivot; None: around 0."""
+  return _around_of(how, _sums(how, elements, count, pivot), elements, count, pivot)
 
-  def mean_of(values: jax.Array) -> jax.Array:
-    return _total(values, how.axes, elements) / n
 
+def _sums(
+  how: How, elements: Elements, count: jax.Array | None, pivot: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+  """The sums of d = x - pivot and of |d|^2, or in a second pass of |d - E[d]|^2."""
+  total = functools.partial(_total, axes=how.axes, elements=elements)
   p = None if pivot is None else how.axes.expand(pivot)
-  mean = mean_of(_from_pivot(elements, p))
+  first = total(_from_pivot(elements, p))
   # The same once more, not shared: XLA would store it, to read it twice.
   d = _from_pivot(elements._replace(x=unshared(elements.x, 1)), _apart(p))
-  if how.use_fast_variance:
-    var = _variance(mean_of(abs_square(d)), mean)
-  else:
+  if not how.use_fast_variance:
     # Around the mean of d, not of x: d holds all of x's digits, the mean of x is rounded.
-    var = mean_of(abs_square(d - how.axes.expand(mean)))
+    d = d - how.axes.expand(first / _divisor_of(how, elements.x, count))
+  return first, total(abs_square(d))
+
+
+def _around_of(
+  how: How,
+  sums: tuple[jax.Array, jax.Array],
+  elements: Elements,
+  count: jax.Array | None,
+  pivot: jax.Array | None = None,
+) -> Around:
+  """E[d] and the variance, from the sums."""
+  n = _divisor_of(how, elements.x, count)
+  mean, second = sums[0] / n, sums[1] / n
+  var = _variance(second, mean) if how.use_fast_variance else second
   return Around(jnp.zeros_like(mean) if pivot is None else pivot, mean, var)
 
 

@@ -208,9 +208,10 @@ def d_apply(
     d_x = _sum(jnp.zeros_like(x), d_x, None if d_mean is None else -expand(d_mean))
     d_x = jnp.where(kept, d_x, 0)
   if form.exact or kept is not None:
-    from_moments = centered * expand(a) + expand(b)
+    sloped, shifted = centered * expand(a), expand(b)
   else:
-    from_moments = expand(b - mean * a) + x * expand(a)
+    shifted, sloped = expand(b - mean * a), x * expand(a)
+  from_moments = sloped + shifted
   direct = _sum(None if d_x is None else d_x * expand(k), _wide(d.residual))
   if form.activation is None:
     return _sum(direct, from_moments).astype(form.dtype)
@@ -220,18 +221,41 @@ def d_apply(
   activated = functools.partial(_activated, form.activation, given.constants)
   shift, apart = _sum(-mean * k, given.bias), lax.optimization_barrier
   if kept is not None:
-    d_y = activated(_scaled(form, given, centered, k), _sum(direct, from_moments), d_constants)
+    y = _scaled(form, given, centered, k)
+    d_y = activated(y, _sum(direct, from_moments), d_constants)
   elif given.residual is not None or direct is None:
     y = _sum(x * expand(k), expand(apart(shift)), _wide(given.residual))
     d_y = activated(y, _sum(direct, from_moments), d_constants)
   else:
-    # Transposed, one term is elementwise and the other two sums. Were they to go through the
-    # activation together, XLA would store what both need, such as ReLU's mask. So each has its y,
-    # behind barriers that differ: it merges equal ones. (Beside a residual that would move more.)
-    k_too, shift_too = apart((k, shift))
-    d_y = activated(x * expand(k_too) + expand(shift_too), from_moments, d_constants)
-    d_y = d_y + activated(x * expand(k) + expand(apart(shift)), direct, no_d)
+    # Transposed, two terms are sums and one is elementwise. Were they to go through the activation
+    # together, XLA would store what they need, such as ReLU's mask. So each has its y, behind
+    # barriers that differ: it merges equal ones. (Beside a residual that would move more.)
+    y, y_too, y_3 = (
+      x * expand(k) + expand(shift)
+      for k, shift in ((k, apart(shift)), apart((k, shift)), _apart_on_gpus(k, shift, mean))
+    )
+    shifted = shifted + jnp.zeros_like(x)  # differs between the devices between which x does
+    d_y = activated(y_too, sloped, d_constants) + activated(y_3, shifted, no_d)
+    d_y = d_y + activated(y, direct, no_d)
   return d_y.astype(form.dtype)
+
+
+def _apart_on_gpus(k: jax.Array, shift: jax.Array, unlike: jax.Array) -> tuple[Any, Any]:
+  """Behind a barrier of their own on GPUs; elsewhere behind that of the two alone.
+
+  A GPU's column sums are kernels that read the data once however much they compute, but XLA gives
+  one sum at a time what it needs. On CPUs and TPUs it fuses two that share their y, and only those.
+  """
+  apart = lax.optimization_barrier
+
+  def shared(k: jax.Array, shift: jax.Array, unlike: jax.Array) -> tuple[Any, Any]:
+    del unlike
+    return apart((k, shift))
+
+  def of_its_own(*values: jax.Array) -> tuple[Any, Any]:
+    return apart(values)[:2]
+
+  return lax.platform_dependent(k, shift, unlike, cpu=shared, tpu=shared, default=of_its_own)
 
 
 def _activated(

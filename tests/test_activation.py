@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -460,6 +462,31 @@ def test_an_activation_without_a_hash_is_as_good_as_any():
     layer = functools.partial(jaxbn.batch_norm, use_running_average=False, activation=activation)
     gradients.append(jax.jit(jax.grad(lambda x, f=layer: jnp.sum(f(x)[0] ** 2)))(x))
   np.testing.assert_allclose(*gradients, rtol=1e-5, atol=1e-6)
+
+
+def barriers(platform):
+  """How many numbers per channel are behind each barrier of a layer's derivative, as exported."""
+
+  def loss(x, scale, bias):
+    options = {"use_running_average": False, "activation": jax.nn.relu}
+    return jaxbn.batch_norm(x, scale, bias, jaxbn.init(CHANNELS), **options)[0].sum()
+
+  arguments = [jax.ShapeDtypeStruct(s, jnp.float32) for s in (SHAPE, (CHANNELS,), (CHANNELS,))]
+  gradient = jax.jit(jax.grad(loss, (0, 1, 2)))
+  module = jax.export.export(gradient, platforms=[platform])(*arguments).mlir_module()
+  found = re.findall(r"stablehlo.optimization_barrier (.*?) :", module)
+  return [one.count("%") for one in found]
+
+
+def test_each_sum_has_a_mask_of_its_own_on_gpus_only():
+  # What differs is not merged: a GPU then computes ReLU's mask in each sum and stores it for none.
+  # Elsewhere two would be too many: there the barriers are equal.
+  gpu = barriers("cuda")
+  assert gpu.count(3) == 1
+  for platform in ("cpu", "tpu"):
+    other = barriers(platform)
+    assert other.count(3) == 0
+    assert other.count(2) == gpu.count(2) + 1
 
 
 def test_layers_alike_are_traced_once():

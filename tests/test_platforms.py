@@ -4,6 +4,8 @@
 so that the code of both is held to the oracle wherever the tests run.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,3 +88,20 @@ def test_what_is_not_finite_stays_in_its_channel():
   assert np.isnan(got.var[1])
   np.testing.assert_array_equal(clean.mean[::2], got.mean[::2])
   np.testing.assert_array_equal(clean.var[::2], got.var[::2])
+
+
+@pytest.mark.parametrize("activation", [jax.nn.silu, jax.nn.leaky_relu], ids=["silu", "leaky_relu"])
+def test_derivatives_through_an_activation_are_those_of_the_formula(activation):
+  def formula(x, scale, bias):
+    return activation((x - x.mean(0)) / jnp.sqrt(x.var(0) + 1e-5) * scale + bias)
+
+  def derivatives(f, *given):
+    gradient = jax.grad(lambda *p: jnp.sum(jnp.cos(given[0]) * f(*p)), (0, 1, 2))
+    return jax.jit(lambda *p: jax.jvp(gradient, p, tuple(map(jnp.sin, p))))(*given)
+
+  with jax.enable_x64(True):
+    given = [jnp.asarray(a, jnp.float64) for a in inputs((16, 3), 1.5)[:3]]
+    layer = functools.partial(train, activation=activation)
+    actual, expected = derivatives(layer, *given), derivatives(formula, *given)
+    # In float64, rounding and a wrong formula cannot be taken for each other.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-9, 1e-9), actual, expected)
