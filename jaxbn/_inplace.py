@@ -46,7 +46,9 @@ def _jvp(
     d_moments = _d_moments(how, centered, weight, batch.count, around, d_given, d_weight)
     # Apart from the sums, as everywhere: see `_rule.py`.
     centered = kept._replace(x=_centered(form, inverse, kept, lax.optimization_barrier(batch.var)))
-    d_y = d_apply(form, centered, mean, batch.var, d_given, d_moments.mean, d_moments.var)
+    values = mean, batch.var, d_given, d_moments.mean, d_moments.var
+    # x is worth sharing where it has to be computed: it was left out to save memory.
+    d_y = d_apply(form, centered, *values, sums_apart=False)
     return d_y, d_moments
 
   y, batch = normalize_keeping_output(form, inverse, how, *primals)

@@ -186,9 +186,20 @@ def _sum(*terms: Any) -> Any:
 
 
 def d_apply(
-  form: Form, given: Given, mean: jax.Array, var: jax.Array, d: Given, d_mean: Any, d_var: Any
+  form: Form,
+  given: Given,
+  mean: jax.Array,
+  var: jax.Array,
+  d: Given,
+  d_mean: Any,
+  d_var: Any,
+  *,
+  sums_apart: bool = True,
 ) -> jax.Array:
-  """The tangent of y: k dx + x A + B + dresidual, through the activation."""
+  """The tangent of y: k dx + x A + B + dresidual, through the activation.
+
+  Without sums_apart, a GPU's two sums share what they need of y, as elsewhere.
+  """
   expand = form.axes.expand
   k, r = slope(given, var)
   a = b = jnp.zeros_like(k)
@@ -216,28 +227,22 @@ def d_apply(
   if form.activation is None:
     return _sum(direct, from_moments).astype(form.dtype)
 
-  no_d = tuple(map(jnp.zeros_like, given.constants))
-  d_constants = tuple(z if d_c is None else d_c for z, d_c in zip(no_d, d.constants, strict=True))
-  activated = functools.partial(_activated, form.activation, given.constants)
   shift, apart = _sum(-mean * k, given.bias), lax.optimization_barrier
   if kept is not None:
-    y = _scaled(form, given, centered, k)
-    d_y = activated(y, _sum(direct, from_moments), d_constants)
+    parts = [(_scaled(form, given, centered, k), _sum(direct, from_moments))]
   elif given.residual is not None or direct is None:
     y = _sum(x * expand(k), expand(apart(shift)), _wide(given.residual))
-    d_y = activated(y, _sum(direct, from_moments), d_constants)
+    parts = [(y, _sum(direct, from_moments))]
   else:
-    # Transposed, two terms are sums and one is elementwise. Were they to go through the activation
+    # Transposed, two parts are sums and one is elementwise. Were they to go through the activation
     # together, XLA would store what they need, such as ReLU's mask. So each has its y, behind
     # barriers that differ: it merges equal ones. (Beside a residual that would move more.)
-    y, y_too, y_3 = (
-      x * expand(k) + expand(shift)
-      for k, shift in ((k, apart(shift)), apart((k, shift)), _apart_on_gpus(k, shift, mean))
-    )
+    shared = apart((k, shift))
+    own = _apart_on_gpus(k, shift, mean) if sums_apart else shared
     shifted = shifted + jnp.zeros_like(x)  # differs between the devices between which x does
-    d_y = activated(y_too, sloped, d_constants) + activated(y_3, shifted, no_d)
-    d_y = d_y + activated(y, direct, no_d)
-  return d_y.astype(form.dtype)
+    values = (shared, sloped), (own, shifted), ((k, apart(shift)), direct)
+    parts = [(x * expand(k) + expand(shift), d_y) for (k, shift), d_y in values]
+  return _through(form.activation, given.constants, d.constants, parts).astype(form.dtype)
 
 
 def _apart_on_gpus(k: jax.Array, shift: jax.Array, unlike: jax.Array) -> tuple[Any, Any]:
@@ -258,9 +263,15 @@ def _apart_on_gpus(k: jax.Array, shift: jax.Array, unlike: jax.Array) -> tuple[A
   return lax.platform_dependent(k, shift, unlike, cpu=shared, tpu=shared, default=of_its_own)
 
 
-def _activated(
-  activation: Elementwise, constants: Any, y: jax.Array, d_y: jax.Array, d_constants: Any
+def _through(
+  activation: Elementwise, constants: Any, d_constants: Any, parts: list[tuple[Any, Any]]
 ) -> jax.Array:
-  """The tangent of act(y)."""
-  d_y = jnp.broadcast_to(d_y, y.shape).astype(y.dtype)
-  return jax.jvp(activation, (y, *constants), (d_y, *d_constants))[1]
+  """The tangent of act(y), from that of y in parts, each with the y at which it is taken."""
+  zeros = tuple(map(jnp.zeros_like, constants))
+  d_constants = tuple(z if d is None else d for z, d in zip(zeros, d_constants, strict=True))
+  tangents = []
+  for y, d_y in parts:
+    d_y = jnp.broadcast_to(d_y, y.shape).astype(y.dtype)
+    tangents.append(jax.jvp(activation, (y, *constants), (d_y, *d_constants))[1])
+    d_constants = zeros  # they have their part in the first
+  return _sum(*tangents)

@@ -30,6 +30,10 @@ def rows():
   return [*every, {**imported, "ours_min_ms": 4.25, "ours_median_ms": 5.0}]
 
 
+def all_kinds(ratio):
+  return [row(speed.TWICE, ratio, kind=k, dtype=d) for k in speed.KINDS for d in speed.DTYPES]
+
+
 @pytest.mark.parametrize("name", FRAMEWORKS)
 @pytest.mark.parametrize(("shape", "dtype"), [((8, 3), "bfloat16"), ((4, 2, 3, 5), "float32")])
 def test_adapters_compute_batch_normalization(name, shape, dtype):
@@ -72,8 +76,28 @@ def test_a_pair_gives_a_row_for_every_case(monkeypatch):
     (dtype, kind) for dtype in speed.DTYPES for kind in speed.KINDS
   ]
   for one in found:
-    assert one["ratio_min"] == pytest.approx(one["ours_min_ms"] / one["theirs_min_ms"], rel=2e-3)
     assert one["ours_min_ms"] <= one["ours_median_ms"]
+
+
+def test_what_several_processes_found_is_one_row():
+  times = [(1.0, 4.0, 2.0, 2.0), (3.0, 6.0, 1.0, 8.0)]
+  names = "ours_min_ms", "ours_median_ms", "theirs_min_ms", "theirs_median_ms"
+  found = [
+    {**PARTS, "framework": "torch", "samples": 21, **dict(zip(names, one, strict=True))}
+    for one in times
+  ]
+  assert speed.together(found) == {
+    **{**PARTS, "framework": "torch", "samples": 42, "processes": 2},
+    **dict(zip(names, (1.0, 5.0, 1.0, 5.0), strict=True)),
+    **{"ratio_min": 1.0, "ratio_median": 1.0},
+  }
+
+
+def test_a_library_beside_itself_wins_and_loses_nothing():
+  twice = [row(speed.TWICE, 1.5), row("flax.linen", 0.5)]
+  assert [one.split()[0] for one in speed.losses(twice)] == ["flax.linen"]
+  assert speed.relative_to_flax(twice) == {"jaxbn": {"4x3": 0.5}, "flax.linen": {"4x3": 1.0}}
+  assert "| flax.linen twice | float32 |" in speed.section({"rows": [*rows(), *all_kinds(1.5)]})
 
 
 def test_losses_count_what_is_beyond_the_noise():
