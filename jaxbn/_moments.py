@@ -42,6 +42,7 @@ _INT32_MAX = 2**31 - 1
 _NEAR = 4  # squared distance of the mean from 0, in variances, up to which 0 is a good pivot
 _SAMPLED = 8  # elements that make a pivot
 _LOW_BITS = 12  # of a count, see sum_over_axis
+_EXACT_ONES = 2**24  # of which a sum in float32 is exact
 
 
 class Moments(NamedTuple):
@@ -608,12 +609,15 @@ def _count(x: jax.Array, axes: _checks.Axes, counted: jax.Array | None) -> chex.
   """The number of valid elements (or the sum of weights) per channel, of the smallest shape."""
   if counted is None:
     return _size(x, axes)
-  whole = math.prod(x.shape[a] for a in axes.reduced)
+  whole, own = (math.prod(a.shape[i] for i in axes.reduced) for a in (x, counted))
   # Counting the mask as it is, not broadcast, is exact and costs little.
-  repeats = whole // math.prod(counted.shape[a] for a in axes.reduced)
   integer = counted.dtype == jnp.bool_ and whole <= _INT32_MAX
-  dtype = jnp.int32 if integer else accumulation_dtype(x.real.dtype)
-  count = jnp.sum(counted, axes.reduced, dtype=dtype) * jnp.asarray(repeats, dtype)
+  real = accumulation_dtype(x.real.dtype)
+  # Under jit with sharded arrays a sum of the dtype of the others is one all-reduce with them.
+  sum_dtype = jnp.int32 if integer and own > _EXACT_ONES else real
+  count = jnp.sum(counted, axes.reduced, dtype=sum_dtype)
+  dtype = jnp.int32 if integer else real
+  count = count.astype(dtype) * jnp.asarray(whole // own, dtype)
   return count.reshape(()) if count.size == 1 else count
 
 

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
+from benchmarks import hlo
 from tests import bounds, oracle
 
 NAMED = ["pmap", "shard_map", "shard_map unchecked", "vmap"]
@@ -325,3 +326,31 @@ def test_one_all_reduce_forward_and_one_backward(how, masked):
   forward, backward = compiled_and_traced(gradient)[0]
   assert forward == numbers
   assert backward <= numbers
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("how", SHARDED)
+def test_sharded_jit_makes_one_all_reduce_forward_and_one_backward(how, masked):
+  (x, mask, *replicated), _ = inputs(masked)
+  given = place(how, 8, jnp.asarray(x), mask, *replicated)
+
+  def layer(x, mask, scale, bias, state):
+    return jaxbn.batch_norm(x, scale, bias, state, use_running_average=False, mask=mask)
+
+  def gradient(x, mask, scale, bias, state):
+    def loss(x):
+      y, new_state = layer(x, mask, scale, bias, state)
+      return jnp.sum(jnp.where(jnp.isfinite(y), jnp.sin(y), 0)), new_state
+
+    return jax.grad(loss, has_aux=True)(x)
+
+  def bytes_of_each(function):
+    program = hlo.parse(jax.jit(function).lower(*given).compile().as_text())
+    return [one.bytes for one in program.all_reduces]  # but for a branch's
+
+  # Of float32 all, and so one: with a mask per channel also a count for each.
+  size = 4 * (3 if masked else 2) * CHANNELS
+  assert bytes_of_each(layer) == [size]
+  forward, backward = bytes_of_each(gradient)
+  assert forward == size
+  assert backward <= size
