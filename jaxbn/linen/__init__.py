@@ -1,17 +1,22 @@
 """Flax Linen layers: they hold parameters and state, and call the functions."""
 
-from jaxbn.linen._batch_norm import BatchNorm
-from jaxbn.linen._conditional import ConditionalBatchNorm
-from jaxbn.linen._domain import DomainBatchNorm
-from jaxbn.linen._input_norm import InputNormRNN
-from jaxbn.linen._natural import WhitenedConv, WhitenedDense
-from jaxbn.linen._normalizer_free import SkipInit, WSConv, WSDense
-from jaxbn.linen._prediction_time import prediction_time
-from jaxbn.linen._recurrent import GRUCell, LSTMCell
-from jaxbn.linen._reference import VirtualBatchNorm
-from jaxbn.linen._renorm import BatchRenorm
-from jaxbn.linen._weight_norm import MeanOnlyBatchNorm, WeightNorm
-from jaxbn.linen._whitening import WhiteningNorm
+from typing import TYPE_CHECKING, Any
+
+from jaxbn._layers import on_first_use
+
+if TYPE_CHECKING:
+  from jaxbn.linen._batch_norm import BatchNorm
+  from jaxbn.linen._conditional import ConditionalBatchNorm
+  from jaxbn.linen._domain import DomainBatchNorm
+  from jaxbn.linen._input_norm import InputNormRNN
+  from jaxbn.linen._natural import WhitenedConv, WhitenedDense
+  from jaxbn.linen._normalizer_free import SkipInit, WSConv, WSDense
+  from jaxbn.linen._prediction_time import prediction_time
+  from jaxbn.linen._recurrent import GRUCell, LSTMCell
+  from jaxbn.linen._reference import VirtualBatchNorm
+  from jaxbn.linen._renorm import BatchRenorm
+  from jaxbn.linen._weight_norm import MeanOnlyBatchNorm, WeightNorm
+  from jaxbn.linen._whitening import WhiteningNorm
 
 __all__ = [
   "BatchNorm",
@@ -32,3 +37,31 @@ __all__ = [
   "WhiteningNorm",
   "prediction_time",
 ]
+# Imported on first use: to define a layer takes Flax a millisecond or more.
+_HOMES = {
+  "BatchNorm": "_batch_norm",
+  "BatchRenorm": "_renorm",
+  "ConditionalBatchNorm": "_conditional",
+  "DomainBatchNorm": "_domain",
+  "GRUCell": "_recurrent",
+  "InputNormRNN": "_input_norm",
+  "LSTMCell": "_recurrent",
+  "MeanOnlyBatchNorm": "_weight_norm",
+  "SkipInit": "_normalizer_free",
+  "VirtualBatchNorm": "_reference",
+  "WSConv": "_normalizer_free",
+  "WSDense": "_normalizer_free",
+  "WeightNorm": "_weight_norm",
+  "WhitenedConv": "_natural",
+  "WhitenedDense": "_natural",
+  "WhiteningNorm": "_whitening",
+  "prediction_time": "_prediction_time",
+}
+
+
+def __getattr__(name: str) -> Any:
+  return on_first_use(__name__, _HOMES, name)
+
+
+def __dir__() -> list[str]:
+  return sorted(__all__)

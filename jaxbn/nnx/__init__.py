@@ -1,17 +1,22 @@
 """Flax NNX layers: they hold parameters and state, and call the functions."""
 
-from jaxbn.nnx._batch_norm import BatchNorm
-from jaxbn.nnx._conditional import ConditionalBatchNorm
-from jaxbn.nnx._domain import DomainBatchNorm
-from jaxbn.nnx._input_norm import InputNormRNN
-from jaxbn.nnx._natural import WhitenedConv, WhitenedLinear, Whitening
-from jaxbn.nnx._normalizer_free import SkipInit, WSConv, WSLinear
-from jaxbn.nnx._prediction_time import prediction_time
-from jaxbn.nnx._recurrent import GRUCell, LSTMCell
-from jaxbn.nnx._reference import VirtualBatchNorm
-from jaxbn.nnx._renorm import BatchRenorm
-from jaxbn.nnx._weight_norm import MeanOnlyBatchNorm, WeightNorm
-from jaxbn.nnx._whitening import WhiteningNorm
+from typing import TYPE_CHECKING, Any
+
+from jaxbn._layers import on_first_use
+
+if TYPE_CHECKING:
+  from jaxbn.nnx._batch_norm import BatchNorm
+  from jaxbn.nnx._conditional import ConditionalBatchNorm
+  from jaxbn.nnx._domain import DomainBatchNorm
+  from jaxbn.nnx._input_norm import InputNormRNN
+  from jaxbn.nnx._natural import WhitenedConv, WhitenedLinear, Whitening
+  from jaxbn.nnx._normalizer_free import SkipInit, WSConv, WSLinear
+  from jaxbn.nnx._prediction_time import prediction_time
+  from jaxbn.nnx._recurrent import GRUCell, LSTMCell
+  from jaxbn.nnx._reference import VirtualBatchNorm
+  from jaxbn.nnx._renorm import BatchRenorm
+  from jaxbn.nnx._weight_norm import MeanOnlyBatchNorm, WeightNorm
+  from jaxbn.nnx._whitening import WhiteningNorm
 
 __all__ = [
   "BatchNorm",
@@ -33,3 +38,32 @@ __all__ = [
   "WhiteningNorm",
   "prediction_time",
 ]
+# Imported on first use: to define a layer takes Flax a millisecond or more.
+_HOMES = {
+  "BatchNorm": "_batch_norm",
+  "BatchRenorm": "_renorm",
+  "ConditionalBatchNorm": "_conditional",
+  "DomainBatchNorm": "_domain",
+  "GRUCell": "_recurrent",
+  "InputNormRNN": "_input_norm",
+  "LSTMCell": "_recurrent",
+  "MeanOnlyBatchNorm": "_weight_norm",
+  "SkipInit": "_normalizer_free",
+  "VirtualBatchNorm": "_reference",
+  "WSConv": "_normalizer_free",
+  "WSLinear": "_normalizer_free",
+  "WeightNorm": "_weight_norm",
+  "WhitenedConv": "_natural",
+  "WhitenedLinear": "_natural",
+  "Whitening": "_natural",
+  "WhiteningNorm": "_whitening",
+  "prediction_time": "_prediction_time",
+}
+
+
+def __getattr__(name: str) -> Any:
+  return on_first_use(__name__, _HOMES, name)
+
+
+def __dir__() -> list[str]:
+  return sorted(__all__)
