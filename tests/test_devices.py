@@ -297,22 +297,28 @@ def all_reduces(lowered):
   return numbers, lowered.as_text().count("stablehlo.all_reduce")
 
 
+def forward_and_backward(**options):
+  """A layer, and the gradient of x through it, of (x, mask, scale, bias, state)."""
+
+  def layer(x, mask, scale, bias, state):
+    return jaxbn.batch_norm(x, scale, bias, state, use_running_average=False, mask=mask, **options)
+
+  def gradient(x, *rest):
+    def loss(x):
+      y, new_state = layer(x, *rest)
+      return jnp.sum(jnp.where(jnp.isfinite(y), jnp.sin(y), 0)), new_state
+
+    return jax.grad(loss, has_aux=True)(x)
+
+  return layer, gradient
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("how", ["pmap", "shard_map", "shard_map unchecked"])
 def test_one_all_reduce_forward_and_one_backward(how, masked):
   (x, mask, *replicated), _ = inputs(masked)
 
-  def layer(x, mask, scale, bias, state):
-    return jaxbn.batch_norm(
-      *(x, scale, bias, state), use_running_average=False, mask=mask, axis_name="batch"
-    )
-
-  def gradient(x, mask, scale, bias, state):
-    def loss(x):
-      y, new_state = layer(x, mask, scale, bias, state)
-      return jnp.sum(jnp.where(jnp.isfinite(y), jnp.sin(y), 0)), new_state
-
-    return jax.grad(loss, has_aux=True)(x)
+  layer, gradient = forward_and_backward(axis_name="batch")
 
   def compiled_and_traced(local):
     lowered = jax.jit(spread(how, 8, local)).lower(x, mask, *replicated)
@@ -334,15 +340,7 @@ def test_sharded_jit_makes_one_all_reduce_forward_and_one_backward(how, masked):
   (x, mask, *replicated), _ = inputs(masked)
   given = place(how, 8, jnp.asarray(x), mask, *replicated)
 
-  def layer(x, mask, scale, bias, state):
-    return jaxbn.batch_norm(x, scale, bias, state, use_running_average=False, mask=mask)
-
-  def gradient(x, mask, scale, bias, state):
-    def loss(x):
-      y, new_state = layer(x, mask, scale, bias, state)
-      return jnp.sum(jnp.where(jnp.isfinite(y), jnp.sin(y), 0)), new_state
-
-    return jax.grad(loss, has_aux=True)(x)
+  layer, gradient = forward_and_backward()
 
   def bytes_of_each(function):
     program = hlo.parse(jax.jit(function).lower(*given).compile().as_text())
