@@ -97,10 +97,7 @@ class Variant:
 BASELINES = (Variant("none", networks.none), Variant("flax", networks.flax))
 OURS = Variant("jaxbn", networks.jaxbn)
 SUMS = Variant("jaxbn, sum inside", functools.partial(networks.jaxbn, sums=True))
-LEAKY = (
-  *(dataclasses.replace(variant, activation="leaky_relu") for variant in (*BASELINES, OURS)),
-  Variant("jaxbn, output kept", functools.partial(networks.jaxbn, keep="output"), "leaky_relu"),
-)
+LEAKY = tuple(dataclasses.replace(v, activation="leaky_relu") for v in (*BASELINES, OURS))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +170,7 @@ def variants(target: str, name: str, quick: bool) -> list[Variant]:
   chosen = [*BASELINES, OURS]
   if networks.TAKES_RESIDUAL and name in ("resnet", "basic"):
     chosen.append(SUMS)
-  if "keep" in networks.OPTIONS and (target, name) == ("h100", "resnet") and not quick:
+  if (target, name) == ("h100", "resnet") and not quick:
     chosen += LEAKY
   return chosen
 
@@ -655,8 +652,7 @@ else the machine does.
 
 On the H100 the bytes are those of every kernel's operands and results; of an operand that a kernel
 only slices, the slice. On the TPU they are the compiler's own count, on padded layouts, which the
-floor is not: compare Flax with jaxbn there. *Sum inside* hands the layer the residual, *output
-kept* keeps the activated output in place of the input.
+floor is not: compare Flax with jaxbn there. *Sum inside* hands the layer the residual.
 
 XLA's count for the CPU takes a branch for its longer side: in jaxbn's passes, and in its
 all-reduces under jit, is the second reading of a channel whose mean is far from 0, which others do
@@ -681,7 +677,6 @@ COLORS = {
   "flax": "#9bb8d3",
   "jaxbn": "#c8452c",
   "jaxbn, sum inside": "#e39a6c",
-  "jaxbn, output kept": "#7a1f10",
 }
 
 

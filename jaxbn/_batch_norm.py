@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxbn import _checks, _virtual
 from jaxbn._choose import Choose, correct
-from jaxbn._inplace import normalize_keeping_output
 from jaxbn._moments import Elements, How, Moments, measure, valid_elements
-from jaxbn._normalize import apply_aligned, arrange, fill, is_aligned, require_mask
+from jaxbn._normalize import apply_aligned, arrange, fill, require_mask
 from jaxbn._rule import Form, Given
 from jaxbn._running import RunningStats, require_running_stats, update
 
@@ -47,7 +45,6 @@ def batch_norm(
   choose: Choose | None = None,
   activation: Callable[[jax.Array], jax.Array] | None = None,
   residual: chex.Array | None = None,
-  keep: str = "input",
   dtype: Any = None,
 ) -> tuple[jax.Array, RunningStats | None]:
   r"""Batch normalization (Ioffe & Szegedy 2015, Algorithm 1 in training, 2 in evaluation).
@@ -103,13 +100,6 @@ def batch_norm(
       `Chosen`. With virtual_batch_size both have one more axis, of groups. The running statistics
       track the batch's own. What is beside the batch in `jaxbn.variants` goes through here.
     activation, residual: as in `normalize`: y = activation(normalized x + residual).
-    keep: what is kept for the derivative in training. "input": x. "output": y, from which x is
-      computed back (In-Place Activated BatchNorm, Rota Bulo et al. 2018), which frees x's memory
-      where the next layer keeps y anyway. The activation must be None or jax.nn.leaky_relu (also in
-      functools.partial with a negative_slope > 0), there is no residual, and no scale may be 0 or
-      close to it: a channel's gradients are as accurate as y's rounding, |y| u / |scale|, and NaN
-      where scale is 0. With an axis_name of vmap, differentiate before jit, remat or scan stage the
-      vmap: JAX runs this rule, which shares in it, after the axis is gone ("not bound here").
     dtype: of y; default, what x, scale, bias and residual promote to.
 
   Returns:
@@ -118,8 +108,7 @@ def batch_norm(
   Raises:
     TypeError, ValueError: as the functions named above; state missing in evaluation;
       axis_index_groups without axis_name, or with virtual_batch_size; a virtual_batch_size that
-      does not fit the batch, or "device" without axis_name; use_running_average not a Python bool;
-      keep="output" where its conditions do not hold.
+      does not fit the batch, or "device" without axis_name; use_running_average not a Python bool.
 
   >>> import jax, jax.numpy as jnp, jaxbn
   >>> x = 5 + 2 * jax.random.normal(jax.random.key(0), (64, 3))
@@ -138,7 +127,6 @@ def batch_norm(
   valid, weight = valid_elements(x, mask, weights)
   require_mask(masked_value, valid)
   given = given._replace(valid=valid)
-  inverse = _inverse(keep, form, given, detach_stats, choose)
   if evaluating:
     if state is None:
       raise ValueError("use_running_average=True needs the statistics: pass state.")
@@ -151,7 +139,7 @@ def batch_norm(
   sample_pivot = state is None or x.dtype != jnp.bfloat16
   how = How(form.axes, fast, sample_pivot, *_checks.sharing(axis_name, axis_index_groups))
   step = functools.partial(
-    _normalize_by_batch, inverse, _checks.static_bool("detach_stats", detach_stats), choose
+    _normalize_by_batch, _checks.static_bool("detach_stats", detach_stats), choose
   )
   groups = _virtual.groups(virtual_batch_size, x, how)
   if groups is not None:
@@ -173,7 +161,6 @@ def batch_norm(
 
 
 def _normalize_by_batch(
-  inverse: Any,
   detach_stats: bool,
   choose: Choose | None,
   form: Form,
@@ -184,8 +171,6 @@ def _normalize_by_batch(
 ) -> tuple[jax.Array, Moments]:
   """Measure, share, choose, apply: y and the moments of the batch."""
   pivot = state.mean if state is not None and how.use_fast_variance else None
-  if inverse is not None:
-    return normalize_keeping_output(form, inverse, how, given, weight, pivot)
   elements = Elements(given.x, given.wide, given.valid, weight)
   batch = measure(how, elements, shared_pivot=pivot)
   stats = batch._replace(mean=lax.stop_gradient(batch.mean), var=lax.stop_gradient(batch.var))
@@ -194,39 +179,6 @@ def _normalize_by_batch(
   if choose is not None:
     given, mean, var = correct(choose, stats, state, form, given)
   return apply_aligned(form._replace(exact=how.sample_pivot), given, mean, var), batch
-
-
-def _inverse(
-  keep: str, form: Form, given: Given, detach_stats: bool, choose: Choose | None
-) -> Callable[[jax.Array], jax.Array] | None:
-  """The inverse of the activation, if the output is to be kept; None to keep the input."""
-  if keep not in ("input", "output"):
-    raise ValueError(f"keep={keep!r}: the derivative can keep the layer's 'input' or its 'output'.")
-  if keep == "input":
-    return None
-  scale = given.scale
-  if given.residual is not None:
-    raise ValueError(
-      "keep='output' with a residual: x cannot be told from y alone: leave one of them out, for "
-      "instance add the residual to the layer's output."
-    )
-  if detach_stats:
-    raise ValueError("keep='output' with detach_stats=True: leave one of them out.")
-  if choose is not None:
-    raise ValueError(
-      "keep='output' with choose: x is computed back by the batch's own statistics: leave one "
-      "of them out."
-    )
-  if is_aligned(form.axes, given.x, scale, given.bias):
-    raise ValueError(
-      "keep='output' with a scale or a bias that differs between examples: leave one of them out."
-    )
-  if _checks.concrete(scale) and scale is not None and not np.all(np.asarray(scale)):
-    raise ValueError(
-      "keep='output' with a scale that holds 0: there the output says nothing of the input: "
-      "start scale away from 0, or keep the input."
-    )
-  return _checks.inverse("activation", form.activation)
 
 
 def _check_state(x: jax.Array, state: RunningStats | None, axis: int | Sequence[int]) -> None:

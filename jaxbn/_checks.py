@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -140,27 +139,6 @@ def elementwise(name: str, function: Any, x: jax.Array) -> bool:
       "works element by element, and apply others to y."
     )
   return bool(traced.consts)
-
-
-def inverse(name: str, function: Any) -> Callable[[jax.Array], jax.Array]:
-  """The inverse of an activation, if it is one of those that lose nothing."""
-  if function is None:
-    return lambda y: y
-  slope = 1e-2
-  leaky = function
-  if isinstance(function, functools.partial) and not function.args:
-    leaky, slope = function.func, function.keywords.get("negative_slope", slope)
-  if leaky is not jax.nn.leaky_relu or not concrete(slope) or not slope > 0:
-    raise ValueError(
-      f"keep='output' with {name}={function!r}, which cannot be undone: pass "
-      "None or jax.nn.leaky_relu (also in functools.partial, with negative_slope > 0), or keep the "
-      "input."
-    )
-  return functools.partial(_inverse_leaky_relu, slope)
-
-
-def _inverse_leaky_relu(slope: float, y: jax.Array) -> jax.Array:
-  return jnp.where(y >= 0, y, y / slope)
 
 
 def broadcastable(name: str, value: Any, x: jax.Array) -> jax.Array:

@@ -29,7 +29,6 @@ _OPTIONS = (
   "skip_nonfinite",
   "detach_stats",
   "activation",
-  "keep",
 )
 
 

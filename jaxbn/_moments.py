@@ -303,16 +303,15 @@ def _around_tangent(how: How, *args: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def d_mean_and_var(
-  how: How, elements: Elements, count: Any, values: Any, d: Elements, d_count: Any
+  how: How, elements: Elements, count: Any, values: Around, d: Elements, d_count: Any
 ) -> tuple[jax.Array, jax.Array]:
   """The tangents: dmean = E[dx], dvar = 2 E[(x - mean) dx], and what weights add.
 
-  `values` are pivot, mean and var as in `Around`; pivot None is 0. A count of None follows from the
-  shape.
+  A count of None follows from the shape.
   """
   pivot, mean, var = values
   total = functools.partial(_total, axes=how.axes)
-  p = None if pivot is None else how.axes.expand(pivot)
+  p = how.axes.expand(pivot)
   # Apart from the forward pass's; where no pivot is taken, XLA shall see that it is 0.
   around = _from_pivot(elements, _apart(p) if how.sample_pivot else p)
   centered = around - how.axes.expand(mean)

@@ -193,13 +193,8 @@ def d_apply(
   d: Given,
   d_mean: Any,
   d_var: Any,
-  *,
-  sums_apart: bool = True,
 ) -> jax.Array:
-  """The tangent of y: k dx + x A + B + dresidual, through the activation.
-
-  Without sums_apart, a GPU's two sums share what they need of y, as elsewhere.
-  """
+  """The tangent of y: k dx + x A + B + dresidual, through the activation."""
   expand = form.axes.expand
   k, r = slope(given, var)
   a = b = jnp.zeros_like(k)
@@ -238,7 +233,7 @@ def d_apply(
     # together, XLA would store what they need, such as ReLU's mask. So each has its y, behind
     # barriers that differ: it merges equal ones. (Beside a residual that would move more.)
     shared = apart((k, shift))
-    own = _apart_on_gpus(k, shift, mean) if sums_apart else shared
+    own = _apart_on_gpus(k, shift, mean)
     shifted = shifted + jnp.zeros_like(x)  # differs between the devices between which x does
     values = (shared, sloped), (own, shifted), ((k, apart(shift)), direct)
     parts = [(x * expand(k) + expand(shift), d_y) for (k, shift), d_y in values]

@@ -194,11 +194,8 @@ def test_what_cannot_be_chosen_is_refused():
   refused(TypeError, r"gave a tuple; it has to give a jaxbn\.Chosen", options, choose=lambda *_: ())
   wrong = lambda b, s: jaxbn.Chosen(b.mean, b.var, np.ones(5))  # noqa: E731
   refused(ValueError, r"scale of choose has shape \(5,\)", options, choose=wrong)
-  refused(ValueError, "keep='output' with choose", options, choose=halfway, keep="output")
 
 
 def test_parameters_that_fit_neither_channels_nor_examples_are_refused():
   refused(ValueError, r"scale has shape \(8, 2\).* give it 3 axes", layer, X, np.ones((8, 2)))
   refused(ValueError, r"scale has shape \(7, 1, 2\)", layer, X, np.ones((7, 1, 2)))
-  refused(ValueError, "differs between examples", layer, X, PER_EXAMPLE[0], keep="output")
-  refused(ValueError, "bias that differs", layer, X, None, PER_EXAMPLE[0], keep="output")

@@ -54,7 +54,6 @@ class BatchNorm(nn.Module):
     masked_value: what the output holds where the mask is False; None: the formula's value.
     activation: elementwise function applied to the result, such as `nn.relu`, or None; here its
       derivative needs no memory of its own.
-    keep: "input" or "output": which of the two is kept for the derivative (see `jaxbn.batch_norm`).
 
   >>> import jax, jax.numpy as jnp, jaxbn.linen
   >>> layer = jaxbn.linen.BatchNorm(use_running_average=False)
@@ -87,7 +86,6 @@ class BatchNorm(nn.Module):
   detach_stats: bool = False
   masked_value: float | None = None
   activation: Callable[[jax.Array], jax.Array] | None = None
-  keep: str = "input"
   virtual_batch_size: int | str | None = None
 
   @nn.compact

@@ -28,7 +28,6 @@ class ConditionalBatchNorm(BatchNorm, kw_only=True):
     use_running_average, axis, momentum, epsilon, dtype, param_dtype, use_bias, use_scale,
       axis_name, axis_index_groups, use_fast_variance, force_float32_reductions, debias, unbiased,
       skip_nonfinite, detach_stats, masked_value, activation, virtual_batch_size: as in `BatchNorm`.
-    keep: "input"; the output is not enough here.
 
   >>> import jax, jax.numpy as jnp, jaxbn.linen
   >>> layer = jaxbn.linen.ConditionalBatchNorm(num_classes=10, use_running_average=False)

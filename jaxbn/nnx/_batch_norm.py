@@ -60,7 +60,6 @@ class BatchNorm(Trackable):
     masked_value: what the output holds where the mask is False; None: the formula's value.
     activation: elementwise function applied to the result, such as `nnx.relu`, or None; here its
       derivative needs no memory of its own.
-    keep: "input" or "output": which of the two is kept for the derivative (see `jaxbn.batch_norm`).
 
   >>> import jax.numpy as jnp, jaxbn.nnx
   >>> from flax import nnx
@@ -100,7 +99,6 @@ class BatchNorm(Trackable):
     detach_stats: bool = False,
     masked_value: float | None = None,
     activation: Callable[[jax.Array], jax.Array] | None = None,
-    keep: str = "input",
     virtual_batch_size: int | str | None = None,
   ):
     shape = (num_features,)
@@ -133,7 +131,6 @@ class BatchNorm(Trackable):
     self.detach_stats = detach_stats
     self.masked_value = masked_value
     self.activation = activation
-    self.keep = keep
     self.virtual_batch_size = virtual_batch_size
 
   def __call__(

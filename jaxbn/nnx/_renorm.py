@@ -29,7 +29,7 @@ class BatchRenorm(BatchNorm):
     r_max: number from 1 on, or a schedule: a function of the step that gives one, such as optax's.
       What a schedule gives is checked only where the call is not traced.
     d_max: number from 0 on, or a schedule.
-    options: those of `jaxbn.nnx.BatchNorm`, rngs among them; keep="output" is refused in training.
+    options: those of `jaxbn.nnx.BatchNorm`, rngs among them.
 
   >>> import jax.numpy as jnp, jaxbn.nnx, optax
   >>> from flax import nnx

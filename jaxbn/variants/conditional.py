@@ -57,7 +57,7 @@ def conditional_batch_norm(
   Raises:
     TypeError: labels that are not integers.
     ValueError: neither scales nor biases; tables of other shapes; labels not of shape (N,) or out
-      of range; keep="output"; and what `batch_norm` refuses.
+      of range; and what `batch_norm` refuses.
 
   >>> import jax.numpy as jnp
   >>> from jaxbn.variants.conditional import conditional_batch_norm

@@ -138,11 +138,9 @@ def domain_batch_norm(
 
 
 def of_layer(
-  *args: Any, keep: str, virtual_batch_size: int | str | None, **options: Any
+  *args: Any, virtual_batch_size: int | str | None, **options: Any
 ) -> tuple[jax.Array, RunningStats]:
-  """`domain_batch_norm`, for a layer that has two more options."""
-  if keep != "input":
-    raise ValueError(f"keep={keep!r} in a layer with domains, which keeps its input: leave it out.")
+  """`domain_batch_norm`, for a layer that has one more option."""
   if virtual_batch_size is not None:
     raise ValueError(
       f"virtual_batch_size={virtual_batch_size!r} in a layer with domains: both say which examples "

@@ -83,7 +83,7 @@ def batch_renorm(
     options: of `jaxbn.batch_norm`, each with its meaning there: axis, momentum, mask, weights,
       masked_value, axis_name, axis_index_groups, virtual_batch_size, use_fast_variance, debias,
       unbiased, skip_nonfinite, detach_stats, activation, residual, dtype. Not choose, which is
-      taken, nor keep="output".
+      taken.
 
   Returns:
     (y, new_state), as `jaxbn.batch_norm`.

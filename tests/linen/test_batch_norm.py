@@ -51,7 +51,6 @@ def test_fields_are_flax_s_in_its_order_then_ours():
     ("detach_stats", False),
     ("masked_value", None),
     ("activation", None),
-    ("keep", "input"),
     ("virtual_batch_size", None),
   ]
   assert ends(OURS) == ends(FLAX)

@@ -138,7 +138,6 @@ def test_masks_and_networks():
   [
     ({"r_max": 0.5}, ValueError, r"r_max=0\.5 is out of range"),
     ({"d_max": lambda step: -1.0}, ValueError, r"d_max=-1\.0 is out of range"),
-    ({"keep": "output"}, ValueError, "keep='output' with choose"),
     ({"use_running_average": 1}, TypeError, "use_running_average=1: a Python bool"),
   ],
 )

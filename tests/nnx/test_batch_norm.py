@@ -50,7 +50,6 @@ def test_the_constructor_takes_flax_s_arguments_then_ours():
     ("detach_stats", False),
     ("masked_value", None),
     ("activation", None),
-    ("keep", "input"),
     ("virtual_batch_size", None),
   ]
 

@@ -187,7 +187,6 @@ def test_other_labels_do_not_trace_again():
     ({"scales": None, "biases": None}, ValueError, "scales=None, biases=None: pass a table"),
     ({"x": X.astype(int)}, TypeError, "x has dtype int64"),
     ({"axis": (0, 1, 2), "scales": X[:4, None] + X, "biases": None}, ValueError, "no axis of ex"),
-    ({"keep": "output"}, ValueError, "differs between examples: leave one of them out"),
   ],
   ids=str,
 )

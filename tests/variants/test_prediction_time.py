@@ -119,7 +119,6 @@ def test_nothing_is_traced_again():
     ({"prior": np.nan}, ValueError, "prior=nan is out of range"),
     ({"prior": "16"}, TypeError, "prior='16' is not a number"),
     ({"state": None}, TypeError, "state is a NoneType"),
-    ({"keep": "output"}, ValueError, "keep='output' with choose"),
     ({"choose": 1}, TypeError, "multiple values for keyword argument 'choose'"),
     ({"x": X.astype(int)}, TypeError, "x has dtype int64"),
   ],

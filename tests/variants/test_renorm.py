@@ -240,7 +240,6 @@ def test_one_all_reduce():
     ({"r_max": lambda step: 3.0}, TypeError, r"pass the schedule's value, r_max\(step\)"),
     ({"state": None}, ValueError, "in training too: pass state"),
     ({"epsilon": -1.0}, ValueError, r"epsilon=-1\.0 is out of range"),
-    ({"keep": "output"}, ValueError, "keep='output' with choose"),
     ({"momentun": 0.9}, TypeError, "momentun"),
     ({"choose": lambda b, s: None}, TypeError, "choose"),
   ],
