@@ -489,22 +489,30 @@ def test_each_sum_has_a_mask_of_its_own_on_gpus_only():
     assert other.count(2) == gpu.count(2) + 1
 
 
-def test_layers_alike_are_traced_once():
-  x = inputs()[0].astype(np.float32)
+CALLS = []
 
-  def times_called(layers):
-    calls = []
 
-    def activation(y):
-      calls.append(y.shape)
-      return jnp.tanh(y)
+def counting(z):
+  CALLS.append(z.shape)
+  return jnp.tanh(z)
 
-    def loss(x):
-      for _ in range(layers):
-        x, _ = jaxbn.batch_norm(x, use_running_average=False, activation=activation)
-      return x.sum()
 
-    jax.jit(jax.grad(loss)).trace(x)
-    return len(calls)
+def times_called(layers, activation):
+  CALLS.clear()
+  jax.clear_caches()
 
-  assert times_called(4) == times_called(1)
+  def loss(x):
+    for _ in range(layers):
+      x, _ = jaxbn.batch_norm(x, use_running_average=False, activation=activation)
+    return x.sum()
+
+  jax.jit(jax.grad(loss)).trace(inputs()[0].astype(np.float32))
+  return len(CALLS)
+
+
+def test_layers_alike_are_traced_once_where_a_module_holds_the_activation():
+  assert times_called(4, counting) == times_called(1, counting)
+
+
+def test_any_other_activation_is_called_once_in_each_layer():
+  assert times_called(3, lambda z: counting(z)) == 3
