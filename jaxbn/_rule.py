@@ -246,7 +246,12 @@ def d_apply(
 
   shift = _sum(-mean * k, given.bias)
   if kept is not None:
-    parts = [(_scaled(form, given, centered, residual, k), _sum(direct, from_moments))]
+    z, d_z = _scaled(form, given, centered, residual, k), _sum(direct, from_moments)
+    # Where the activation's slope is not finite, its product with a zero is NaN.
+    unset = (None,) * len(given.constants)
+    slopes = _through(form, given.constants, unset, [(z, jnp.ones_like(z))])
+    smooth = given.valid | jnp.isfinite(lax.stop_gradient(slopes))
+    parts = [(jnp.where(smooth, z, 0), jnp.where(smooth, d_z, 0))]
   elif residual is not None or direct is None:
     y = _sum(x * expand(k), expand(apart(shift)), residual)
     parts = [(y, _sum(direct, from_moments))]
