@@ -24,7 +24,7 @@ class BatchNorm(nn.Module):
   its checkpoints load; `jaxbn.batch_norm` says what is computed, how accurately, and what errors
   are raised. What differs from Flax: the statistics stay accurate where the mean is large; with a
   mask and an axis_name they are those of all valid elements of all devices; masked positions may
-  hold NaN; integer input is refused; half-precision statistics stay half-precision. Initialization
+  hold NaN; integer input is refused. Initialization
   never changes the statistics, and needs no bound axis.
 
   Attributes:
