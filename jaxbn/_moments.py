@@ -228,7 +228,8 @@ def _around_0_where_near(how: How, elements: Elements, count: jax.Array | None) 
   # Each branch makes it from the sums: one made before would be copied.
   def around_0(near: jax.Array, sums: Any, *args: Any) -> jax.Array:
     _, mean, var = _around_of(how, sums, *args)
-    return jnp.stack([mean, jnp.zeros_like(mean), var])
+    # Zeros that vary as the rest does: under vmap on an explicit mesh, JAX stacks no others.
+    return jnp.stack([mean, 0 * near.astype(mean.dtype), var])
 
   def elsewhere(near: jax.Array, sums: Any, *args: Any) -> jax.Array:
     return jnp.where(near, around_0(near, sums, *args), jnp.stack(_around_sample(how, *args)))
@@ -560,7 +561,20 @@ def occupied(count: chex.Numeric) -> Any:
 
 def where(condition: Any, value: jax.Array, otherwise: chex.Numeric) -> jax.Array:
   """jnp.where, and no operation at all where the condition is True itself."""
-  return value if condition is True else jnp.where(condition, value, otherwise)
+  if condition is True:
+    return value
+  condition, value, otherwise = sharded_alike(condition, value, otherwise)
+  return jnp.where(condition, value, otherwise)
+
+
+def sharded_alike(*values: Any) -> tuple[Any, ...]:
+  """Values per channel, on an explicit mesh sharded as that which is sharded most: for a select."""
+  shardings = [jax.typeof(v).sharding for v in values if np.ndim(v)]
+  shardings = [s for s in shardings if s.mesh.explicit_axes]
+  if not shardings:
+    return values
+  most = max(shardings, key=lambda s: sum(axis is not None for axis in s.spec))
+  return tuple(jax.sharding.reshard(v, most) if np.ndim(v) else v for v in values)
 
 
 def _divisor_of(how: How, x: jax.Array, count: chex.Numeric | None) -> chex.Numeric:
@@ -578,7 +592,7 @@ def _sample(x: jax.Array, axes: _checks.Axes, valid: jax.Array | None) -> jax.Ar
   sharding = jax.typeof(x).sharding
   if sharding.mesh.explicit_axes:
     # A few elements cannot keep the batch's sharding, nor does indexing give that up by itself.
-    kept = (sharding.spec[a] if a in axes.features else None for a in range(x.ndim))
+    kept = (sharding.spec[a] for a in axes.features)
     local = jax.sharding.auto_axes(
       lambda x, valid: _sample(x, axes, valid),
       axes=sharding.mesh.explicit_axes,
@@ -721,6 +735,9 @@ def sum_over_devices(
   values: list[jax.Array], axis_name: Any, groups: tuple[tuple[int, ...], ...] | None
 ) -> list[jax.Array]:
   """The sums of several arrays over the devices of one's group, by a single all-reduce."""
+  if any(jax.typeof(v).sharding.mesh.explicit_axes for v in values):
+    # Inside of a shard_map over some axes, channels may be sharded over another: they stay there.
+    return [_psum_in_groups(v, axis_name, groups) for v in values]
   flat, unflatten = ravel_pytree(values)
   return unflatten(_psum_in_groups(flat, axis_name, groups))
 

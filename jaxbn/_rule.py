@@ -22,13 +22,13 @@ from x, rather than from whatever partial evaluation would have kept.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
@@ -72,9 +72,19 @@ def once(function: Callable[..., Any]) -> Callable[..., Any]:
 
   @functools.wraps(function)
   def call(known: Any, *args: Any) -> Any:
-    return (jitted if getattr(known, "traced_once", True) else function)(known, *args)
+    if getattr(known, "traced_once", True):
+      return jitted(known, *args)
+    with _on_mesh_of(args):
+      return function(known, *args)
 
   return call
+
+
+def _on_mesh_of(args: Any) -> contextlib.AbstractContextManager[Any]:
+  """Where arrays made anew are on the explicit mesh of these, as they are in a jit."""
+  meshes = (jax.typeof(a).sharding.mesh for a in jax.tree.leaves(args))
+  explicit = next((m for m in meshes if m.explicit_axes), None)
+  return contextlib.nullcontext() if explicit is None else jax.sharding.use_abstract_mesh(explicit)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -290,18 +300,16 @@ def _through(
   form: Form, constants: Any, d_constants: Any, parts: list[tuple[Any, Any]]
 ) -> jax.Array:
   """The tangent of act(z), from that of z in parts, each with the z at which it is taken."""
-  zeros = tuple(map(_no_tangent, constants))
-  d_constants = tuple(z if d is None else d for z, d in zip(zeros, d_constants, strict=True))
+  moving = [i for i, d in enumerate(d_constants) if d is not None]
   tangents = []
   for z, d_z in parts:
+
+    def activation(z: jax.Array, *moved: Any, moving: list[int] = moving) -> jax.Array:
+      values = dict(enumerate(constants)) | dict(zip(moving, moved, strict=True))
+      return _activated(form, z, *values.values())
+
     z, d_z = (v.astype(form.activated_dtype) for v in (z, jnp.broadcast_to(d_z, z.shape)))
-    activation = functools.partial(_activated, form)
-    tangents.append(jax.jvp(activation, (z, *constants), (d_z, *d_constants))[1])
-    d_constants = zeros  # they have their part in the first
+    primals, changes = ([values[i] for i in moving] for values in (constants, d_constants))
+    tangents.append(jax.jvp(activation, (z, *primals), (d_z, *changes))[1])
+    moving = []  # they have their part in the first
   return _sum(*tangents)
-
-
-def _no_tangent(constant: jax.Array) -> Any:
-  if jnp.issubdtype(constant.dtype, jnp.inexact):
-    return jnp.zeros_like(constant)
-  return np.zeros(constant.shape, jax.dtypes.float0)

@@ -145,6 +145,9 @@ def by_group(
       axes=sharding.mesh.explicit_axes,
       out_sharding=(sharding, Moments(of_batch, of_batch, of_batch)),
     )
+    if sharding.mesh.manual_axes:
+      # Of what is typed in this region, JAX can keep nothing for a shard_map's derivative.
+      grouped = jax.checkpoint(grouped)
   return grouped(given, weight, state)
 
 

@@ -72,7 +72,7 @@ def step(layer, x, scale, bias, mean, var, arrays):
 @pytest.mark.parametrize(("made", "layer"), LAYERS.values(), ids=LAYERS)
 def test_a_training_step_is_exported_for_any_size(made, layer, dims):
   symbolic = (*export.symbolic_shape(dims), C)
-  shape = (8, 5, 2)[: len(symbolic) - 1] + (C,)
+  shape = (*(8, 5, 2)[: len(symbolic) - 1], C)
   x = np.random.default_rng(0).normal(3, 2, shape).astype(np.float32)
   arrays = {name: make(shape) for name, make in made.items()}
   args = x, jnp.full(C, 2.0), jnp.ones(C), *jaxbn.init(C)[:2], arrays
