@@ -182,9 +182,8 @@ def of_layer(axis_name=None, **options):
   return lambda x, scale, bias: layer(x, scale, bias, axis_name=axis_name, **options)[0]
 
 
-@pytest.mark.parametrize("transform", table.TRANSFORMS)
-def test_transformations(transform):
-  table.compare(transform, of_layer(), formula, (X, SCALE, BIAS))
+def test_transformations():
+  table.compare_all(of_layer(), formula, (X, SCALE, BIAS))
 
 
 @pytest.mark.parametrize("devices", table.DEVICES)
@@ -218,6 +217,7 @@ def test_through_two_elements_comes_no_gradient():
   assert np.max(np.abs(jax.grad(f)(x))) < 1e-10
 
 
+@pytest.mark.optimized
 def test_one_all_reduce():
   def f(x, state):
     return layer(x, state=state, axis_name="batch")
