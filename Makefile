@@ -93,7 +93,7 @@ bench-scaling: .venv-compiled/.installed
 	@.venv-compiled/bin/python -m benchmarks.scaling_report
 
 clean:
-	rm -rf .venv* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv* .cache build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # Newest first. What is newer than all that is tested, only where there is nothing else.
 PYTHONS := 3.13 3.12 3.11 3.14 3

@@ -276,6 +276,7 @@ def spread_gradient(how, keep, masked):
   return jax.jit(gradient), (x, scale, bias, jaxbn.init(3))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("how", ["pmap", "shard_map"])
 def test_devices_share_one_all_reduce_forward_and_one_backward(how, masked):

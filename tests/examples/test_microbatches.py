@@ -99,6 +99,7 @@ def compiled(mode, **changes):
   return step.lower(job.parallel.replicate(job.state), job.parallel.shard(batch)).compile()
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("mode", MODES)
 def test_each_needs_the_memory_of_one_microbatch_and_merged_that_of_all(mode):
   programs = [
