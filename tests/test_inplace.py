@@ -103,6 +103,7 @@ def test_gradients_are_as_near_as_y_tells(dtype, kind, activation):
     bounds.assert_within(np.asarray(one, np.float32), expected, sum(allowed))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("kind", ["plain", "both"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("evaluating", [False, True], ids=["training", "evaluation"])

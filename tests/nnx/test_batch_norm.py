@@ -152,11 +152,13 @@ def test_lists_and_numpy_integers_are_hashable_when_split(options):
 # The numbers.
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("case", layers.CASES)
 def test_layer_is_the_linen_layer_bit_for_bit(case):
   layers.assert_bit_equal(layers.trajectory("nnx", case), layers.trajectory("linen", case))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("case", layers.FLAX_CASES)
 def test_layer_is_flax_s_to_rounding(case):
   layers.assert_equal_to_rounding(
@@ -169,6 +171,7 @@ class TestClaims(layers.Claims):
   flax = staticmethod(layers.MAKERS["flax nnx"])
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("transform", [jax.pmap, jax.vmap])
 def test_synchronized_layer_is_the_linen_layer_bit_for_bit(transform, masked):

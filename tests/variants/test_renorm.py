@@ -92,6 +92,7 @@ def test_the_running_statistics_are_batch_norm_s(options):
   jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize("parameters", [(SCALE, BIAS), (SCALE, None), (None, BIAS), (None, None)])
 def test_without_room_for_corrections_it_is_batch_norm_bit_for_bit(dtype, parameters):
