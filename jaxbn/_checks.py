@@ -290,7 +290,7 @@ def _bound_axis_names() -> list[Any]:
   from jax.extend import core as extend_core
 
   name = "unsafe_get_axis_names_DO_NOT_USE"  # once in jax.core
-  names = getattr(extend_core, name, None) or getattr(jax.core, name, list)
+  names = getattr(extend_core if hasattr(extend_core, name) else jax.core, name, list)
   return list(names())
 
 
