@@ -1,7 +1,8 @@
 # make train           the main job: a small ResNet on handwritten digits, over all local devices
 # make train-hosts     forty steps of it in two processes with two devices each
 # make chaos           kills a run 20 times and compares it with an undisturbed one
-# make test            everything that CI runs: ruff, the type checker, pytest
+# make test            everything that CI runs: ruff, the type checker, pytest with the newest versions
+#                      of what jaxbn needs, and the tests of its layers and functions with the oldest
 # make exactness       the README's comparison with Flax
 # make compare-norms   every norm on Fashion-MNIST: batch sizes, depths, step times (ARGS=--long)
 # make compare-recurrent, compare-renorm, compare-descent   the experiments of papers
@@ -17,9 +18,15 @@ VENV := .venv
 comma := ,
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+OLDEST := .venv-oldest
+
+# Each process imports whole files, so that what a file's tests share is computed once.
+PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+OLDEST_TESTS := tests/test_*.py tests/linen tests/nnx tests/variants tests/examples/test_checkpoints.py
 
 .PHONY: train train-hosts chaos test exactness compare-norms compare-recurrent compare-renorm \
-        compare-descent bench bench-compiled bench-scaling lint types pytest format clean
+        compare-descent bench bench-compiled bench-scaling lint types pytest \
+        pytest-oldest format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -36,7 +43,7 @@ train-hosts: $(INSTALLED)
 chaos: $(INSTALLED)
 	@$(BIN)/python -m tests.examples.chaos $(ARGS)
 
-test: lint types pytest
+test: lint types pytest pytest-oldest
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -45,7 +52,12 @@ types: $(INSTALLED)
 	@$(BIN)/mypy
 
 pytest: $(INSTALLED)
-	@$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(call versions,newest,$(VENV))
+	@$(BIN)/python $(PYTEST) $(ARGS)
+
+pytest-oldest: $(OLDEST)/.installed
+	$(call versions,oldest,$(OLDEST))
+	@$(OLDEST)/bin/python $(PYTEST) $(or $(ARGS),$(OLDEST_TESTS))
 
 format: $(INSTALLED)
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
@@ -81,27 +93,43 @@ bench-scaling: .venv-compiled/.installed
 	@.venv-compiled/bin/python -m benchmarks.scaling_report
 
 clean:
-	rm -rf .venv* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv* .cache build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# $(call install,folder,extras): a virtual environment with the package and these extras in it.
+# Newest first. What is newer than all that is tested, only where there is nothing else.
+PYTHONS := 3.13 3.12 3.11 3.14 3
+
+# $(call install,folder,extras,pythons,constraints): a virtual environment with the package and these
+# extras in it, made by the first of these Pythons that is on the PATH or one of pyenv's.
 define install
-	@python=$$(for p in python3.14 python3.13 python3.12 python3.11 python3 python; do \
-	    $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done); \
+	@python=$$(for v in $(3); do for p in python$$v "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$$v.*/bin/python$$v; do \
+	    "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break 2; done; done); \
 	  [ -n "$$python" ] || { echo "make: Python 3.11 or later is missing: install it and run make again." >&2; exit 1; }; \
-	  $$python -c 'import venv, ensurepip' 2>/dev/null || { echo "make: the venv module of $$python is missing: install it (Debian, Ubuntu: $$python-venv) and run make again." >&2; exit 1; }; \
-	  echo "Installing into $(1) (once, a minute or more) ..."; \
-	  $$python -m venv $(1) || { echo "make: $$python cannot create $(1)." >&2; exit 1; }; \
-	  $(1)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(2)]' \
+	  "$$python" -c 'import venv, ensurepip' 2>/dev/null || { echo "make: the venv module of $$python is missing: install it (Debian, Ubuntu: $$python-venv) and run make again." >&2; exit 1; }; \
+	  version=$$("$$python" -V); \
+	  [ "$$($(1)/bin/python -V 2>/dev/null)" = "$$version" ] || clear=--clear; \
+	  echo "Installing into $(1), with $$version (once, a minute or more) ..."; \
+	  "$$python" -m venv $$clear $(1) || { echo "make: $$python cannot create $(1)." >&2; exit 1; }; \
+	  $(1)/bin/pip install --quiet --disable-pip-version-check -c $(4) -e '.[$(2)]' \
 	    2>$(1)/install.log || { echo "make: pip could not install the packages, most likely for want of a network: $(1)/install.log says why." >&2; exit 1; }; \
 	  touch $(1)/.installed
 endef
 
+# $(call versions,name,folder): what the tests run on.
+define versions
+	@$(2)/bin/python -c 'import platform; from importlib.metadata import version; \
+	  names = "jax", "flax", "optax", "orbax-checkpoint"; \
+	  print("The $(1) versions, in $(2): Python", platform.python_version(), *(f"{n} {version(n)}" for n in names))'
+endef
+
 $(INSTALLED): pyproject.toml constraints.txt
-	$(call install,$(VENV),examples$(comma)test)
+	$(call install,$(VENV),examples$(comma)test,$(PYTHONS),constraints.txt)
+
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	$(call install,$(OLDEST),examples$(comma)test,3.11 3.12 3.13 3.14 3,constraints-oldest.txt)
 
 # PyTorch is compared where it is installed: .venv-bench/bin/pip install torch
 .venv-bench/.installed: pyproject.toml constraints.txt
-	$(call install,.venv-bench,bench)
+	$(call install,.venv-bench,bench,$(PYTHONS),constraints.txt)
 
 .venv-compiled/.installed: pyproject.toml constraints.txt
-	$(call install,.venv-compiled,compiled)
+	$(call install,.venv-compiled,compiled,$(PYTHONS),constraints.txt)

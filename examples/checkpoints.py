@@ -117,6 +117,8 @@ class Checkpoints:
     try:
       yield
     except Exception as error:
+      if hosts.is_loss(error) and "os_error_code" not in str(error):
+        raise  # not this disk: another process is gone
       steps = ", ".join(map(str, _steps(self._directory))) or "none"
       raise Failure(
         f"the checkpoint of step {self._saving} could not be written to "

@@ -246,7 +246,8 @@ def _bound_axis_names() -> list[Any]:
   # import on top, with all of jax.extend behind it, would cost every user 30 ms.
   from jax.extend import core as extend_core
 
-  names = getattr(extend_core, "unsafe_get_axis_names_DO_NOT_USE", list)
+  name = "unsafe_get_axis_names_DO_NOT_USE"  # once in jax.core
+  names = getattr(extend_core if hasattr(extend_core, name) else jax.core, name, list)
   return list(names())
 
 

@@ -1,9 +1,28 @@
-"""Eight virtual CPU devices for every test: set before any backend starts."""
+"""What every test runs under: eight virtual CPU devices, and programs that are quick to compile.
+
+A test that reads programs, memory, bits or times has the marker `optimized`: its programs are those
+that users get. All others do without most optimizations. What was compiled once is found again in
+.cache, also by the processes that tests start.
+"""
+
+import os
+import pathlib
+import time
 
 import hypothesis
 import jax
+import pytest
+
+CACHE = pathlib.Path(__file__).parents[1] / ".cache"
+DAYS = 30  # after which what was compiled is forgotten
 
 jax.config.update("jax_num_cpu_devices", 8)
+for name, value in {
+  "jax_compilation_cache_dir": str(CACHE / f"jax-{jax.__version__}"),
+  "jax_persistent_cache_min_compile_time_secs": 0,
+}.items():
+  jax.config.update(name, value)
+  os.environ[name.upper()] = str(value)
 
 # Derandomized so that a run says the same thing everywhere; no deadline, for the first example of a
 # shape compiles.
@@ -15,3 +34,23 @@ hypothesis.settings.register_profile(
   suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("jaxbn")
+
+_last = None, False  # the file and the marker of the test before
+
+
+def pytest_configure(config):
+  if not hasattr(config, "workerinput"):
+    for entry in CACHE.glob("*/*"):
+      if entry.stat().st_mtime < time.time() - DAYS * 24 * 3600:
+        entry.unlink(missing_ok=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+  """Before fixtures. What is compiled is not kept for the next file, nor for the other kind."""
+  global _last
+  this = item.path, item.get_closest_marker("optimized") is not None
+  if this != _last:
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", not this[1])
+    _last = this

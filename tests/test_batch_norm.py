@@ -668,6 +668,7 @@ def test_refuses(name, jit):
     (jax.jit(refused) if jit else refused)(jnp.ones((8, 3)))
 
 
+@pytest.mark.optimized
 def test_on_a_cpu_bfloat16_data_is_not_stored_again_in_single_precision():
   x = jnp.zeros((16, 8, 8, 32), jnp.bfloat16)
   state = jaxbn.init(32)

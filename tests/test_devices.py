@@ -313,6 +313,7 @@ def forward_and_backward(**options):
   return layer, gradient
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("how", ["pmap", "shard_map", "shard_map unchecked"])
 def test_one_all_reduce_forward_and_one_backward(how, masked):
@@ -334,6 +335,7 @@ def test_one_all_reduce_forward_and_one_backward(how, masked):
   assert backward <= numbers
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("how", SHARDED)
 def test_sharded_jit_makes_one_all_reduce_forward_and_one_backward(how, masked):

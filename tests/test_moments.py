@@ -1161,6 +1161,7 @@ def test_complex_weights_are_refused_in_a_list_too():
     jaxbn.moments(jnp.ones((2, 1)), weights=[[1j], [2j]])
 
 
+@pytest.mark.optimized
 def test_under_vmap_the_branch_for_far_means_stays_a_branch():
   def statistics(x):
     return jaxbn.moments(x)[1:]

@@ -453,6 +453,7 @@ def test_new_values_do_not_trace_again():
 PLACES = 50
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("size", [2, 4, 8, 16])  # a device has four
 @pytest.mark.parametrize("how", SHARDED)
@@ -500,6 +501,7 @@ def collectives(program):
   ]
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(("size", "forward", "backward"), [(2, 0, 0), (4, 0, 0), (8, 1, 1)])
 @pytest.mark.parametrize("how", ["pmap", "shard_map unchecked"])
 def test_devices_share_only_what_they_must(how, size, forward, backward):

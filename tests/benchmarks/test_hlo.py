@@ -7,6 +7,8 @@ from jax.sharding import AxisType, PartitionSpec
 
 from benchmarks import hlo
 
+pytestmark = pytest.mark.optimized
+
 KB = 1024  # bytes of f32[256]
 
 

@@ -11,6 +11,8 @@ import pytest
 from benchmarks import hlo, networks, scaling, scaling_report, slices, weak
 from benchmarks import results as stored
 
+pytestmark = pytest.mark.optimized
+
 CHANNELS = 8
 STATISTICS = 4 * 2 * CHANNELS  # bytes of float32 sums, and of sums of squares
 

@@ -9,6 +9,16 @@ import pytest
 from examples import interrupts
 
 
+@pytest.fixture(autouse=True)
+def as_python_starts():
+  """Whatever the process that started this one ignores, as shells do in the background."""
+  handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+  before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+  yield
+  for number, handler in before.items():
+    signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_first_signal_is_a_request(number):
   before = signal.getsignal(number)

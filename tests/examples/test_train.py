@@ -47,6 +47,7 @@ def interrupt_at(step, monkeypatch):
   monkeypatch.setattr(reporting.Reporter, "stepped", stepped_and_interrupted)
 
 
+@pytest.mark.optimized
 def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(tmp_path, monkeypatch, capsys):
   # adamw has two moments to forget; an epoch is 2.2 steps, so the order of the input counts.
   changes = {"model": "mlp", "optimizer": "adamw", "batch_size": 640, "save_every": 100}

@@ -106,11 +106,13 @@ def test_sharding_metadata_stays_on_the_parameters():
 # The numbers.
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("case", layers.CASES)
 def test_layer_is_the_core_bit_for_bit(case):
   layers.assert_bit_equal(layers.trajectory("linen", case), layers.trajectory("core", case))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("case", [*layers.FLAX_CASES, "several axes"])
 def test_layer_is_flax_s_to_rounding(case):
   layers.assert_equal_to_rounding(
@@ -118,6 +120,7 @@ def test_layer_is_flax_s_to_rounding(case):
   )
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("case", layers.CASES)
 def test_evaluation_leaves_the_statistics(case):
   run = layers.trajectory("linen", case)
@@ -204,6 +207,7 @@ def synchronized(cls, transform, groups, two_passes):
   return transform(jax.jit(step), axis_name="b", in_axes=(None, 0))(state, x)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
   ("groups", "two_passes"), [(None, False), (None, True), (((0, 2), (1, 3)), False)]
 )

@@ -40,6 +40,7 @@ def test_initialization_tracks_nothing(variables):
   layers.assert_bit_equal(variables["batch_stats"], {"mean": start.mean, "var": start.var})
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("axis", [-1, (1, 2)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_layer_is_the_function_bit_for_bit(axis, masked):

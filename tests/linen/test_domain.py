@@ -34,6 +34,7 @@ def test_the_tree_and_that_initialization_tracks_nothing(per_domain):
   layers.assert_bit_equal(loaded, variables)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("axis", [-1, (1, 2)])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("per_domain", [False, True])

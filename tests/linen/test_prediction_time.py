@@ -33,6 +33,7 @@ class Network(nn.Module):
     return nn.Dense(self.classes)(x)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("prior", [0.0, 4.0, jnp.inf])
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_layer_is_the_function_bit_for_bit(prior, masked):

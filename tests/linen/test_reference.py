@@ -29,6 +29,7 @@ def test_initialization_creates_parameters_only():
     assert jax.tree.map(jnp.shape, variables) == {"params": {"scale": (3,), "bias": (3,)}}
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("axis", [-1, (1, 2)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_layer_is_the_functions_bit_for_bit(axis, masked):

@@ -38,6 +38,7 @@ def test_its_fields_are_batch_norm_s_then_two():
   assert ours == [*theirs, "r_max", "d_max"]
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
   "options",
   [{}, {"momentum": 0.5, "debias": True}, {"epsilon": 0.1, "use_bias": False}, {"axis": 1}],

@@ -32,6 +32,7 @@ def call_of(case):
   return {"mask": MASK, "weights": MASK.astype(np.float32)} if case == "mask" else {}
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("case", CASES)
 def test_layer_is_the_function_bit_for_bit(case):
   options = CASES[case]

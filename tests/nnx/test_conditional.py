@@ -25,6 +25,7 @@ def values(layer):
   return jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(layer)))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("axis", [-1, (1, 2)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_layer_is_the_linen_layer_bit_for_bit(axis, masked):

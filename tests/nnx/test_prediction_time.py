@@ -36,6 +36,7 @@ def variables(model):
   return nnx.to_pure_dict(nnx.state(model, (nnx.Param, nnx.BatchStat)))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("prior", [0.0, 4.0, jnp.inf])
 def test_a_layer_is_the_linen_layer_s_bit_for_bit(prior):
   linen = jaxbn.linen.BatchNorm(**layers.FIXED)

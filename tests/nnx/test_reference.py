@@ -18,6 +18,7 @@ def make(features=3, **options):
   return jaxbn.nnx.VirtualBatchNorm(features, rngs=nnx.Rngs(0), **layers.FIXED | options)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("axis", [-1, (1, 2)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_layer_is_the_linen_layer_bit_for_bit(axis, masked):

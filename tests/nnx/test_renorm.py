@@ -27,6 +27,7 @@ def stats(layer):
   return nnx.to_pure_dict(nnx.state(layer, nnx.BatchStat))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
   "options",
   [{}, {"r_max": 1.5, "d_max": 0.5, "debias": True}, SCHEDULES, {"r_max": SCHEDULES["r_max"]}],

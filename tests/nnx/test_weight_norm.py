@@ -49,6 +49,7 @@ def test_a_call_in_that_mode_normalizes_every_layer_s_first_batch(use_bias):
     np.testing.assert_allclose(y.std(axes), 1, atol=1e-5)
 
 
+@pytest.mark.optimized
 def test_it_is_linen_s_bit_for_bit():
   x = X[:, 0, 0]
   variables = jaxbn.linen.WeightNorm(nn.Dense(4)).init(jax.random.key(0), x)

@@ -25,6 +25,7 @@ def values(layer):
   return nnx.to_pure_dict(nnx.state(layer))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("case", CASES)
 def test_layer_is_the_linen_layer_bit_for_bit(case):
   options = CASES[case]

@@ -103,12 +103,11 @@ def test_half_precision_examples_and_a_residual():
 
 
 # All of them, of a choice, are in tests/test_choose.py.
-TRANSFORMS = ["vmap over x", "vmap over parameters", "scan", "grad of remat", "jvp", "grad of grad"]
+TRANSFORMS = "vmap over x", "vmap over parameters", "scan", "grad of remat", "jvp", "grad of grad"
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
-def test_transformations(transform):
-  table.compare(transform, norm, formula, (X, SCALE, BIAS, REFERENCE))
+def test_transformations():
+  table.compare_all(norm, formula, (X, SCALE, BIAS, REFERENCE), transforms=TRANSFORMS)
 
 
 @pytest.mark.parametrize("devices", ["pmap", "shard_map", "jit", "jit explicit"])

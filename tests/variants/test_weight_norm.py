@@ -74,9 +74,8 @@ def test_a_kernel_of_zeros_is_no_nan():
   chex.assert_tree_all_finite(jax.grad(lambda v: weight_norm.weight_norm(v, G).sum())(0 * V))
 
 
-@pytest.mark.parametrize("transform", table.TRANSFORMS)
-def test_transformations(transform):
-  table.compare(transform, weight_norm.weight_norm, formula, (V, G))
+def test_transformations():
+  table.compare_all(weight_norm.weight_norm, formula, (V, G))
 
 
 def test_it_compiles_once():
@@ -115,9 +114,8 @@ def mean_only(x, bias, **options):
   return weight_norm.mean_only_batch_norm(x, bias, **TRAINING, **options)[0]
 
 
-@pytest.mark.parametrize("transform", table.TRANSFORMS)
-def test_mean_only_transformations(transform):
-  table.compare(transform, mean_only, lambda x, bias: x - x.mean((0, 1)) + bias, (X, BIAS))
+def test_mean_only_transformations():
+  table.compare_all(mean_only, lambda x, bias: x - x.mean((0, 1)) + bias, (X, BIAS))
 
 
 @pytest.mark.parametrize("devices", table.DEVICES)
