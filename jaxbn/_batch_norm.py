@@ -74,7 +74,8 @@ def batch_norm(
     bias: beta, likewise, or None for 0.
     state: running statistics, from `init`. None in training: nothing is tracked, and sharing over
       axis_name takes two small all-reduces.
-    use_running_average: False in training, True in evaluation; a Python bool.
+    use_running_average: False in training, True in evaluation; known when tracing, as all flags
+      are, but not necessarily a Python bool: 0, 1 and concrete arrays will do.
     axis: the axis or axes of the channels.
     momentum, debias, unbiased, skip_nonfinite: as in `update`.
     epsilon: added to the variance.
@@ -108,7 +109,8 @@ def batch_norm(
   Raises:
     TypeError, ValueError: as the functions named above; state missing in evaluation;
       axis_index_groups without axis_name, or with virtual_batch_size; a virtual_batch_size that
-      does not fit the batch, or "device" without axis_name; use_running_average not a Python bool.
+      does not fit the batch, or "device" without axis_name; a flag that is traced, or
+      is neither True nor False.
 
   >>> import jax, jax.numpy as jnp, jaxbn
   >>> x = 5 + 2 * jax.random.normal(jax.random.key(0), (64, 3))

@@ -230,13 +230,18 @@ def momentum_in_range(momentum: Any, debias: bool) -> None:
 
 
 def static_bool(name: str, value: Any) -> bool:
-  """A flag that decides what is traced, so that it must be known when tracing."""
-  if not concrete(value) or not isinstance(value, bool | np.bool_):
-    raise TypeError(
-      f"{name}={value!r}: a Python bool is needed, for it decides which program is traced: "
-      f"pass {name}=True or False, mark it static under jit, or choose with jax.lax.cond outside."
-    )
-  return bool(value)
+  """A flag that decides what is traced, so that it must be known when tracing: True, False, 1 or 0.
+
+  As a number or an array of any library: that is what a config, or a reduction over flags, gives.
+  """
+  if concrete(value) and isinstance(value, bool | int | np.generic | np.ndarray | jax.Array):
+    flag = np.asarray(value)
+    if flag.shape == () and flag.dtype.kind in "biu" and flag in (0, 1):
+      return bool(flag)
+  raise TypeError(
+    f"{name}={value!r}: a Python bool is needed, for it decides which program is traced: "
+    f"pass {name}=True or False, mark it static under jit, or choose with jax.lax.cond outside."
+  )
 
 
 def axis_names(axis_name: Any) -> tuple[Any, ...]:

@@ -34,7 +34,7 @@ ALLOWED = {
   "linen/_prediction_time": LAYER | {"linen/_batch_norm", "variants/prediction_time"},
   "linen/_reference": {"_checks", "_moments", "variants/reference"},
   "linen/_renorm": {"_checks", "linen/_batch_norm", "variants/renorm"},
-  "nnx/_common": set(),
+  "nnx/_common": {"_checks"},
   "nnx/_batch_norm": LAYER | {"nnx/_common"},
   "nnx/_conditional": {"_checks", "nnx/_batch_norm", "variants/conditional", "nnx/_common"},
   "nnx/_domain": {"_checks", "_running", "nnx/_batch_norm", "variants/domain", "nnx/_common"},

@@ -10,6 +10,8 @@ import jax
 from flax import errors, nnx
 from flax.typing import Dtype, Initializer
 
+from jaxbn import _checks
+
 
 class Trackable(nnx.Module):
   """A layer with running statistics: whether it evaluates, and how they are written."""
@@ -34,7 +36,7 @@ class Trackable(nnx.Module):
         "use_running_average was given neither to the constructor nor to the call: pass it to one, "
         "or choose with train() and eval()."
       )
-    return use_running_average
+    return _checks.static_bool("use_running_average", use_running_average)
 
   def _store(self, state: Any) -> None:
     """Writes the leaves of a state, a NamedTuple, into the variables of their names."""

@@ -138,7 +138,7 @@ def test_masks_and_networks():
   [
     ({"r_max": 0.5}, ValueError, r"r_max=0\.5 is out of range"),
     ({"d_max": lambda step: -1.0}, ValueError, r"d_max=-1\.0 is out of range"),
-    ({"use_running_average": 1}, TypeError, "use_running_average=1: a Python bool"),
+    ({"use_running_average": 2}, TypeError, "use_running_average=2: a Python bool"),
   ],
 )
 def test_what_is_wrong_is_refused(options, error, match):
