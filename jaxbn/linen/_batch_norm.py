@@ -8,13 +8,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.typing import Dtype, Initializer
+from flax.typing import Initializer
 
 from jaxbn import _checks, _layers
 from jaxbn._running import RunningStats, init, needs_count
 
 
-class BatchNorm(nn.Module):
+class BatchNorm(nn.BatchNorm):
   r"""Batch normalization (Ioffe & Szegedy 2015): a drop-in for `flax.linen.BatchNorm`.
 
       y = (x - mean) / sqrt(var + epsilon) * scale + bias
@@ -25,7 +25,8 @@ class BatchNorm(nn.Module):
   are raised. What differs from Flax: the statistics stay accurate where the mean is large; with a
   mask and an axis_name they are those of all valid elements of all devices; masked positions may
   hold NaN; integer input is refused; half-precision statistics stay half-precision. Initialization
-  never changes the statistics, and needs no bound axis.
+  never changes the statistics, and needs no bound axis. An instance is one of Flax's class too, so
+  that code that looks for batch norms by their type finds it.
 
   Attributes:
     use_running_average: True in evaluation, False in training; here or at the call.
@@ -66,20 +67,10 @@ class BatchNorm(nn.Module):
   [0.045 0.055 0.065]
   """
 
-  use_running_average: bool | None = None
-  axis: int | Sequence[int] = -1
-  momentum: float | None = 0.99
-  epsilon: float = 1e-5
-  dtype: Dtype | None = None
-  param_dtype: Dtype = jnp.float32
-  use_bias: bool = True
-  use_scale: bool = True
-  bias_init: Initializer = nn.initializers.zeros
-  scale_init: Initializer = nn.initializers.ones
+  # Flax's fields and defaults are inherited; these take more than there.
+  axis: int | Sequence[int] = -1  # type: ignore[assignment]
+  momentum: float | None = 0.99  # type: ignore[assignment]
   axis_name: Any = None
-  axis_index_groups: Any = None
-  use_fast_variance: bool = True
-  force_float32_reductions: bool = True
   debias: bool = False
   unbiased: bool = False
   skip_nonfinite: bool = False

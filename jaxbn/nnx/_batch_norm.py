@@ -18,7 +18,7 @@ from jaxbn._running import RunningStats, init
 from jaxbn.nnx._common import Trackable, parameter, tuples
 
 
-class BatchNorm(Trackable):
+class BatchNorm(Trackable, nnx.BatchNorm):
   r"""Batch normalization (Ioffe & Szegedy 2015): a drop-in for `flax.nnx.BatchNorm`.
 
       y = (x - mean) / sqrt(var + epsilon) * scale + bias
@@ -28,7 +28,8 @@ class BatchNorm(Trackable):
   `jaxbn.batch_norm` says what is computed, how accurately, and what errors are raised. What differs
   from Flax: see `jaxbn.linen.BatchNorm`; and with dtype=bfloat16 the statistics and parameters are
   not rounded to it before they are used, only the result is. A promote_dtype of your own is called,
-  and what it returns is used, as in Flax.
+  and what it returns is used, as in Flax. An instance is one of Flax's class too, so that code that
+  looks for batch norms by their type finds it.
 
   Args:
     num_features: number of channels (with several axes, the product).
@@ -115,7 +116,7 @@ class BatchNorm(Trackable):
     self.num_features = num_features
     self.use_running_average = use_running_average
     self.axis = tuples(axis)
-    self.momentum = momentum
+    self.momentum = momentum  # type: ignore[assignment]  # in Flax never None
     self.epsilon = epsilon
     self.dtype = dtype
     self.param_dtype = param_dtype

@@ -1,0 +1,41 @@
+"""What holds for every NNX layer: what Flax's own tools, and code written for Flax, see of it."""
+
+import jax
+import pytest
+from flax import nnx
+
+import jaxbn.nnx
+from tests import layers
+
+EVERY = layers.EVERY_NNX
+
+
+def test_every_layer_is_here():
+  assert {name.partition(",")[0] for name in EVERY} == set(jaxbn.nnx.__all__) - {
+    "prediction_time",
+    "Whitening",
+  }
+
+
+@pytest.mark.parametrize("name", layers.BATCH_NORMS)
+def test_a_batch_norm_is_one_of_flax_s(name):
+  # As public code does it to evaluate, and to leave the statistics alone.
+  make, args, _ = EVERY[name]
+  model = nnx.Sequential(make(nnx.Rngs(0)))
+  norms = [node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.BatchNorm)]
+  assert len(norms) == 1
+  norms[0].use_running_average = True
+  before = jax.tree.map(lambda v: v, nnx.to_pure_dict(nnx.state(model)))
+  model(*args)
+  layers.assert_bit_equal(nnx.to_pure_dict(nnx.state(model)), before)
+
+
+def test_flax_s_constructor_and_call_are_never_reached(monkeypatch):
+  def reached(*args, **kwargs):
+    raise AssertionError("Flax's own")
+
+  monkeypatch.setattr(nnx.BatchNorm, "__init__", reached)
+  monkeypatch.setattr(nnx.BatchNorm, "__call__", reached)
+  for name in layers.BATCH_NORMS:
+    make, args, _ = EVERY[name]
+    make(nnx.Rngs(0))(*args)
