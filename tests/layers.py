@@ -314,6 +314,7 @@ class Claims:
 
 # Every layer there is, ready to be called in training: what is claimed of all is tried with all.
 
+KEY = jax.random.key(0)
 EXAMPLES = np.random.default_rng(3).normal(size=(8, 5, 4)).astype(np.float32) + 0.5
 LABELS = np.array([0, 1, 2, 0, 1, 2, 0, 1])
 
@@ -349,18 +350,15 @@ def _every_linen() -> dict[str, Every]:
   def layer(name: str, **options: Any) -> Callable[..., Any]:
     return lambda **more: _of(lib, name)(**options | more)
 
-  def recurrent(name: str) -> Callable[..., Any]:
-    def make(use_running_average: bool = False) -> Any:
-      cell = _of(lib, name)(4, max_length=5, use_running_average=use_running_average)
-      return nn.RNN(cell, variable_carry="batch_stats")
-
-    return make
+  def cell(name: str) -> Every:
+    make = layer(name, features=4, max_length=5, **training)
+    return Every(make, (make().initialize_carry(KEY, (8, 4)), EXAMPLES[:, 0]))
 
   return {
     **{n: Every(layer(n, **training, **o), (EXAMPLES, *a)) for n, (o, a) in BATCH_NORMS.items()},
     "InputNormRNN": Every(layer("InputNormRNN", features=4, **training)),
-    "LSTMCell": Every(recurrent("LSTMCell")),
-    "GRUCell": Every(recurrent("GRUCell")),
+    "LSTMCell": cell("LSTMCell"),
+    "GRUCell": cell("GRUCell"),
     "MeanOnlyBatchNorm": Every(layer("MeanOnlyBatchNorm", **training)),
     "SkipInit": Every(layer("SkipInit"), evaluates=False),
     "VirtualBatchNorm": Every(layer("VirtualBatchNorm"), (EXAMPLES, True), evaluates=False),

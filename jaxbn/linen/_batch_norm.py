@@ -13,6 +13,10 @@ from flax.typing import Initializer
 from jaxbn import _checks, _layers
 from jaxbn._running import RunningStats, init, needs_count
 
+# What `prediction_time` puts in the place of `_normalize`. A context of JAX's, so that what jit has
+# traced without it is not used within it.
+instead = jax.make_user_context(None)
+
 
 class BatchNorm(nn.BatchNorm):
   r"""Batch normalization (Ioffe & Szegedy 2015): a drop-in for `flax.linen.BatchNorm`.
@@ -109,6 +113,9 @@ class BatchNorm(nn.BatchNorm):
     given = {"mask": mask, "weights": weights, "residual": residual}
     return self._normalize(x, scale, bias, use_running_average, **given)
 
+  # To Flax every method is a call, that is captured, listed and intercepted: all but `__call__` are
+  # kept from it, here and in all layers.
+  @nn.nowrap
   def _normalize(
     self,
     x: jax.Array,
@@ -118,6 +125,8 @@ class BatchNorm(nn.BatchNorm):
     **given: Any,
   ) -> jax.Array:
     """The layer with these parameters; also with a `choose`, for those that are derived of it."""
+    if instead.value is not None and not self.is_initializing():
+      return instead.value(self, x, scale, bias, **given)
     use_running_average = nn.merge_param(
       "use_running_average", self.use_running_average, use_running_average
     )
@@ -143,11 +152,13 @@ class BatchNorm(nn.BatchNorm):
           variable.value = value
     return y
 
+  @nn.nowrap
   def _parameter(self, name: str, initializer: Initializer, shape: tuple[int, ...]) -> jax.Array:
     value = self.param(name, initializer, shape, self.param_dtype)
     # As in Flax, whatever dtype it was loaded with.
     return value if self.force_float32_reductions else jnp.asarray(value, self.param_dtype)
 
+  @nn.nowrap
   def _running_stats(self, shape: tuple[int, ...]) -> RunningStats:
     """The layer's variables, in the place of the values that they hold."""
     dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype

@@ -6,12 +6,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 
 from jaxbn import _checks, _layers
 from jaxbn._running import RunningStats
-from jaxbn.linen._batch_norm import BatchNorm
+from jaxbn.linen._batch_norm import BatchNorm, instead
 from jaxbn.variants.prediction_time import elements_per_example, interpolate
 
 
@@ -43,23 +42,18 @@ def prediction_time(function: Callable[..., Any], prior: float = 0.0) -> Callabl
   [-1.  1.]
   """
   interpolate(prior)  # refuses what is no prior now, not at the first layer
-
-  def intercept(following: Any, args: Any, kwargs: Any, context: Any) -> Any:
-    of_norm = isinstance(context.module, BatchNorm) and context.method_name == "_normalize"
-    if not of_norm or context.module.is_initializing():
-      return following(*args, **kwargs)
-    return _predict(context.module, prior, *args, **kwargs)
+  predict = functools.partial(_predict, prior)
 
   @functools.wraps(function)
   def predicting(*args: Any, **kwargs: Any) -> Any:
-    with nn.intercept_methods(intercept):
+    with instead(predict):
       return function(*args, **kwargs)
 
   return predicting
 
 
 def _predict(
-  layer: BatchNorm, prior: float, x: jax.Array, scale: Any, bias: Any, _: Any, **given: Any
+  prior: float, layer: BatchNorm, x: jax.Array, scale: Any, bias: Any, **given: Any
 ) -> jax.Array:
   if type(layer) is not BatchNorm:
     raise ValueError(

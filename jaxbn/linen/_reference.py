@@ -109,6 +109,7 @@ class VirtualBatchNorm(nn.Module):
       return y
     return of_layer(self, x, scale, bias, self._reference(), mask, weights, **given)[0]
 
+  @nn.nowrap
   def _reference(self) -> Moments:
     if not self.has_variable("reference", "mean"):
       raise ValueError(

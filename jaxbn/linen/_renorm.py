@@ -56,6 +56,7 @@ class BatchRenorm(BatchNorm):
   r_max: Limit = 3.0
   d_max: Limit = 5.0
 
+  @nn.nowrap
   def _normalize(
     self,
     x: jax.Array,
@@ -79,6 +80,7 @@ class BatchRenorm(BatchNorm):
       step.value += 1
     return y
 
+  @nn.nowrap
   def _step(self) -> nn.Variable:
     if self.has_variable("batch_stats", "mean") and not self.has_variable("batch_stats", "step"):
       raise ValueError(

@@ -66,6 +66,7 @@ class WeightNorm(nn.Module):
     y: Any = plain.apply({"params": params | {"kernel": kernel}}, x)
     return y
 
+  @nn.nowrap
   def _first(self, plain: nn.Module, x: jax.Array) -> dict[str, jax.Array]:
     """The first parameters."""
     params = dict(plain.init(self.make_rng("params"), x).get("params", {}))

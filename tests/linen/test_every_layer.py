@@ -42,3 +42,36 @@ def test_flax_s_call_is_never_reached(monkeypatch):
     make, args, _ = EVERY[name]
     _, variables = make().init_with_output(KEY, *args)
     make().apply(variables, *args, mutable=MUTABLE)
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("name", EVERY)
+def test_one_call_is_one_call(name, jit):
+  # Whatever Flax may intercept is captured; of a layer that is its call, once.
+  make, args, _ = EVERY[name]
+  module = make()
+  variables = module.init(KEY, *args)
+
+  def capture(layer, method):
+    return isinstance(layer, type(module)) and method != "setup"
+
+  def apply(variables):
+    return module.apply(variables, *args, mutable=MUTABLE, capture_intermediates=capture)
+
+  y, new = (jax.jit(apply) if jit else apply)(variables)
+  (captured,) = new["intermediates"].pop("__call__")
+  assert not new["intermediates"]
+  layers.assert_bit_equal(captured, y)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_tabulate_has_one_row_for_one_call(name):
+  make, args, _ = EVERY[name]
+  # Of what is wrapped Flax makes no operations count, for its own WeightNorm neither.
+  flops = name != "WeightNorm"
+  wide = {"width": 300}
+  table = nn.tabulate(make(), KEY, show_repeated=True, compute_flops=flops, console_kwargs=wide)
+  rows = [row.split("│") for row in table(*args).splitlines()]
+  assert [row[2].strip() for row in rows if len(row) > 2 and type(make()).__name__ in row[2]] == [
+    type(make()).__name__
+  ]
