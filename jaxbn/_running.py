@@ -23,8 +23,9 @@ class RunningStats(NamedTuple):
   Attributes:
     mean: running mean, of the channels' shape.
     var: running variance, real, of the same shape.
-    count: how many updates each channel has had, int32, of the same shape; only where `debias` or a
-      cumulative average needs it, else None, so that the leaves are those of Flax.
+    count: how many updates each channel has had, of the same shape; only where `debias` or a
+      cumulative average needs it, else None, so that the leaves are those of Flax. float32, so that
+      it stays what it is where all statistics are averaged over devices; integers will do.
   """
 
   mean: chex.Array
@@ -59,7 +60,7 @@ def init(
   """
   _checks.momentum_in_range(momentum, debias)
   mean = jnp.zeros(_checks.channel_shape(shape), dtype)
-  count = jnp.zeros_like(mean, jnp.int32) if needs_count(momentum, debias) else None
+  count = jnp.zeros_like(mean, jnp.float32) if needs_count(momentum, debias) else None
   return RunningStats(mean, jnp.ones_like(mean.real), count)
 
 
@@ -111,14 +112,16 @@ def update(
   for name, flag in {"unbiased": unbiased, "skip_nonfinite": skip_nonfinite}.items():
     _checks.static_bool(name, flag)
   _check_state(state, moments, momentum, debias)
-  count = None if state.count is None else jnp.asarray(state.count) + 1
+  # In float32 it stops at 2^24, where one more batch is below the last place of any average.
+  old_count = None if state.count is None else jax.lax.stop_gradient(jnp.asarray(state.count))
+  count = None if old_count is None else old_count + 1
   keep, gain = _shares(count, momentum, debias, moments.var.dtype)
   mean, var = moments.mean, unbiased_variance(moments) if unbiased else moments.var
   usable = occupied(moments.count)
   if skip_nonfinite:
     usable = usable & jnp.isfinite(mean) & jnp.isfinite(var)
 
-  new_count = None if count is None else where(usable, count, count - 1)
+  new_count = None if count is None else where(usable, count, old_count)
   both = functools.partial(blend, keep, gain, usable)
   return RunningStats(both(state.mean, mean), both(state.var, var), new_count)
 
@@ -196,5 +199,5 @@ def _check_state(
     raise ValueError(
       f"{option} needs the number of updates so far, which state lacks (state.count is None): make "
       f"it with jaxbn.init(..., {option}), or add a count to a state that has been trained, for "
-      "instance state._replace(count=jnp.full(state.mean.shape, updates, jnp.int32))."
+      "instance state._replace(count=jnp.full(state.mean.shape, updates, jnp.float32))."
     )

@@ -289,7 +289,7 @@ def test_complex_batches_have_complex_means_and_real_variances(dtype):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_state_keeps_its_types_in_a_scan(options, dtype):
   made = fresh(**options)
-  state = jax.tree.map(lambda a: a if a.dtype == jnp.int32 else a.astype(dtype), made)
+  state = RunningStats(made.mean.astype(dtype), made.var.astype(dtype), made.count)
   x = jax.ShapeDtypeStruct((5, 6, 3), dtype)
 
   def step(state, batch):
@@ -306,7 +306,7 @@ def test_leaves_are_those_of_flax_unless_a_count_is_needed():
   assert len(jax.tree.leaves(jaxbn.update(jaxbn.init(3), jaxbn.empty_moments(3)))) == 2
   for options in ({"momentum": None}, {"debias": True}):
     state = fresh((2, 3), **options)
-    chex.assert_trees_all_equal(state.count, jnp.zeros((2, 3), jnp.int32))
+    chex.assert_trees_all_equal(state.count, jnp.zeros((2, 3), jnp.float32))
   chex.assert_trees_all_equal(jaxbn.init(2)[:2], (jnp.zeros(2), jnp.ones(2)))
   complex_state = jaxbn.init([2], dtype=jnp.complex64)
   chex.assert_type(complex_state[:2], [jnp.complex64, jnp.float32])
@@ -431,6 +431,59 @@ def test_a_state_without_the_count_that_an_option_needs_is_refused(options):
 def test_a_state_of_other_channels_is_refused(shape):
   with pytest.raises(ValueError, match=r"state has channels of shape .*moments \(3,\).*init\(3,\)"):
     jaxbn.update(jaxbn.init(shape), jaxbn.empty_moments(3))
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.float32, jnp.uint8])
+@pytest.mark.parametrize("options", [{"momentum": None}, {"debias": True}], ids=str)
+def test_a_count_of_any_dtype_counts_and_keeps_it(options, dtype):
+  # Checkpoints have integers; and a mean over devices makes them floating-point.
+  batch = as_moments(batch_stats(1)[0])
+  state, expected = (
+    state_with_count()._replace(count=jnp.array([7, 8, 9], d)) for d in (dtype, jnp.int32)
+  )
+  for _ in range(3):
+    state, expected = (track(s, batch, **options) for s in (state, expected))
+    assert state.count.dtype == dtype
+    chex.assert_trees_all_equal(state[:2], expected[:2])
+    np.testing.assert_array_equal(state.count, expected.count)
+
+
+def test_the_mean_of_a_state_over_devices_is_a_state():
+  # What Flax's examples do before they save: the leaves keep their types, and a scan its carry.
+  xs = jax.random.normal(jax.random.key(0), (4, 5, 8, 3))  # devices, steps, examples, channels
+
+  def steps(xs):
+    def step(state, x):
+      state = jaxbn.update(state, jaxbn.moments(x), debias=True)
+      return jax.lax.pmean(state, "devices"), None
+
+    return jax.lax.scan(step, fresh(debias=True), xs)[0]
+
+  state = jax.vmap(steps, axis_name="devices")(xs)
+  np.testing.assert_array_equal(state.count, np.full((4, 3), 5))
+
+
+@every_kind
+@pytest.mark.parametrize("valid", [True, False])
+def test_a_count_at_its_end_stays_there(options, valid):
+  end = jnp.full(3, 2.0**24, jnp.float32)
+  state = state_with_count()._replace(count=end)
+  batch = as_moments(batch_stats(1)[0]) if valid else jaxbn.empty_moments(3)
+  after = track(state, batch, **options)
+  np.testing.assert_array_equal(after.count, end)
+  assert np.all(np.isfinite(after.mean))
+  if options.get("momentum", 0) is None:  # no batch of that many is seen in a float32 average
+    np.testing.assert_allclose(after.mean, state.mean, rtol=2 * U)
+
+
+def test_a_count_is_no_path_for_gradients():
+  batch = as_moments(batch_stats(1)[0])
+
+  def mean(count):
+    state = jaxbn.init(3)._replace(count=count)
+    return jnp.sum(jaxbn.update(state, batch, debias=True, momentum=0.0).mean)
+
+  np.testing.assert_array_equal(jax.grad(mean)(jnp.ones(3)), np.zeros(3))
 
 
 def test_a_batch_that_is_not_moments_is_refused():

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from flax.typing import Initializer
 
 from jaxbn import _checks, _layers
-from jaxbn._running import RunningStats, init, needs_count
+from jaxbn._running import RunningStats, init
+from jaxbn.linen._common import has_count
 
 # What `prediction_time` puts in the place of `_normalize`. A context of JAX's, so that what jit has
 # traced without it is not used within it.
@@ -130,16 +131,17 @@ class BatchNorm(nn.BatchNorm):
     use_running_average = nn.merge_param(
       "use_running_average", self.use_running_average, use_running_average
     )
-    state = self._running_stats(_checks.split_axes(x.ndim, self.axis).shape(x))
     initializing = self.is_initializing()
     shapes_only = initializing and not x.size  # an empty batch has no statistics
+    evaluating = shapes_only or use_running_average
+    state = self._running_stats(_checks.split_axes(x.ndim, self.axis).shape(x), evaluating)
     y, new_state = _layers.call(
       self,
       x,
       scale,
       bias,
       RunningStats(*(None if leaf is None else leaf.value for leaf in state)),
-      use_running_average=shapes_only or use_running_average,
+      use_running_average=evaluating,
       axis_name=None if initializing else self.axis_name,
       axis_index_groups=None if initializing else self.axis_index_groups,
       virtual_batch_size=None if initializing else self.virtual_batch_size,
@@ -159,12 +161,10 @@ class BatchNorm(nn.BatchNorm):
     return value if self.force_float32_reductions else jnp.asarray(value, self.param_dtype)
 
   @nn.nowrap
-  def _running_stats(self, shape: tuple[int, ...]) -> RunningStats:
+  def _running_stats(self, shape: tuple[int, ...], evaluating: bool) -> RunningStats:
     """The layer's variables, in the place of the values that they hold."""
     dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
-    counted = needs_count(self.momentum, self.debias)
-    if counted and self.has_variable("batch_stats", "mean"):
-      _require_count(self.has_variable("batch_stats", "count"), self.path)
+    counted = has_count(self, self.momentum, self.debias, evaluating)
 
     def variable(name: str) -> nn.Variable:
       def start() -> jax.Array:
@@ -173,12 +173,3 @@ class BatchNorm(nn.BatchNorm):
       return self.variable("batch_stats", name, start)
 
     return RunningStats(variable("mean"), variable("var"), variable("count") if counted else None)
-
-
-def _require_count(present: bool, path: tuple[str, ...]) -> None:
-  if not present:
-    raise ValueError(
-      f"batch_stats of {'/'.join(path) or 'the layer'} has a mean but no count, which debias=True "
-      "and momentum=None need: it was saved without that option. Add the leaf, for instance "
-      "count=jnp.full(mean.shape, updates_so_far, jnp.int32), or leave the option out."
-    )

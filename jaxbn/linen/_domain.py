@@ -75,5 +75,5 @@ class DomainBatchNorm(BatchNorm, kw_only=True):
     )
 
   @nn.nowrap
-  def _running_stats(self, shape: tuple[int, ...]) -> RunningStats:
-    return super()._running_stats((self.num_domains, *shape))
+  def _running_stats(self, shape: tuple[int, ...], evaluating: bool) -> RunningStats:
+    return super()._running_stats((self.num_domains, *shape), evaluating)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
 
 from jaxbn._running import RunningStats, init
+from jaxbn.linen._common import has_count
 from jaxbn.variants import input_norm
 
 
@@ -99,7 +100,11 @@ class InputNormRNN(nn.Module):
     options: dict[str, Any] = {"momentum": self.momentum, "debias": self.debias}
     channels = input_norm.channels(self.kind, self.features)
     shape = (channels,) if self.max_length is None else (self.max_length, channels)
+    initializing = self.is_initializing()
+    evaluating = initializing or use_running_average
     start = init(shape, **options)
+    if not has_count(self, **options, evaluating=evaluating):
+      start = start._replace(count=None)
     variables = {
       name: self.variable("batch_stats", name, lambda leaf=leaf: leaf)
       for name, leaf in start._asdict().items()
@@ -112,12 +117,11 @@ class InputNormRNN(nn.Module):
       "input_scale": (self.scale_init, (channels,)),
     }
     params = {name: self.param(name, *how, self.param_dtype) for name, how in initial.items()}
-    initializing = self.is_initializing()
     y, state = input_norm.input_norm_rnn(
       input_norm.InputNormParams(**params),
       RunningStats(**{name: variable.value for name, variable in variables.items()}),
       x,
-      use_running_average=initializing or use_running_average,
+      use_running_average=evaluating,
       kind=self.kind,
       activation=self.activation,
       frame_wise=self.max_length is not None,
@@ -130,7 +134,7 @@ class InputNormRNN(nn.Module):
       skip_nonfinite=self.skip_nonfinite,
       **options,
     )
-    if state is not None and not (initializing or use_running_average):
+    if state is not None and not evaluating:
       for name, variable in variables.items():
         variable.value = getattr(state, name)
     return y

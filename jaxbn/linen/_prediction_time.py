@@ -11,7 +11,7 @@ import jax
 from jaxbn import _checks, _layers
 from jaxbn._running import RunningStats
 from jaxbn.linen._batch_norm import BatchNorm, instead
-from jaxbn.variants.prediction_time import elements_per_example, interpolate
+from jaxbn.variants.prediction_time import NOT_TRACKED, elements_per_example, interpolate
 
 
 def prediction_time(function: Callable[..., Any], prior: float = 0.0) -> Callable[..., Any]:
@@ -60,14 +60,15 @@ def _predict(
       f"prediction_time knows the layers BatchNorm, not {type(layer).__name__} at "
       f"{'/'.join(layer.path) or 'the top'}: use jaxbn.variants.prediction_time there."
     )
-  state = layer._running_stats(_checks.split_axes(x.ndim, layer.axis).shape(x))
+  state = layer._running_stats(_checks.split_axes(x.ndim, layer.axis).shape(x), True)
   y, _ = _layers.call(
     layer,
     x,
     scale,
     bias,
-    RunningStats(*(None if leaf is None else leaf.value for leaf in state)),
+    RunningStats(state.mean.value, state.var.value),
     use_running_average=False,
+    **NOT_TRACKED,
     axis_name=layer.axis_name,
     axis_index_groups=layer.axis_index_groups,
     virtual_batch_size=layer.virtual_batch_size,

@@ -25,7 +25,9 @@ class BatchRenorm(BatchNorm):
   as `jaxbn.variants.renorm.batch_renorm` says, which also has what the paper recommends. Parameters
   and statistics are those of BatchNorm, so that a checkpoint of one loads into the other. With a
   schedule there is one leaf more, `step` in `batch_stats`: how many training calls there were,
-  int32. Evaluation and initialization do not count.
+  float32 as the others, so
+  that it stays what it is where all are averaged over devices; a schedule is given an int32.
+  Evaluation and initialization do not count.
 
   Attributes:
     r_max: number from 1 on, or a schedule: a function of the step that gives one, such as optax's.
@@ -50,7 +52,7 @@ class BatchRenorm(BatchNorm):
   >>> variables = layer.init(jax.random.key(0), x)
   >>> y, updates = layer.apply(variables, x, mutable=["batch_stats"])
   >>> updates["batch_stats"]["step"]
-  Array(1, dtype=int32)
+  Array(1., dtype=float32)
   """
 
   r_max: Limit = 3.0
@@ -86,6 +88,6 @@ class BatchRenorm(BatchNorm):
       raise ValueError(
         f"batch_stats of {'/'.join(self.path) or 'the layer'} has a mean but no step, which a "
         "schedule of r_max or d_max needs: it was saved without one. Add the leaf, for instance "
-        "step=jnp.zeros((), jnp.int32), or give numbers."
+        "step=jnp.zeros((), jnp.float32), or give numbers."
       )
-    return self.variable("batch_stats", "step", lambda: jnp.zeros((), jnp.int32))
+    return self.variable("batch_stats", "step", lambda: jnp.zeros((), jnp.float32))

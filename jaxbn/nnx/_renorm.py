@@ -22,7 +22,8 @@ class BatchRenorm(BatchNorm):
 
   as `jaxbn.variants.renorm.batch_renorm` says, which also has what the paper recommends. Outputs
   are bit-equal to `jaxbn.linen.BatchRenorm`'s, where the paper's schedules are written out. With a
-  schedule there is one variable more, the BatchStat `step`: how many training calls there were.
+  schedule there is one variable more, the BatchStat `step`: how many training calls there were,
+  float32; a schedule is given an int32.
 
   Args:
     num_features: number of channels (with several axes, the product).
@@ -37,7 +38,7 @@ class BatchRenorm(BatchNorm):
   >>> layer = jaxbn.nnx.BatchRenorm(3, r_max=2.0, d_max=growing, rngs=nnx.Rngs(0))
   >>> y = layer(jnp.arange(12.0).reshape(4, 3))
   >>> layer.step[...]
-  Array(1, dtype=int32)
+  Array(1., dtype=float32)
   """
 
   def __init__(
@@ -47,7 +48,7 @@ class BatchRenorm(BatchNorm):
     self.r_max = r_max
     self.d_max = d_max
     if is_scheduled(r_max, d_max):
-      self.step = nnx.BatchStat(jnp.zeros((), jnp.int32))
+      self.step = nnx.BatchStat(jnp.zeros((), jnp.float32))
 
   def _normalize(
     self, x: jax.Array, scale: Any, bias: Any, use_running_average: bool | None, **given: Any

@@ -75,3 +75,64 @@ def test_tabulate_has_one_row_for_one_call(name):
   assert [row[2].strip() for row in rows if len(row) > 2 and type(make()).__name__ in row[2]] == [
     type(make()).__name__
   ]
+
+
+def training(module, variables, *args):
+  """The variables after a call in training."""
+  return variables | module.apply(variables, *args, mutable=MUTABLE)[1]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_statistics_averaged_over_devices_keep_their_types(name):
+  # As in Flax's examples, in a scan over steps.
+  make, args, _ = EVERY[name]
+  module = make()
+  start = training(module, module.init(KEY, *args), *args)
+  stats = {k: v for k, v in start.items() if k in MUTABLE}
+
+  def step(stats, _):
+    new = training(module, start | stats, *args)
+    return jax.lax.pmean({k: new[k] for k in stats}, "devices"), None
+
+  def steps(stats):
+    return jax.lax.scan(step, stats, length=2)[0]
+
+  after = jax.vmap(steps, axis_name="devices", axis_size=2, in_axes=None)(stats)
+  assert jax.tree.map(lambda v: v.dtype, after) == jax.tree.map(lambda v: v.dtype, stats)
+
+
+COUNTED = {
+  "BatchNorm": (layers.EXAMPLES,),
+  "BatchRenorm": (layers.EXAMPLES,),
+  "ConditionalBatchNorm": (layers.EXAMPLES, layers.LABELS),
+  "DomainBatchNorm": (layers.EXAMPLES, layers.LABELS),
+  "MeanOnlyBatchNorm": (layers.EXAMPLES,),
+  "InputNormRNN": (layers.EXAMPLES,),
+}
+
+
+@pytest.mark.parametrize("option", [{"debias": True}, {"momentum": None}], ids=str)
+@pytest.mark.parametrize("name", COUNTED)
+def test_statistics_without_a_count_will_do_for_evaluation_only(name, option):
+  make, args = EVERY[name].make, COUNTED[name]
+  plain, counting = make(), make(**option)
+  saved = training(plain, plain.init(KEY, *args), *args)
+  evaluating = {"use_running_average": None}
+  y, expected = (
+    module.clone(**evaluating).apply(saved, *args, use_running_average=True)
+    for module in (counting, plain)
+  )
+  layers.assert_bit_equal(y, expected)
+  with pytest.raises(ValueError, match=r"the layer has a mean but no count.*Add the leaf"):
+    training(counting, saved, *args)
+
+
+def test_predictions_need_no_count_either():
+  counting = jaxbn.linen.BatchNorm(use_running_average=True, debias=True)
+  plain = jaxbn.linen.BatchNorm(use_running_average=True)
+  saved = plain.init(KEY, layers.EXAMPLES)
+  y, expected = (
+    jaxbn.linen.prediction_time(module.apply, 2.0)(saved, layers.EXAMPLES)
+    for module in (counting, plain)
+  )
+  layers.assert_bit_equal(y, expected)

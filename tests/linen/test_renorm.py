@@ -64,7 +64,7 @@ def test_schedules_are_of_the_number_of_training_calls():
   assert jax.tree.map(lambda v: (v.shape, v.dtype.name), variables["batch_stats"]) == {
     "mean": ((3,), "float32"),
     "var": ((3,), "float32"),
-    "step": ((), "int32"),
+    "step": ((), "float32"),
   }
   state = jaxbn.init(3)
   for t, x in enumerate(X):

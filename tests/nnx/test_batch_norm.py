@@ -117,7 +117,7 @@ def test_sharding_metadata_is_flax_s():
 def test_only_an_option_that_needs_it_adds_a_count(option):
   layer = make(OURS, **option)
   assert isinstance(layer.count, nnx.BatchStat)
-  assert layer.count[...].dtype == jnp.int32
+  assert layer.count[...].dtype == jnp.float32
   assert not hasattr(make(OURS), "count")
 
 

@@ -39,3 +39,35 @@ def test_flax_s_constructor_and_call_are_never_reached(monkeypatch):
   for name in layers.BATCH_NORMS:
     make, args, _ = EVERY[name]
     make(nnx.Rngs(0))(*args)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_statistics_averaged_over_devices_keep_their_types(name):
+  make, args, _ = EVERY[name]
+  graphdef, stats, rest = nnx.split(make(nnx.Rngs(0)), nnx.BatchStat, ...)
+
+  def step(stats, _):
+    layer = nnx.merge(graphdef, stats, rest, copy=True)
+    layer(*args)
+    return jax.lax.pmean(nnx.state(layer, nnx.BatchStat), "devices"), None
+
+  def steps(stats):
+    return jax.lax.scan(step, stats, length=2)[0]
+
+  after = jax.vmap(steps, axis_name="devices", axis_size=2, in_axes=None)(stats)
+  assert jax.tree.map(lambda v: v.dtype, after) == jax.tree.map(lambda v: v.dtype, stats)
+
+
+def test_predictions_need_no_count():
+  # As of a Flax checkpoint that was put into a layer without one.
+  layer = make_without_count()
+  plain = jaxbn.nnx.BatchNorm(4, use_running_average=True, rngs=nnx.Rngs(0))
+  y, expected = (jaxbn.nnx.prediction_time(m, 2.0)(layers.EXAMPLES) for m in (layer, plain))
+  layers.assert_bit_equal(y, expected)
+  layers.assert_bit_equal(layer(layers.EXAMPLES), plain(layers.EXAMPLES))
+
+
+def make_without_count():
+  layer = jaxbn.nnx.BatchNorm(4, use_running_average=True, debias=True, rngs=nnx.Rngs(0))
+  del layer.count
+  return layer
