@@ -46,17 +46,21 @@ class Trackable(nnx.Module):
 
 
 def write(layer: nnx.Module, variable: nnx.Variable, value: jax.Array) -> None:
-  """Sets a running statistic, or says why that cannot be done here."""
-  # As in Flax the running statistics are no path for gradients.
-  value = jax.lax.stop_gradient(value).reshape(variable.shape)
+  """Sets a running statistic: as in Flax they are no path for gradients."""
+  put(layer, variable, jax.lax.stop_gradient(value).reshape(variable.shape))
+
+
+def put(layer: nnx.Module, variable: nnx.Variable, value: jax.Array) -> None:
+  """Sets a variable, or says why that cannot be done here."""
   try:
     variable.set_value(value)
-  except errors.TraceContextError as error:
-    raise errors.TraceContextError(
+  except (errors.TraceContextError, errors.ImmutableVariableError) as error:
+    raise type(error)(
       f"the running statistics of this {type(layer).__name__} cannot be updated inside a JAX "
       "transformation that it was not passed through: use the nnx one (nnx.jit, nnx.grad, ...) "
       "with the model as an argument; or nnx.split it outside, nnx.merge(..., copy=True) it inside "
-      "and return the new state; or evaluate with model.eval()."
+      "and return the new state; or make it under nnx.var_defaults(ref=True); or evaluate with "
+      "model.eval()."
     ) from error
 
 

@@ -13,7 +13,7 @@ from flax.typing import Dtype, Initializer
 
 from jaxbn import _checks
 from jaxbn._moments import Moments
-from jaxbn.nnx._common import parameter, tuples
+from jaxbn.nnx._common import parameter, put, tuples
 from jaxbn.variants.reference import of_layer
 
 
@@ -129,7 +129,7 @@ class VirtualBatchNorm(nnx.Module):
     given |= {"axis_name": self.axis_name, "axis_index_groups": self.axis_index_groups}
     y, reference = of_layer(self, x, scale, bias, None, mask, weights, **given)
     for name, moment in reference._asdict().items():
-      getattr(self, name).set_value(moment.reshape(self.num_features))
+      put(self, getattr(self, name), moment.reshape(self.num_features))
     return y
 
 

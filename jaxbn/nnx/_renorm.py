@@ -10,6 +10,7 @@ from flax import nnx
 
 from jaxbn import _checks
 from jaxbn.nnx._batch_norm import BatchNorm
+from jaxbn.nnx._common import write
 from jaxbn.variants.renorm import Limit, correction, is_scheduled, limit_at
 
 
@@ -63,5 +64,5 @@ class BatchRenorm(BatchNorm):
     given["choose"] = correction(r_max, d_max, self.epsilon)
     y = super()._normalize(x, scale, bias, use_running_average, **given)
     if step is not None:
-      self.step.set_value(step + 1)
+      write(self, self.step, step + 1)
     return y

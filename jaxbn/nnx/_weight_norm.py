@@ -86,10 +86,11 @@ class WeightNorm(nnx.Module):
 
   def _apply(self, x: jax.Array, scale: jax.Array, bias: jax.Array | None) -> jax.Array:
     plain: Any = nnx.clone(self.layer)  # what is set below is not to stay
-    kernel = plain.kernel[...]
-    plain.kernel.set_value(weight_norm.weight_norm(kernel, scale, epsilon=self.epsilon))
+    kernel = weight_norm.weight_norm(plain.kernel[...], scale, epsilon=self.epsilon)
+    # New variables: of those that are mutable in JAX some may not be set in a transformation.
+    plain.kernel = nnx.Param(kernel)
     if bias is not None:
-      plain.bias.set_value(bias)
+      plain.bias = nnx.Param(bias)
     return plain(x)
 
 
