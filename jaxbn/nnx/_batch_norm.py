@@ -15,7 +15,7 @@ from flax.typing import Dtype, Initializer, PromoteDtypeFn
 
 from jaxbn import _checks, _layers
 from jaxbn._running import RunningStats, init
-from jaxbn.nnx._common import Trackable, parameter, tuples
+from jaxbn.nnx._common import Trackable, of_shape, parameter, tuples
 
 
 class BatchNorm(Trackable, nnx.BatchNorm):
@@ -195,10 +195,7 @@ class BatchNorm(Trackable, nnx.BatchNorm):
       )
 
     def value(variable: nnx.Variable | jax.Array | None) -> Any:
-      if variable is None:
-        return None
-      v = variable[...] if isinstance(variable, nnx.Variable) else variable
-      return v.reshape(shape) if v.shape == (self.num_features,) else v
+      return None if variable is None else of_shape(variable, shape)
 
     mean, var, scale, bias = map(value, (self.mean, self.var, scale, bias))
     state = RunningStats(mean, var, value(getattr(self, "count", None)))

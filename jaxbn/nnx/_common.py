@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -43,6 +44,16 @@ class Trackable(nnx.Module):
     for name, value in state._asdict().items():
       if value is not None:
         write(self, getattr(self, name), value)
+
+
+def of_shape(variable: nnx.Variable | jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """The value, in this shape if it has as many elements.
+
+  Channels on several axes are one vector in the layer, and other libraries' checkpoints keep axes
+  of size one. What does not fit stays as it is: the core says which shape is wrong.
+  """
+  value = variable[...] if isinstance(variable, nnx.Variable) else variable
+  return value.reshape(shape) if value.size == math.prod(shape) else value
 
 
 def write(layer: nnx.Module, variable: nnx.Variable, value: jax.Array) -> None:

@@ -1,6 +1,7 @@
 """What holds for every NNX layer: what Flax's own tools, and code written for Flax, see of it."""
 
 import jax
+import jax.numpy as jnp
 import pytest
 from flax import nnx
 
@@ -72,6 +73,29 @@ def test_a_captured_layer_of_mutable_variables_evaluates(name, kind):
   if evaluates:
     layer.eval(), plain.eval()
   layers.assert_equal_to_rounding(jax.jit(lambda: layer(*args))(), plain(*args))
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("axes", [(1, -1), (-1, 1)], ids=str)
+@pytest.mark.parametrize("name", [n for n, e in EVERY.items() if e.evaluates and "Cell" not in n])
+def test_a_checkpoint_may_have_axes_of_size_one(name, axes, train):
+  # Other libraries' (1, channels); and what is written keeps the checkpoint's shape.
+  def reshaped(variable):
+    value = variable[...]
+    return variable.replace(value.reshape(axes)) if value.ndim == 1 else variable
+
+  def run(change):
+    make, args, _ = EVERY[name]
+    layer = make(nnx.Rngs(0))
+    is_variable = {"is_leaf": lambda v: isinstance(v, nnx.Variable)}
+    nnx.update(layer, jax.tree.map(change, nnx.state(layer, nnx.BatchStat), **is_variable))
+    shapes = jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.state(layer)))
+    y = layer(*args, use_running_average=not train)
+    state = nnx.to_pure_dict(nnx.state(layer))
+    assert jax.tree.map(jnp.shape, state) == shapes
+    return y, jax.tree.map(jnp.ravel, state)
+
+  layers.assert_bit_equal(run(reshaped), run(lambda variable: variable))
 
 
 def test_predictions_need_no_count():
