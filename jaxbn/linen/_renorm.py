@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen import module
 
 from jaxbn import _checks
 from jaxbn.linen._batch_norm import BatchNorm
@@ -23,7 +24,8 @@ class BatchRenorm(BatchNorm):
       d = clip((mean_B - mean) / sigma, -d_max, d_max)
 
   as `jaxbn.variants.renorm.batch_renorm` says, which also has what the paper recommends. Parameters
-  and statistics are those of BatchNorm, so that a checkpoint of one loads into the other. With a
+  and statistics are those of BatchNorm, and so are the names of layers that are given none
+  (`BatchNorm_0`), so that a checkpoint of a network with one loads into it with the other. With a
   schedule there is one leaf more, `step` in `batch_stats`: how many training calls there were,
   float32 as the others, so
   that it stays what it is where all are averaged over devices; a schedule is given an int32.
@@ -57,6 +59,18 @@ class BatchRenorm(BatchNorm):
 
   r_max: Limit = 3.0
   d_max: Limit = 5.0
+
+  def __post_init__(self) -> None:
+    # Flax names a layer after its class, and counts each name by itself: a layer without a name has
+    # the one that a BatchNorm in its place had, under which the variables of the network are.
+    unspecified = self.parent is module._unspecified_parent
+    parent = module._context.module_stack[-1] if unspecified else self.parent
+    if self.name is None and isinstance(parent, nn.Module) and not parent._state.in_setup:
+      prefix = type(self).__name__.replace("BatchRenorm", "BatchNorm")
+      number = parent._state.autoname_cursor.get(prefix, 0)
+      parent._state.autoname_cursor[prefix] = number + 1
+      self.name = f"{prefix}_{number}"
+    super().__post_init__()
 
   @nn.nowrap
   def _normalize(
