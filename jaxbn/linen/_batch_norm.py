@@ -12,7 +12,7 @@ from flax.typing import Initializer
 
 from jaxbn import _checks, _layers
 from jaxbn._running import RunningStats, init
-from jaxbn.linen._common import has_count
+from jaxbn.linen._common import first_activation, has_count, pure
 
 # What `prediction_time` puts in the place of `_normalize`. A context of JAX's, so that what jit has
 # traced without it is not used within it.
@@ -58,8 +58,8 @@ class BatchNorm(nn.BatchNorm):
     skip_nonfinite: a batch whose statistics are not finite leaves the running ones as they were.
     detach_stats: no gradient through the batch's statistics (for demonstration).
     masked_value: what the output holds where the mask is False; None: the formula's value.
-    activation: elementwise function applied to the result, such as `nn.relu`, or None; here its
-      derivative needs no memory of its own.
+    activation: elementwise function applied to the result, such as `nn.relu`, or a module, such as
+      `nn.PReLU()`, or None; here its derivative needs no memory of its own.
 
   >>> import jax, jax.numpy as jnp, jaxbn.linen
   >>> layer = jaxbn.linen.BatchNorm(use_running_average=False)
@@ -81,7 +81,7 @@ class BatchNorm(nn.BatchNorm):
   skip_nonfinite: bool = False
   detach_stats: bool = False
   masked_value: float | None = None
-  activation: Callable[[jax.Array], jax.Array] | None = None
+  activation: Callable[..., Any] | None = None
   virtual_batch_size: int | str | None = None
 
   @nn.compact
@@ -146,8 +146,10 @@ class BatchNorm(nn.BatchNorm):
       axis_index_groups=None if initializing else self.axis_index_groups,
       virtual_batch_size=None if initializing else self.virtual_batch_size,
       dtype=self.dtype,
+      activation=pure(self),
       **given,
     )
+    y = first_activation(self, y, given.get("mask"), given.get("weights"))
     if new_state is not None and not initializing and not use_running_average:
       for variable, value in zip(state, new_state, strict=True):
         if variable is not None:

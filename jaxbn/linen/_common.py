@@ -1,9 +1,16 @@
-"""What the Linen layers with running statistics do alike."""
+"""What the Linen layers do alike: counts of updates, and activations with variables."""
 
 from __future__ import annotations
 
-import flax.linen as nn
+from typing import Any
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxbn import _checks
+from jaxbn._moments import valid_elements
+from jaxbn._normalize import fill
 from jaxbn._running import needs_count
 
 
@@ -26,3 +33,38 @@ def has_count(layer: nn.Module, momentum: float | None, debias: bool, evaluating
       "option out."
     )
   return False
+
+
+def pure(layer: Any) -> Any:
+  """The layer's activation for the core, which traces it: of a module a function of its variables.
+
+  None at initialization, when it may make parameters: see `first_activation`.
+  """
+  if layer.is_initializing() and callable(layer.activation):
+    return None
+  return as_function(layer.activation)
+
+
+def first_activation(layer: Any, y: jax.Array, mask: Any, weights: Any) -> jax.Array:
+  """At initialization, what `pure` left to do: parameters are not made where the core traces."""
+  if not layer.is_initializing() or layer.activation is None:
+    return y
+  activated = layer.activation(y)
+  if jnp.shape(activated) != y.shape:
+    _checks.elementwise("activation", layer.activation, y)  # says what is wrong
+  valid, _ = valid_elements(y, None if mask is None else jnp.asarray(mask, bool), weights)
+  return fill(activated.astype(y.dtype), valid, None if valid is None else layer.masked_value)
+
+
+def as_function(activation: Any) -> Any:
+  """A module that has its variables as a function of one argument; a function as it is."""
+  if not isinstance(activation, nn.Module):
+    return activation
+  module, variables = activation.unbind()
+  streams = [] if activation.scope is None else activation.scope.rngs
+  rngs = {name: activation.make_rng(name) for name in streams}
+
+  def function(x: jax.Array) -> Any:
+    return module.apply(variables, x, rngs=rngs)
+
+  return function

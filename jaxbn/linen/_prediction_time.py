@@ -11,6 +11,7 @@ import jax
 from jaxbn import _checks, _layers
 from jaxbn._running import RunningStats
 from jaxbn.linen._batch_norm import BatchNorm, instead
+from jaxbn.linen._common import pure
 from jaxbn.variants.prediction_time import NOT_TRACKED, elements_per_example, interpolate
 
 
@@ -73,6 +74,7 @@ def _predict(
     axis_index_groups=layer.axis_index_groups,
     virtual_batch_size=layer.virtual_batch_size,
     dtype=layer.dtype,
+    activation=pure(layer),
     choose=interpolate(prior, elements_per_example(x, layer.axis)),
     **given,
   )
