@@ -147,3 +147,44 @@ def test_what_is_no_elementwise_function_is_refused_at_initialization_too():
     layer = jaxbn.linen.BatchNorm(use_running_average=False, activation=activation)
     with pytest.raises(error, match=says):
       layer.init(KEY, X)
+
+
+class Dropped(nn.Module):
+  """Random numbers inside the layer: of a module, of one in a function, of the network itself."""
+
+  how: str
+
+  @nn.compact
+  def __call__(self, x):
+    drop = nn.Dropout(0.5, deterministic=False)
+
+    def by_hand(y):
+      noise = jax.random.bernoulli(self.make_rng("dropout"), 0.5, y.shape)
+      return jnp.where(noise, jnp.tanh(y), 0)
+
+    activation = {
+      "module": drop,
+      "function": lambda y: drop(nn.tanh(y)),
+      "make_rng": by_hand,
+    }[self.how]
+    return jaxbn.linen.BatchNorm(use_running_average=False, activation=activation)(x)
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("how", ["module", "function", "make_rng"])
+def test_the_gradient_is_of_the_numbers_that_were_drawn(how, jit):
+  with jax.enable_x64(True):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 4)))
+    module = Dropped(how)
+    rngs = {"dropout": jax.random.key(7)}
+    variables = module.init({"params": KEY, **rngs}, x)
+
+    def loss(x):
+      y, _ = module.apply(variables, x, rngs=rngs, mutable=["batch_stats"])
+      return jnp.sum(jnp.sin(3 * y))
+
+    gradient = (jax.jit(jax.grad(loss)) if jit else jax.grad(loss))(x)
+    direction = jnp.asarray(np.random.default_rng(1).normal(size=x.shape))
+    step = 1e-5  # central differences: their error is of the order of its square
+    difference = (loss(x + step * direction) - loss(x - step * direction)) / (2 * step)
+    np.testing.assert_allclose(jnp.vdot(gradient, direction), difference, rtol=1e-6, atol=1e-6)
