@@ -122,7 +122,7 @@ def batch_norm(
   x = _checks.inexact(x)
   _checks.momentum_in_range(momentum, debias)
   _virtual.require_size(virtual_batch_size, axis_index_groups)
-  _check_state(x, state, axis)
+  state = _checked(x, state, axis)
   evaluating = _checks.static_bool("use_running_average", use_running_average)
   mean = state.mean if state is not None and evaluating else None
   form, given = arrange(x, scale, bias, residual, epsilon, axis, activation, dtype, mean)
@@ -183,9 +183,12 @@ def _normalize_by_batch(
   return apply_aligned(form._replace(exact=how.sample_pivot), given, mean, var), batch
 
 
-def _check_state(x: jax.Array, state: RunningStats | None, axis: int | Sequence[int]) -> None:
+def _checked(
+  x: jax.Array, state: RunningStats | None, axis: int | Sequence[int]
+) -> RunningStats | None:
   if state is not None:
-    require_running_stats(state)
+    state = require_running_stats(state)
     axes = _checks.split_axes(x.ndim, axis)
     _checks.channels("state.mean", state.mean, x, axes)
     _checks.channels("state.var", state.var, x, axes)
+  return state

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxbn import _checks
 from jaxbn._moments import Moments, occupied, require_moments, where
@@ -111,7 +112,7 @@ def update(
   """
   for name, flag in {"unbiased": unbiased, "skip_nonfinite": skip_nonfinite}.items():
     _checks.static_bool(name, flag)
-  _check_state(state, moments, momentum, debias)
+  state = _check_state(state, moments, momentum, debias)
   # In float32 it stops at 2^24, where one more batch is below the last place of any average.
   old_count = None if state.count is None else jax.lax.stop_gradient(jnp.asarray(state.count))
   count = None if old_count is None else old_count + 1
@@ -143,13 +144,29 @@ def unbiased_variance(moments: Moments) -> jax.Array:
   return moments.var * jnp.where(n > 1, n / jnp.where(n > 1, n - 1, 1), 1)
 
 
-def require_running_stats(state: Any) -> None:
-  """Refuses a state that is not RunningStats."""
+def require_running_stats(state: Any) -> RunningStats:
+  """The state, with arrays for lists; refuses what is not RunningStats, and integer statistics."""
   if not isinstance(state, RunningStats):
     raise TypeError(
       f"state is a {type(state).__name__}; a jaxbn.RunningStats is needed: make it with "
       "jaxbn.init(...), or, from Flax's collection, jaxbn.RunningStats(mean=..., var=...)."
     )
+  arrays = {}
+  for name, value in state._asdict().items():
+    try:
+      arrays[name] = None if value is None and name == "count" else jnp.asarray(value)
+    except (TypeError, ValueError):
+      raise TypeError(
+        f"state.{name}={value!r} is not an array of one number for each channel: make the state "
+        "with jaxbn.init(...)."
+      ) from None
+    if name != "count":
+      _checks.inexact(arrays[name], f"state.{name}")
+  # The state itself where it can be: evaluation returns it.
+  return state if all(isinstance(v, _ARRAYS) for v in state) else RunningStats(**arrays)
+
+
+_ARRAYS = (jax.Array, np.ndarray, type(None))
 
 
 def needs_count(momentum: chex.Numeric | None, debias: bool) -> bool:
@@ -185,8 +202,8 @@ def _state_dtype(old: Any, new: Any) -> Any:
 
 def _check_state(
   state: RunningStats, moments: Moments, momentum: chex.Numeric | None, debias: bool
-) -> None:
-  require_running_stats(state)
+) -> RunningStats:
+  state = require_running_stats(state)
   require_moments(moments)
   _checks.momentum_in_range(momentum, debias)
   if jnp.shape(state.mean) != jnp.shape(moments.mean):
@@ -201,3 +218,4 @@ def _check_state(
       f"it with jaxbn.init(..., {option}), or add a count to a state that has been trained, for "
       "instance state._replace(count=jnp.full(state.mean.shape, updates, jnp.float32))."
     )
+  return state

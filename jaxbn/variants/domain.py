@@ -104,6 +104,7 @@ def domain_batch_norm(
   _checks.momentum_in_range(momentum, debias)
   evaluating = _checks.static_bool("use_running_average", use_running_average)
   axes = _checks.split_axes(x.ndim, axis)
+  state = require_running_stats(state)
   rows = _number_of_domains(state, x, axes)
   valid, weight = valid_elements(x, mask, weights)
   require_mask(masked_value, valid)
@@ -178,7 +179,6 @@ def split_domains(number: int, parts: int) -> jax.Array:
 
 
 def _number_of_domains(state: Any, x: jax.Array, axes: _checks.Axes) -> int:
-  require_running_stats(state)
   shape, channels = jnp.shape(state.mean), axes.shape(x)
   if shape[1:] != channels or not shape or jnp.shape(state.var) != shape:
     raise ValueError(

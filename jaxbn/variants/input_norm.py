@@ -277,7 +277,7 @@ def _frame_wise(
     return normalize(x, mean, var, s, b, epsilon=how.epsilon, axis=axis, mask=valid)
 
   if state is not None:
-    require_running_stats(state)
+    state = require_running_stats(state)
     require_shape("state.mean", state.mean, (len(state.mean), features))
   rows = jnp.arange(steps) if state is None else jnp.minimum(jnp.arange(steps), len(state.mean) - 1)
   if _checks.static_bool("use_running_average", how.use_running_average):

@@ -69,7 +69,7 @@ def prediction_time_batch_norm(
   >>> y.ravel().round(2)
   Array([-1.,  1.], dtype=float32)
   """
-  require_running_stats(state)
+  state = require_running_stats(state)
   choose = interpolate(prior, elements_per_example(x, options.get("axis", -1)))
   _checks.momentum_in_range(options.get("momentum", 0.99), options.get("debias", False))
   options |= NOT_TRACKED
@@ -106,8 +106,7 @@ def interpolate(
     )
 
   def choose(batch: Moments, state: RunningStats | None) -> Chosen:
-    require_running_stats(state)
-    assert state is not None
+    state = require_running_stats(state)
     n = jnp.asarray(batch.count, batch.var.dtype)
     total = n + prior * elements
     share = n / jnp.where(total > 0, total, 1)

@@ -474,6 +474,7 @@ def _statistics(
   valid: jax.Array | None,
 ) -> tuple[list[_Taken], list[RunningStats]]:
   """What normalizes each array, shared by one all-reduce, and the running statistics after it."""
+  stats = [require_running_stats(s) for s in stats]
   row = jnp.minimum(jnp.max(t), len(stats[0].mean) - 1)
   olds: list[RunningStats] = [_row(s, row) for s in stats]
   if _checks.static_bool("use_running_average", how.use_running_average):
@@ -581,7 +582,7 @@ def _check(params: _Params, stats: _Stats, carry: _Carry, x: jax.Array) -> None:
       f"{expected.__name__[:-5].lower()}_stats(...)."
     )
   for name, value in stats._asdict().items():
-    require_running_stats(value)
+    value = require_running_stats(value)
     channels = features if name == "cell" else gates * features
     require_shape(f"stats.{name}.mean", value.mean, (len(value.mean), channels))
 
