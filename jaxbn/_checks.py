@@ -66,6 +66,11 @@ def split_axes(ndim: int, axis: int | Sequence[int]) -> Axes:
   return Axes(tuple(sorted(features)), tuple(i for i in range(ndim) if i not in features))
 
 
+def widen(value: jax.Array, x: jax.Array) -> jax.Array:
+  """value with as many axes as x, new ones in front: what NumPy does by itself where it may."""
+  return jnp.expand_dims(value, tuple(range(x.ndim - value.ndim)))
+
+
 def channel_shape(shape: Any) -> tuple[int, ...]:
   """A shape from an integer or a sequence of them."""
   try:

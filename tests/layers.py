@@ -326,7 +326,7 @@ class Every(NamedTuple):
 
 
 def _schedule(step: Any) -> Any:
-  return 1 + 0.1 * step
+  return 1 + 0.1 * jnp.asarray(step, jnp.float32)
 
 
 # Batch norms: called as Flax's are, with its fields, and statistics mean and var.

@@ -219,6 +219,6 @@ def _merge_examples(own: Moments, member: jax.Array) -> Moments:
   # A select of all three: an example that is not finite is its own domain's matter.
   n, means, variances = (jnp.where(member, v, 0) for v in own)
   count = jnp.sum(n, 0, dtype=n.dtype)
-  share = jnp.asarray(n, variances.dtype) / divisor(count, variances.dtype)
+  share = jnp.asarray(n, variances.dtype) / divisor(count, variances.dtype)[None]
   mean = jnp.sum(share * means, 0)
-  return Moments(count, mean, jnp.sum(share * (variances + abs_square(means - mean)), 0))
+  return Moments(count, mean, jnp.sum(share * (variances + abs_square(means - mean[None])), 0))

@@ -330,7 +330,7 @@ def lstm_step(
   @_recomputing
   def cell(p: LSTMParams, c: jax.Array, products: Any, taken: Any) -> tuple[jax.Array, jax.Array]:
     from_input, from_hidden = _normalized(how, p, products, taken)
-    return lstm_cell(c, from_input + from_hidden + p.bias)
+    return lstm_cell(c, from_input + from_hidden + _checks.widen(p.bias, from_input))
 
   @_recomputing
   def output(p: LSTMParams, c: jax.Array, o: jax.Array, taken: _Taken) -> jax.Array:
@@ -415,7 +415,7 @@ def gru_step(
   @_recomputing
   def hidden(p: GRUParams, h: jax.Array, products: Any, taken: Any) -> jax.Array:
     from_input, from_hidden = _normalized(how, p, products, taken)
-    return gru_hidden(h, from_hidden, from_input + p.bias)
+    return gru_hidden(h, from_hidden, from_input + _checks.widen(p.bias, from_input))
 
   h = where_valid(valid, hidden(params, carry.h, products, taken), carry.h)
   return carry._replace(h=h, t=carry.t + 1), h, GRUStats(*of_gates)
