@@ -212,7 +212,7 @@ def input_norm_rnn(
   require_shape("params.input_kernel", params.input_kernel, (x.shape[-1], width))
   require_shape("params.hidden_kernel", params.hidden_kernel, (features, width))
   ends = lengths(seq_lengths, x.shape[:1])
-  mask = None if ends is None else jnp.arange(x.shape[1]) < ends[:, None]
+  mask = None if ends is None else jnp.arange(x.shape[1])[None] < ends[:, None]
   x = x if mask is None else jnp.where(mask[..., None], x, 0)
   products, state = sequence_norm(
     x @ params.input_kernel,

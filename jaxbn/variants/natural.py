@@ -430,12 +430,13 @@ def rewhiten_optimizer_state(
 
 def _gradient(g: jax.Array, of_bias: jax.Array, old: Whitening, new: Whitening) -> jax.Array:
   change, shift = _changes(g, old, new)
-  return (_matmul(change, g) - shift[:, None] * of_bias).astype(g.dtype)
+  return (_matmul(change, g) - _checks.widen(shift[:, None] * of_bias[None], g)).astype(g.dtype)
 
 
 def _square(n: jax.Array, of_bias: jax.Array, old: Whitening, new: Whitening) -> jax.Array:
   change, shift = _changes(n, old, new)
-  return (_matmul(change**2, n) + (shift**2)[:, None] * of_bias).astype(n.dtype)
+  added = (shift**2)[:, None] * of_bias[None]
+  return (_matmul(change**2, n) + _checks.widen(added, n)).astype(n.dtype)
 
 
 def _changes(like: jax.Array, old: Whitening, new: Whitening) -> tuple[jax.Array, jax.Array]:

@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import pytest
 
 import jaxbn.linen
@@ -136,3 +137,26 @@ def test_predictions_need_no_count_either():
     for module in (counting, plain)
   )
   layers.assert_bit_equal(y, expected)
+
+
+@pytest.mark.parametrize("setting", ["rank", "dtype"])
+@pytest.mark.parametrize("name", EVERY)
+def test_ranks_and_dtypes_are_promoted_explicitly(name, setting):
+  make, args, evaluates = EVERY[name]
+  module = make()
+  place = int(isinstance(args[0], tuple))  # a cell's carry comes before x
+
+  def loss(params, x, module):
+    given = [*args[:place], x, *args[place + 1 :]]
+    y, _ = module.apply(variables | {"params": params}, *given, mutable=MUTABLE)
+    return sum(jnp.sum(v) for v in jax.tree.leaves(y) if jnp.issubdtype(v.dtype, jnp.inexact))
+
+  settings = {
+    "rank": jax.numpy_rank_promotion("raise"),
+    "dtype": jax.numpy_dtype_promotion("strict"),
+  }
+  with settings[setting]:
+    variables = module.init(KEY, *args)
+    modes = [module, module.clone(use_running_average=True)] if evaluates else [module]
+    for mode in modes:
+      jax.grad(loss, (0, 1))(variables["params"], args[place], mode)

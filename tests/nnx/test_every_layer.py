@@ -111,3 +111,18 @@ def make_without_count():
   layer = jaxbn.nnx.BatchNorm(4, use_running_average=True, debias=True, rngs=nnx.Rngs(0))
   del layer.count
   return layer
+
+
+@pytest.mark.parametrize("setting", ["rank", "dtype"])
+@pytest.mark.parametrize("name", EVERY)
+def test_ranks_and_dtypes_are_promoted_explicitly(name, setting):
+  make, args, evaluates = EVERY[name]
+  settings = {
+    "rank": jax.numpy_rank_promotion("raise"),
+    "dtype": jax.numpy_dtype_promotion("strict"),
+  }
+  with settings[setting]:
+    layer = make(nnx.Rngs(0))
+    for mode in [layer.train, layer.eval] if evaluates else [layer.train]:
+      mode()
+      nnx.grad(lambda layer, x: jnp.sum(layer(x, *args[1:])), argnums=(0, 1))(layer, args[0])
