@@ -12,7 +12,16 @@ from jax import lax
 
 from jaxbn import _checks, _virtual
 from jaxbn._choose import Choose, correct
-from jaxbn._moments import Elements, How, Moments, measure, valid_elements
+from jaxbn._moments import (
+  Elements,
+  How,
+  Moments,
+  are_reliabilities,
+  measure,
+  sum_of_squares,
+  valid_elements,
+  worth,
+)
 from jaxbn._normalize import apply_aligned, arrange, fill, require_mask
 from jaxbn._rule import Form, Given
 from jaxbn._running import RunningStats, require_running_stats, update
@@ -77,9 +86,11 @@ def batch_norm(
     use_running_average: False in training, True in evaluation; known when tracing, as all flags
       are, but not necessarily a Python bool: 0, 1 and concrete arrays will do.
     axis: the axis or axes of the channels.
-    momentum, debias, unbiased, skip_nonfinite: as in `update`.
+    momentum, debias, unbiased, skip_nonfinite: as in `update`; with unbiased, weights of an integer
+      dtype are counts, how often an element is there, and those of a floating dtype say how far it
+      can be relied on (that takes one more small all-reduce).
     epsilon: added to the variance.
-    mask, weights: as in `moments`: which elements exist, and how often each counts.
+    mask, weights: as in `moments`: which elements exist, and how much each counts.
     masked_value: what y holds in positions that do not exist (masked, or of weight 0), as in
       `normalize`.
     axis_name: name (or names) of the axis of pmap, shard_map or vmap whose members share
@@ -141,7 +152,10 @@ def batch_norm(
   sample_pivot = state is None or x.dtype != jnp.bfloat16
   how = How(form.axes, fast, sample_pivot, *_checks.sharing(axis_name, axis_index_groups))
   step = functools.partial(
-    _normalize_by_batch, _checks.static_bool("detach_stats", detach_stats), choose
+    _normalize_by_batch,
+    _checks.static_bool("detach_stats", detach_stats),
+    choose,
+    unbiased and are_reliabilities(weights),
   )
   groups = _virtual.groups(virtual_batch_size, x, how)
   if groups is not None:
@@ -165,13 +179,17 @@ def batch_norm(
 def _normalize_by_batch(
   detach_stats: bool,
   choose: Choose | None,
+  by_worth: bool,
   form: Form,
   how: How,
   given: Given,
   weight: Any,
   state: RunningStats | None,
 ) -> tuple[jax.Array, Moments]:
-  """Measure, share, choose, apply: y and the moments of the batch."""
+  """Measure, share, choose, apply: y and the moments of the batch.
+
+  With `by_worth`, their count is not the sum of the weights, but how many elements these are worth.
+  """
   pivot = state.mean if state is not None and how.use_fast_variance else None
   elements = Elements(given.x, given.wide, given.valid, weight)
   batch = measure(how, elements, shared_pivot=pivot)
@@ -180,7 +198,10 @@ def _normalize_by_batch(
   mean, var = stats.mean, stats.var
   if choose is not None:
     given, mean, var = correct(choose, stats, state, form, given)
-  return apply_aligned(form._replace(exact=how.sample_pivot), given, mean, var), batch
+  y = apply_aligned(form._replace(exact=how.sample_pivot), given, mean, var)
+  if by_worth:
+    batch = batch._replace(count=worth(how, batch.count, sum_of_squares(how, elements)))
+  return y, batch
 
 
 def _checked(

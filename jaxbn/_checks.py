@@ -125,27 +125,6 @@ def same_shape(name: str, value: Any, x: jax.Array) -> jax.Array:
   return value
 
 
-def elementwise(name: str, function: Any, x: jax.Array) -> bool:
-  """Refuses what is no function, or gives another shape than it was given.
-
-  Returns whether the function holds arrays beside its argument.
-  """
-  if function is None:
-    return False
-  if not callable(function):
-    raise TypeError(
-      f"{name}={function!r} is not a function: pass an elementwise one, such as jax.nn.relu, "
-      "or None."
-    )
-  traced, result = jax.make_jaxpr(function, return_shape=True)(x)
-  if getattr(result, "shape", None) != x.shape:
-    raise ValueError(
-      f"{name}={function!r} turns an array of shape {x.shape} into {result}: pass a function that "
-      "works element by element, and apply others to y."
-    )
-  return bool(traced.consts)
-
-
 def broadcastable(name: str, value: Any, x: jax.Array) -> jax.Array:
   """A mask or weights as an array with x's number of axes, if it broadcasts against x."""
   value = jnp.asarray(value)

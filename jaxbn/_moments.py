@@ -112,7 +112,7 @@ def moments(
     axis: the axis or axes of the channels; all others are summed over.
     mask: boolean, broadcasts against x; where False, the element does not exist: it may be NaN or
       infinite and reaches no statistic and no gradient.
-    weights: real, not negative, broadcasts against x: how often each element counts. One with
+    weights: real, not negative, broadcasts against x: how much each element counts. One with
       weight 0 is left out as by a mask, and its weight then gets no gradient from it.
     use_fast_variance: one pass over x. If False, two: the variance is then taken around the mean
       found, which matters only where the pivot happens to be an extreme outlier.
@@ -139,7 +139,8 @@ def moments(
   valid, weight = valid_elements(x, mask, weights)
   if pivot is not None:
     pivot = constant_pivot(_checks.channels("pivot", pivot, x, axes), x.dtype)
-  how = How(axes, _checks.static_bool("use_fast_variance", use_fast_variance))
+  fast = _checks.static_bool("use_fast_variance", use_fast_variance)
+  how = How(axes, fast)
   return measure(how, Elements(x, x.astype(accumulation_dtype(x.dtype)), valid, weight), pivot)
 
 
@@ -484,6 +485,29 @@ def valid_elements(
   return valid, zero_unless(valid, weight)
 
 
+def are_reliabilities(weights: chex.Array | None) -> bool:
+  """Whether these weights say how far an element can be relied on, not how often it is there."""
+  return weights is not None and jnp.issubdtype(jnp.result_type(weights), jnp.floating)
+
+
+def worth(how: How, count: chex.Numeric, squares: jax.Array) -> jax.Array:
+  """(sum w)^2 / sum w^2: how many elements of equal weight would tell as much (Kish 1965).
+
+  Args:
+    how: with whom the squares are shared, as the count has been.
+    count: sum w, of all devices.
+    squares: sum w^2, of this one.
+  """
+  if how.axis_name is not None:
+    (squares,) = sum_over_devices([squares], how.axis_name, how.axis_index_groups)
+  return jnp.square(count) / divisor(squares, squares.dtype)
+
+
+def sum_of_squares(how: How, elements: Elements) -> jax.Array:
+  """sum w^2 per channel, of the smallest shape."""
+  return jnp.asarray(_count(elements.x, how.axes, jnp.square(elements.weight)))
+
+
 def _variance(mean_square: jax.Array, mean: jax.Array) -> jax.Array:
   """E[|d|^2] - |E[d]|^2, and where rounding leaves nothing of it, the size of that rounding.
 
@@ -567,10 +591,11 @@ def _sample(x: jax.Array, axes: _checks.Axes, valid: jax.Array | None) -> jax.Ar
 
 def _average_of_some(x: jax.Array, axes: _checks.Axes) -> jax.Array:
   """The average of the first elements along one axis: of eight if there are, of a power of two."""
-  along = max(axes.reduced, key=lambda a: min(x.shape[a], _SAMPLED), default=None)
+  usable = {a: n if isinstance(n := x.shape[a], int) else 1 for a in axes.reduced}
+  along = max(usable, key=lambda a: min(usable[a], _SAMPLED), default=None)
   sizes = dict.fromkeys(axes.reduced, 1)
   if along is not None:
-    sizes[along] = 1 << min(x.shape[along], _SAMPLED).bit_length() - 1
+    sizes[along] = 1 << min(usable[along], _SAMPLED).bit_length() - 1
   p = x
   for a in sorted(sizes, key=lambda a: a == along):
     p = lax.slice_in_dim(p, 0, sizes[a], axis=a)
@@ -610,19 +635,29 @@ def _count(x: jax.Array, axes: _checks.Axes, counted: jax.Array | None) -> chex.
     return _size(x, axes)
   whole, own = (math.prod(a.shape[i] for i in axes.reduced) for a in (x, counted))
   # Counting the mask as it is, not broadcast, is exact and costs little.
-  integer = counted.dtype == jnp.bool_ and whole <= _INT32_MAX
+  integer = counted.dtype == jnp.bool_ and (_is_symbolic(whole) or whole <= _INT32_MAX)
   real = accumulation_dtype(x.real.dtype)
   # Under jit with sharded arrays a sum of the dtype of the others is one all-reduce with them.
-  sum_dtype = jnp.int32 if integer and own > _EXACT_ONES else real
-  count = jnp.sum(counted, axes.reduced, dtype=sum_dtype)
+  exact = not _is_symbolic(own) and own <= _EXACT_ONES
+  count = jnp.sum(counted, axes.reduced, dtype=jnp.int32 if integer and not exact else real)
   dtype = jnp.int32 if integer else real
   count = count.astype(dtype) * jnp.asarray(whole // own, dtype)
   return count.reshape(()) if count.size == 1 else count
 
 
 def _size(x: jax.Array, axes: _checks.Axes) -> chex.Numeric:
-  whole = math.prod(x.shape[a] for a in axes.reduced)
+  sizes = [x.shape[a] for a in axes.reduced]
+  whole = math.prod(sizes)
+  if _is_symbolic(
+    whole
+  ):  # of a program that is exported for any size, which it learns when it runs
+    about = math.prod(jnp.asarray(n).astype(jnp.float32) for n in sizes)
+    return jnp.where(about < 2.0**31, jnp.asarray(whole).astype(jnp.int32), _INT32_MAX)
   return np.int32(whole) if whole <= _INT32_MAX else np.float32(whole)
+
+
+def _is_symbolic(size: Any) -> bool:
+  return not isinstance(size, int)
 
 
 def _known(count: chex.Numeric) -> bool:

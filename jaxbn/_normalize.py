@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxbn import _checks
-from jaxbn._rule import Form, Given, accumulation_dtype, apply
+from jaxbn._activation import hoist
+from jaxbn._rule import Form, Given, accumulation_dtype, apply, wide
 
 if TYPE_CHECKING:
   import chex
@@ -48,13 +49,17 @@ def normalize(
     bias: likewise, or None for 0.
     epsilon: finite and not negative.
     axis: the axis or axes of the channels.
-    mask: boolean, broadcasts against x; where False, the element may be NaN or infinite and reaches
-      no gradient.
+    mask: boolean, broadcasts against x; where False, the element may be NaN or infinite, as may
+      what goes with it of the residual and of a mean, var, scale or bias that differs between
+      examples. It then reaches no gradient.
     masked_value: what y holds where the mask is False. None: the formula's value there, as in Flax,
-      with mean for x where that is not finite. A number: that number, and no gradient.
-    activation: elementwise function of JAX, such as jax.nn.relu, or None. Applied here it costs no
-      memory for its derivative, and half-precision y is rounded after it only. Its argument is
+      with mean for x and 0 for the residual where that is not finite. A number: that number, and no
+      gradient.
+    activation: elementwise function of JAX, such as jax.nn.relu, or None. It is called once, may
+      hold arrays and draw random numbers, and costs no memory for its derivative here;
+      half-precision y is rounded after it only. Its argument is
       computed again for the derivative, so that within rounding of a kink either side's is taken.
+      One that a module holds under its name is traced once for all layers; others in each.
     residual: of x's shape, or None for 0.
     dtype: of y; default, what x, scale, bias and residual promote to, as in Flax.
 
@@ -62,7 +67,8 @@ def normalize(
     y, of x's shape.
 
   Raises:
-    TypeError: integer x; a mask that is not boolean; an activation that is not a function.
+    TypeError: integer x; a mask that is not boolean; an activation that is not a function, or whose
+      result y cannot hold or has no derivative (booleans, integers).
     ValueError: mean, var, scale or bias neither of the channels' shape nor broadcasting against x;
       a residual not of x's shape; an axis out of range or twice; a mask that does not broadcast;
       masked_value without a mask; epsilon out of range; an activation that changes the shape.
@@ -87,10 +93,22 @@ def apply_aligned(form: Form, given: Given, mean: jax.Array, var: jax.Array) -> 
   values = mean, var, given.scale, given.bias
   if not is_aligned(form.axes, given.x, *values):
     return apply(form, given, mean, var)
-  mean, var, scale, bias = align(form.axes, given.x, *values)
+  mean, var, scale, bias = (
+    _harmless(given.valid, v, otherwise)
+    for v, otherwise in zip(align(form.axes, given.x, *values), (0, 1, 1, 0), strict=True)
+  )
   # Nothing is left to expand: as if each axis were a channels' axis.
   form = form._replace(axes=_checks.Axes(tuple(range(given.x.ndim)), ()))
   return apply(form, given._replace(scale=scale, bias=bias), mean, var)
+
+
+def _harmless(valid: jax.Array | None, value: Any, otherwise: int) -> Any:
+  """A value aligned with x, and something finite where it is not and nothing valid needs it."""
+  if valid is None or value is None:
+    return value
+  shared = tuple(a for a in range(value.ndim) if value.shape[a] == 1)
+  needed = jnp.any(valid, shared, keepdims=True)
+  return jnp.where(needed | jnp.isfinite(value), value, otherwise)
 
 
 def align(axes: _checks.Axes, x: jax.Array, *values: Any) -> tuple[Any, ...]:
@@ -135,14 +153,13 @@ def arrange(
     None if residual is None else _checks.same_shape("residual", residual, x),
     jnp.asarray(epsilon, jnp.promote_types(x.real.dtype, jnp.float32)),
   )
-  holds_arrays = _checks.elementwise("activation", activation, given.wide)
-  alike = not holds_arrays and isinstance(activation, Hashable)
-  if holds_arrays:
-    # A custom rule must be given what it is differentiated by: parameters of the activation, too.
-    hoisted, constants = jax.closure_convert(activation, given.wide)
-    if constants:
-      activation, given = hoisted, given._replace(constants=tuple(constants))
-  return Form(axes, dtype, activation, traced_once=alike), given
+  if activation is None:
+    return Form(axes, dtype), given
+  parts = given.wide, mean, given.scale, given.bias, wide(given.residual)
+  z_dtype = jnp.result_type(*(v for v in parts if v is not None))
+  hoisted = hoist("activation", activation, given.wide.astype(z_dtype), dtype)
+  form = Form(axes, dtype, hoisted.function, z_dtype, traced_once=hoisted.lasts)
+  return form, given._replace(constants=hoisted.constants)
 
 
 def require_mask(masked_value: float | None, valid: jax.Array | None) -> None:

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
@@ -42,8 +43,9 @@ class Form(NamedTuple):
   axes: Axes
   dtype: Any  # of y
   activation: Elementwise | None = None
+  activated_dtype: Any = None  # of what the activation is given
   exact: bool = True
-  traced_once: bool = True  # False: the activation holds arrays, or cannot be hashed
+  traced_once: bool = True  # False: the activation is not one that caches may hold
 
 
 class Given(NamedTuple):
@@ -86,8 +88,9 @@ def _apply(form: Form, given: Given, mean: jax.Array, var: jax.Array) -> jax.Arr
   given = given._replace(x=unshared(given.x, 4))
   k, _ = slope(given, var)
   # The subtraction first: folded into the bias it would cancel where the mean is large.
-  y = _scaled(form, given, _centered(form, given, mean, k)[0], k)
-  return (y if form.activation is None else form.activation(y, *given.constants)).astype(form.dtype)
+  centered, residual, _ = _centered(form, given, mean, k)
+  z = _scaled(form, given, centered, residual, k)
+  return _activated(form, z, *given.constants).astype(form.dtype)
 
 
 @functools.partial(apply.defjvp, symbolic_zeros=True)
@@ -132,7 +135,7 @@ def unshared(x: jax.Array, copy: int) -> jax.Array:
   return x if accumulation_dtype(x.dtype) == x.dtype else _behind_barriers(x, copy)
 
 
-@functools.partial(jax.jit, static_argnums=1, inline=True)
+@functools.partial(jax.jit, static_argnums=1)
 def _behind_barriers(x: jax.Array, copy: int) -> jax.Array:
   def on_cpu(x: jax.Array) -> jax.Array:
     for _ in range(copy):  # the same barrier twice would be merged
@@ -152,22 +155,39 @@ def slope(given: Given, var: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _centered(
   form: Form, given: Given, mean: jax.Array, k: jax.Array
-) -> tuple[jax.Array, jax.Array | None]:
-  """x - mean, 0 in masked positions where y would not be finite; and which are kept.
+) -> tuple[jax.Array, Any, jax.Array | None]:
+  """x - mean and the residual, 0 in masked positions that are not finite; which x are kept.
 
   The gradient of scale sums y's cotangent times (x - mean) over all positions, and 0 * NaN is NaN.
   """
-  centered = _wide(given.x) - form.axes.expand(mean)
+  centered = wide(given.x) - form.axes.expand(mean)
+  residual = _of_residual(given, given.residual)
   if given.valid is None:
-    return centered, None
-  y = lax.stop_gradient(_scaled(form, given, centered, k))
-  kept = given.valid | jnp.isfinite(y.astype(form.dtype))
-  return jnp.where(kept, centered, 0), kept
+    return centered, residual, None
+  z = lax.stop_gradient(_scaled(form, given, centered, residual, k))
+  y = lax.stop_gradient(_activated(form, z, *given.constants)).astype(form.dtype)
+  kept = given.valid | (jnp.isfinite(z) & jnp.isfinite(y))
+  return jnp.where(kept, centered, 0), residual, kept
 
 
-def _scaled(form: Form, given: Given, centered: jax.Array, k: jax.Array) -> jax.Array:
+def _of_residual(given: Given, value: Any) -> Any:
+  """The residual or its tangent, wide, and 0 where that is masked and not finite."""
+  if value is None or given.valid is None:
+    return wide(value)
+  return jnp.where(given.valid | jnp.isfinite(given.residual), wide(value), 0)
+
+
+def _scaled(
+  form: Form, given: Given, centered: jax.Array, residual: Any, k: jax.Array
+) -> jax.Array:
   shift = None if given.bias is None else form.axes.expand(given.bias)
-  return _sum(centered * form.axes.expand(k), shift, _wide(given.residual))
+  return _sum(centered * form.axes.expand(k), shift, residual)
+
+
+def _activated(form: Form, z: jax.Array, *constants: Any) -> jax.Array:
+  if form.activation is None:
+    return z
+  return form.activation(z.astype(form.activated_dtype), *constants)
 
 
 def accumulation_dtype(dtype: Any) -> Any:
@@ -175,7 +195,8 @@ def accumulation_dtype(dtype: Any) -> Any:
   return jnp.float32 if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
 
 
-def _wide(x: Any) -> Any:
+def wide(x: Any) -> Any:
+  """In the dtype of sums; None stays None."""
   return None if x is None else x.astype(accumulation_dtype(x.dtype))
 
 
@@ -206,8 +227,9 @@ def d_apply(
   if d.bias is not None:
     b = b + d.bias
   # Apart from the forward pass, whose x - mean, comparisons and sigmoids XLA would otherwise keep.
-  centered, kept = _centered(form, given, lax.optimization_barrier(mean), k)
-  x, d_x = _wide(given.x), d.wide
+  apart = lax.optimization_barrier
+  centered, residual, kept = _centered(form, given, apart(mean), k)
+  x, d_x = wide(given.x), d.wide
   if kept is None:
     b = b if d_mean is None else b - k * d_mean
   else:
@@ -218,15 +240,20 @@ def d_apply(
   else:
     shifted, sloped = expand(b - mean * a), x * expand(a)
   from_moments = sloped + shifted
-  direct = _sum(None if d_x is None else d_x * expand(k), _wide(d.residual))
+  direct = _sum(None if d_x is None else d_x * expand(k), _of_residual(given, d.residual))
   if form.activation is None:
     return _sum(direct, from_moments).astype(form.dtype)
 
-  shift, apart = _sum(-mean * k, given.bias), lax.optimization_barrier
+  shift = _sum(-mean * k, given.bias)
   if kept is not None:
-    parts = [(_scaled(form, given, centered, k), _sum(direct, from_moments))]
-  elif given.residual is not None or direct is None:
-    y = _sum(x * expand(k), expand(apart(shift)), _wide(given.residual))
+    z, d_z = _scaled(form, given, centered, residual, k), _sum(direct, from_moments)
+    # Where the activation's slope is not finite, its product with a zero is NaN.
+    unset = (None,) * len(given.constants)
+    slopes = _through(form, given.constants, unset, [(z, jnp.ones_like(z))])
+    smooth = given.valid | jnp.isfinite(lax.stop_gradient(slopes))
+    parts = [(jnp.where(smooth, z, 0), jnp.where(smooth, d_z, 0))]
+  elif residual is not None or direct is None:
+    y = _sum(x * expand(k), expand(apart(shift)), residual)
     parts = [(y, _sum(direct, from_moments))]
   else:
     # Transposed, two parts are sums and one is elementwise. Were they to go through the activation
@@ -237,9 +264,10 @@ def d_apply(
     shifted = shifted + jnp.zeros_like(x)  # differs between the devices between which x does
     values = (shared, sloped), (own, shifted), ((k, apart(shift)), direct)
     parts = [(x * expand(k) + expand(shift), d_y) for (k, shift), d_y in values]
-  return _through(form.activation, given.constants, d.constants, parts).astype(form.dtype)
+  return _through(form, given.constants, d.constants, parts).astype(form.dtype)
 
 
+@jax.jit
 def _apart_on_gpus(k: jax.Array, shift: jax.Array, unlike: jax.Array) -> tuple[Any, Any]:
   """Behind a barrier of their own on GPUs; elsewhere behind that of the two alone.
 
@@ -259,14 +287,21 @@ def _apart_on_gpus(k: jax.Array, shift: jax.Array, unlike: jax.Array) -> tuple[A
 
 
 def _through(
-  activation: Elementwise, constants: Any, d_constants: Any, parts: list[tuple[Any, Any]]
+  form: Form, constants: Any, d_constants: Any, parts: list[tuple[Any, Any]]
 ) -> jax.Array:
-  """The tangent of act(y), from that of y in parts, each with the y at which it is taken."""
-  zeros = tuple(map(jnp.zeros_like, constants))
+  """The tangent of act(z), from that of z in parts, each with the z at which it is taken."""
+  zeros = tuple(map(_no_tangent, constants))
   d_constants = tuple(z if d is None else d for z, d in zip(zeros, d_constants, strict=True))
   tangents = []
-  for y, d_y in parts:
-    d_y = jnp.broadcast_to(d_y, y.shape).astype(y.dtype)
-    tangents.append(jax.jvp(activation, (y, *constants), (d_y, *d_constants))[1])
+  for z, d_z in parts:
+    z, d_z = (v.astype(form.activated_dtype) for v in (z, jnp.broadcast_to(d_z, z.shape)))
+    activation = functools.partial(_activated, form)
+    tangents.append(jax.jvp(activation, (z, *constants), (d_z, *d_constants))[1])
     d_constants = zeros  # they have their part in the first
   return _sum(*tangents)
+
+
+def _no_tangent(constant: jax.Array) -> Any:
+  if jnp.issubdtype(constant.dtype, jnp.inexact):
+    return jnp.zeros_like(constant)
+  return np.zeros(constant.shape, jax.dtypes.float0)

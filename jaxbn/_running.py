@@ -47,7 +47,8 @@ def init(
     shape: the channels' shape; an integer n means (n,).
     momentum: as it will be given to `update`; None (cumulative) adds the leaf `count`.
     debias: as it will be given to `update`; True adds the leaf `count`.
-    dtype: dtype of mean, real or complex; var has its real part's.
+    dtype: dtype of mean, real or complex; var has its real part's. Half precision is for the start
+      only: `update` gives float32.
 
   Returns:
     RunningStats.
@@ -93,12 +94,16 @@ def update(
     momentum: the share of the old value that is kept, from 0 to 1; None for a cumulative average.
     debias: remove the weight of the initial values. A traced momentum must then be below 1.
     unbiased: multiply the batch's variance by n / (n - 1), n its count, as PyTorch does; a channel
-      with n <= 1 keeps the factor 1.
+      with n <= 1 keeps the factor 1. The sum of weights is such a count where these say how often
+      an element is there. Where they say how far it can be relied on (a softmax), give moments
+      whose count is what they are worth, n = (sum w)^2 / sum w^2, so that the factor is
+      1 / (1 - sum w^2 / (sum w)^2): `batch_norm` does so for floating-point weights.
     skip_nonfinite: a channel whose batch mean or variance is not finite stays as it was.
 
   Returns:
-    RunningStats with the same leaves. Single and double precision promote as in Flax (a real mean
-    becomes complex with a complex batch); half-precision statistics stay half-precision.
+    RunningStats with the same leaves, of float32 at least: half precision cannot hold an average
+    whose steps are below its rounding. Dtypes promote as in Flax Linen (a real mean becomes complex
+    with a complex batch); so the carry of a scan starts in what its batches have.
 
   Raises:
     TypeError: a state or moments of another type; a momentum or a flag that is not one.
@@ -132,16 +137,17 @@ def blend(
 ) -> jax.Array:
   """keep * old + gain * batch where that is usable, else old."""
   # Selected twice: an unusable value must reach neither the result nor a gradient.
-  # And in the wider of the two precisions: in bfloat16 0.99 is 0.988.
-  wide = old.astype(jnp.promote_types(old.dtype, batch.dtype))
+  # And in float32 at least: in bfloat16 0.99 is 0.988, and what is added is soon rounded away.
+  wide = old.astype(jnp.promote_types(jnp.promote_types(old.dtype, jnp.float32), batch.dtype))
   new = keep * wide + gain * where(usable, batch, 0)
-  return where(usable, new.astype(_state_dtype(old.dtype, new.dtype)), old)
+  return where(usable, new, wide)
 
 
 def unbiased_variance(moments: Moments) -> jax.Array:
-  """var n / (n - 1); with n <= 1 var itself."""
+  """var n / (n - 1); with n <= 1 var itself, up to the rounding of what one weight is worth."""
   n = jnp.asarray(moments.count, moments.var.dtype)
-  return moments.var * jnp.where(n > 1, n / jnp.where(n > 1, n - 1, 1), 1)
+  several = n > 1 + 4 * jnp.finfo(n.dtype).eps
+  return moments.var * jnp.where(several, n / jnp.where(several, n - 1, 1), 1)
 
 
 def require_running_stats(state: Any) -> RunningStats:
@@ -193,11 +199,6 @@ def _shares(
 
 def _log(momentum: float) -> float:
   return math.log(momentum) if momentum > 0 else -math.inf
-
-
-def _state_dtype(old: Any, new: Any) -> Any:
-  half = jnp.finfo(old).bits < 32 and not jnp.issubdtype(new, jnp.complexfloating)
-  return old if half else jnp.promote_types(old, new)
 
 
 def _check_state(

@@ -82,6 +82,11 @@ def groups(virtual_batch_size: Any, x: jax.Array, how: How) -> Groups | None:
     if how.axis_name is not None:
       held += f", on each of the {devices} devices of axis_name={how.axis_name!r}"
       held += f", a global batch of {share * devices}"
+    if not isinstance(share, int):
+      raise ValueError(
+        f"virtual_batch_size={size}: {held}, of which it cannot be seen that groups of {size} fit: "
+        f"export with a size that shows it, such as jax.export.symbolic_shape('{size}*b')."
+      )
     raise ValueError(
       f"virtual_batch_size={size} does not fit: {held}. All groups have the same size, and each is "
       "part of a device's examples or all those of some devices: pass one of "
@@ -115,7 +120,7 @@ def by_group(
 ) -> tuple[jax.Array, Moments]:
   """y, normalized group by group, and the mean over the groups of their moments."""
   shape, position, axes = given.x.shape, None, form.axes
-  if groups.number > 1:
+  if groups.number != 1:
     axes = _split_axes(groups, form.axes)
     position = axes.features.index(groups.axis)
   sharding = jax.typeof(given.x).sharding

@@ -58,6 +58,12 @@ def moments(x, axis=-1, mask=None, weights=None):
   return Stats(count.reshape(shape), mean.reshape(shape), var.reshape(shape))
 
 
+def reliability(x, axis=-1, mask=None, weights=None):
+  """1 / (1 - sum w^2 / (sum w)^2), which makes a weighted variance unbiased."""
+  w, shape, _ = channels_first(weights_of(x, mask, weights), axis)
+  return (1 / (1 - (w**2).sum(1) / w.sum(1) ** 2)).reshape(shape)
+
+
 def expand(statistic, x, axis):
   axes = [a % x.ndim for a in np.atleast_1d(axis)]
   return np.expand_dims(statistic, tuple(a for a in range(x.ndim) if a not in axes))

@@ -122,29 +122,64 @@ def test_the_activation_and_the_residual_are_those_of_the_oracle():
   bounds.assert_within(y, before**2, 2 * np.abs(before) * bound + 3 * u * before**2)
 
 
-@pytest.mark.parametrize("of", ["values", "derivatives"])
-def test_masked_garbage_reaches_nothing_through_an_activation(of):
+PICKY = {  # of these, the derivative or the value is not finite somewhere
+  "silu": jax.nn.silu,
+  "tanh": jnp.tanh,
+  "gelu": jax.nn.gelu,
+  "log": lambda z: jnp.log(z + 30),
+  "where": lambda z: jnp.where(z > 0, z, 0),
+}
+
+
+@pytest.mark.parametrize("evaluating", [False, True], ids=["training", "evaluation"])
+@pytest.mark.parametrize("activation", PICKY.values(), ids=PICKY)
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per example"])
+def test_masked_garbage_reaches_nothing_through_an_activation(shared, activation, evaluating):
   *given, cotangent = (jnp.asarray(a, jnp.float32) for a in inputs())
-  mask = counted("mask")["mask"]
+  mask = jnp.asarray(counted("mask")["mask"]).at[2].set(False)
+  names = ["x", "residual"]
+  if not shared:  # a scale and a bias for each example, of which the third is masked as a whole
+    given[1], given[2] = (jnp.tile(v, (SHAPE[0], 1)) for v in given[1:3])
+    names = ["x", "scale", "bias", "residual"]
 
   def loss(x, scale, bias, residual, masked_value=None):
     y, _ = jaxbn.batch_norm(
-      *(x, scale, bias),
-      use_running_average=False,
+      *(x, scale, bias, STATE),
+      use_running_average=evaluating,
       mask=mask,
       masked_value=masked_value,
-      activation=jax.nn.silu,
+      activation=activation,
       residual=residual,
     )
     return jnp.sum(jnp.where(mask, cotangent * y, 0))
 
-  f = loss if of == "values" else jax.grad(loss, (0, 1, 2, 3))
-  f = jax.jit(f, static_argnums=4)
+  f = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)), static_argnums=4)
   for masked_value in (None, 0.0):
     expected = f(*given, masked_value)
     for garbage in (np.nan, np.inf, 3e38):
-      x = jnp.where(mask, given[0], garbage)
-      assert_close(f(x, *given[1:], masked_value), expected, rtol=1e-6, atol=1e-6)
+      for name in names:
+        dirty = dict(zip(("x", "scale", "bias", "residual"), given, strict=True))
+        valid = mask if name in ("x", "residual") else mask.any(-1, keepdims=True)
+        dirty[name] = jnp.where(valid, dirty[name], garbage)
+        assert_close(f(*dirty.values(), masked_value), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_masked_statistics_of_an_example_reach_nothing():
+  x, scale, bias, residual, cotangent = (jnp.asarray(a, jnp.float32) for a in inputs())
+  mask = jnp.ones(SHAPE, bool).at[2].set(False)
+  mean, var = jnp.tile(STATE.mean, (SHAPE[0], 1)), jnp.tile(STATE.var, (SHAPE[0], 1))
+
+  @jax.jit
+  @functools.partial(jax.value_and_grad, argnums=(0, 1, 2, 3, 4))
+  def f(x, mean, var, scale, bias):
+    options = {"mask": mask, "activation": jnp.tanh, "residual": residual}
+    y = jaxbn.normalize(x, mean, var, scale, bias, **options)
+    return jnp.sum(jnp.where(mask, cotangent * y, 0))
+
+  expected = f(x, mean, var, scale, bias)
+  for garbage in (np.nan, np.inf):
+    assert_close(f(x, mean.at[2].set(garbage), var, scale, bias), expected, rtol=1e-6, atol=1e-6)
+    assert_close(f(x, mean, var.at[2].set(garbage), scale, bias), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_where_the_mean_stands_in_for_x_it_does_in_derivatives():
@@ -489,22 +524,30 @@ def test_each_sum_has_a_mask_of_its_own_on_gpus_only():
     assert other.count(2) == gpu.count(2) + 1
 
 
-def test_layers_alike_are_traced_once():
-  x = inputs()[0].astype(np.float32)
+CALLS = []
 
-  def times_called(layers):
-    calls = []
 
-    def activation(y):
-      calls.append(y.shape)
-      return jnp.tanh(y)
+def counting(z):
+  CALLS.append(z.shape)
+  return jnp.tanh(z)
 
-    def loss(x):
-      for _ in range(layers):
-        x, _ = jaxbn.batch_norm(x, use_running_average=False, activation=activation)
-      return x.sum()
 
-    jax.jit(jax.grad(loss)).trace(x)
-    return len(calls)
+def times_called(layers, activation):
+  CALLS.clear()
+  jax.clear_caches()
 
-  assert times_called(4) == times_called(1)
+  def loss(x):
+    for _ in range(layers):
+      x, _ = jaxbn.batch_norm(x, use_running_average=False, activation=activation)
+    return x.sum()
+
+  jax.jit(jax.grad(loss)).trace(inputs()[0].astype(np.float32))
+  return len(CALLS)
+
+
+def test_layers_alike_are_traced_once_where_a_module_holds_the_activation():
+  assert times_called(4, counting) == times_called(1, counting)
+
+
+def test_any_other_activation_is_called_once_in_each_layer():
+  assert times_called(3, lambda z: counting(z)) == 3

@@ -549,3 +549,16 @@ def test_linen_s_initialization_needs_neither_devices_nor_a_fitting_batch():
   variables = layer.init(jax.random.key(0), jnp.ones((3, 2)))
   with pytest.raises(ValueError, match="virtual_batch_size=4 does not fit"):
     layer.apply(variables, jnp.ones((3, 2)), mutable=["batch_stats"])
+
+
+def test_unbiased_takes_what_reliabilities_are_worth_in_each_group():
+  rng = np.random.default_rng(7)
+  x, weights = rng.normal(3, 2, (8, 3)), rng.uniform(0.1, 1, (8, 3))
+  x, weights = x.astype(np.float32), weights.astype(np.float32)
+  options = {"use_running_average": False, "unbiased": True, "momentum": 0.0}
+  _, state = jaxbn.batch_norm(
+    x, state=jaxbn.init(3), weights=weights, virtual_batch_size=4, **options
+  )
+  groups = [(x[i : i + 4], weights[i : i + 4]) for i in (0, 4)]
+  wanted = [oracle.moments(x, weights=w).var * oracle.reliability(x, weights=w) for x, w in groups]
+  np.testing.assert_allclose(state.var, np.mean(wanted, 0), rtol=1e-5)

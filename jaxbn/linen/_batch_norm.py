@@ -29,9 +29,9 @@ class BatchNorm(nn.BatchNorm):
   its checkpoints load; `jaxbn.batch_norm` says what is computed, how accurately, and what errors
   are raised. What differs from Flax: the statistics stay accurate where the mean is large; with a
   mask and an axis_name they are those of all valid elements of all devices; masked positions may
-  hold NaN; integer input is refused; half-precision statistics stay half-precision. Initialization
-  never changes the statistics, and needs no bound axis. An instance is one of Flax's class too, so
-  that code that looks for batch norms by their type finds it.
+  hold NaN; integer input is refused. Initialization never changes the statistics, and needs no
+  bound axis. An instance is one of Flax's class too, so that code that looks for batch norms by
+  their type finds it.
 
   Attributes:
     use_running_average: True in evaluation, False in training; here or at the call.

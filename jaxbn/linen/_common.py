@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxbn import _checks
+from jaxbn._activation import hoist
 from jaxbn._moments import valid_elements
 from jaxbn._normalize import fill
 from jaxbn._running import needs_count
@@ -50,8 +50,8 @@ def first_activation(layer: Any, y: jax.Array, mask: Any, weights: Any) -> jax.A
   if not layer.is_initializing() or layer.activation is None:
     return y
   activated = layer.activation(y)
-  if jnp.shape(activated) != y.shape:
-    _checks.elementwise("activation", layer.activation, y)  # says what is wrong
+  if jnp.shape(activated) != y.shape or jnp.result_type(activated, y) != y.dtype:
+    hoist("activation", layer.activation, y, y.dtype)  # says what is wrong, if it is
   valid, _ = valid_elements(y, None if mask is None else jnp.asarray(mask, bool), weights)
   return fill(activated.astype(y.dtype), valid, None if valid is None else layer.masked_value)
 

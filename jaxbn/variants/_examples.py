@@ -111,6 +111,6 @@ def moments_of_examples(how: How, elements: Elements) -> Moments:
   alone = how._replace(axes=_checks.Axes(together, others), axis_name=None, axis_index_groups=None)
   own = measure(alone, elements)
   # What all share is shared no more once some of them are left out.
-  each = np.ones([x.shape[axis] if a == axis else 1 for a in together], np.int32)
+  each = jnp.ones([x.shape[axis] if a == axis else 1 for a in together], jnp.int32)
   own = own._replace(count=jnp.asarray(own.count) * each)
   return Moments(*(jnp.moveaxis(v, position, 0) for v in own))

@@ -12,7 +12,17 @@ import numpy as np
 from jax import lax
 
 from jaxbn import _checks
-from jaxbn._moments import Elements, How, Moments, abs_square, divisor, sync, valid_elements
+from jaxbn._moments import (
+  Elements,
+  How,
+  Moments,
+  abs_square,
+  are_reliabilities,
+  divisor,
+  sync,
+  valid_elements,
+  worth,
+)
 from jaxbn._normalize import apply_aligned, arrange, fill, require_mask
 from jaxbn._running import RunningStats, require_running_stats, update
 from jaxbn.variants._examples import indices, moments_of_examples, row_of_each, table
@@ -125,6 +135,10 @@ def domain_batch_norm(
     stats = batch = _moments_of_domains(how, elements, domain, rows, state.mean)
     if _checks.static_bool("detach_stats", detach_stats):
       stats = batch._replace(mean=lax.stop_gradient(batch.mean), var=lax.stop_gradient(batch.var))
+    if unbiased and weight is not None and are_reliabilities(weights):
+      squared = elements._replace(weight=jnp.square(weight))
+      squares = _by_domain(how, squared, domain, rows).count
+      batch = batch._replace(count=worth(how, batch.count, squares))
     state = update(
       state,
       batch,
@@ -202,12 +216,17 @@ def _moments_of_domains(
   how: How, elements: Elements, domain: jax.Array, rows: int, running_mean: Any
 ) -> Moments:
   """A table of moments, one row for each domain, of all devices."""
-  own = moments_of_examples(how, elements)
-  batch = jax.vmap(lambda d: _merge_examples(own, domain == d))(jnp.arange(rows))
+  batch = _by_domain(how, elements, domain, rows)
   if how.axis_name is None:
     return batch
   pivot = running_mean if how.use_fast_variance else None
   return sync(batch, how.axis_name, how.axis_index_groups, pivot=pivot)
+
+
+def _by_domain(how: How, elements: Elements, domain: jax.Array, rows: int) -> Moments:
+  """The same of this device alone."""
+  own = moments_of_examples(how, elements)
+  return jax.vmap(lambda d: _merge_examples(own, domain == d))(jnp.arange(rows))
 
 
 def _merge_examples(own: Moments, member: jax.Array) -> Moments:

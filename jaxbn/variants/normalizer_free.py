@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn import _checks
+from jaxbn._activation import hoist
 from jaxbn._batch_norm import batch_norm
 
 if TYPE_CHECKING:
@@ -146,8 +147,9 @@ def activation_gain(activation: Callable[[jax.Array], jax.Array]) -> float:
   with jax.enable_x64(True), jax.ensure_compile_time_eval():
     if activation is None:
       raise TypeError("activation=None is not a function; the identity's gain is 1.")
-    _checks.elementwise("activation", activation, jnp.asarray(z))
-    f = np.asarray(activation(jnp.asarray(z)), np.float64)
+    points = jnp.asarray(z)
+    hoisted = hoist("activation", activation, points, points.dtype)
+    f = np.asarray(hoisted.function(points, *hoisted.constants), np.float64)
   var = float(weights @ (f - weights @ f) ** 2)
   if not 0 < var < math.inf:
     raise ValueError(

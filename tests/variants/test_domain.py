@@ -339,3 +339,29 @@ def test_parts_of_different_sizes_are_refused():
   np.testing.assert_array_equal(split_domains(6, 3), [0, 0, 1, 1, 2, 2])
   with pytest.raises(ValueError, match="parts=3 do not divide number=8"):
     split_domains(8, 3)
+
+
+def test_unbiased_takes_what_reliabilities_are_worth_in_each_domain():
+  rng = np.random.default_rng(7)
+  x = rng.normal(3, 2, (8, 5, 3)).astype(np.float32)
+  weights = rng.uniform(0.1, 1, (8, 5, 3)).astype(np.float32)
+  domains = np.array([0, 1, 0, 0, 1, 1, 0, 1])
+  options = {"use_running_average": False, "unbiased": True, "momentum": 0.0}
+
+  def var(x, weights, domains, **more):
+    state = jaxbn.init((2, 3))
+    return domain_batch_norm(x, None, None, state, domains, weights=weights, **options, **more)[
+      1
+    ].var
+
+  wanted = np.stack(
+    [
+      oracle.moments(x[of], weights=weights[of]).var
+      * oracle.reliability(x[of], weights=weights[of])
+      for of in (domains == 0, domains == 1)
+    ]
+  )
+  np.testing.assert_allclose(var(x, weights, domains), wanted, rtol=1e-5)
+  shards = (v.reshape(4, 2, *v.shape[1:]) for v in (x, weights, domains))
+  shared = jax.pmap(functools.partial(var, axis_name="i"), axis_name="i")(*shards)
+  np.testing.assert_allclose(shared, np.stack([wanted] * 4), rtol=1e-5)
