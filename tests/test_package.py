@@ -41,7 +41,8 @@ ALLOWED = {
   "nnx/_batch_norm": LAYER | {"nnx/_common"},
   "nnx/_conditional": {"_checks", "nnx/_batch_norm", "variants/conditional", "nnx/_common"},
   "nnx/_domain": {"_checks", "_running", "nnx/_batch_norm", "variants/domain", "nnx/_common"},
-  "nnx/_prediction_time": {"_checks", "_layers", "nnx/_batch_norm", "variants/prediction_time"},
+  "nnx/_prediction_time": {"_checks", "_layers", "nnx/_batch_norm", "variants/prediction_time"}
+  | {"nnx/_common"},
   "nnx/_reference": {"_checks", "_moments", "variants/reference", "nnx/_common"},
   "nnx/_renorm": {"_checks", "nnx/_batch_norm", "variants/renorm", "nnx/_common"},
   "linen/_whitening": {"_checks", "variants/whitening"},

@@ -15,7 +15,7 @@ from flax.typing import Dtype, Initializer, PromoteDtypeFn
 
 from jaxbn import _checks, _layers
 from jaxbn._running import RunningStats, init
-from jaxbn.nnx._common import Trackable, of_shape, parameter, tuples
+from jaxbn.nnx._common import Trackable, as_function, of_shape, parameter, tuples
 
 
 class BatchNorm(Trackable, nnx.BatchNorm):
@@ -59,8 +59,9 @@ class BatchNorm(Trackable, nnx.BatchNorm):
     skip_nonfinite: a batch whose statistics are not finite leaves the running ones as they were.
     detach_stats: no gradient through the batch's statistics (for demonstration).
     masked_value: what the output holds where the mask is False; None: the formula's value.
-    activation: elementwise function applied to the result, such as `nnx.relu`, or None; here its
-      derivative needs no memory of its own.
+    activation: elementwise function applied to the result, such as `nnx.relu`, or a module, or
+      None; here its derivative needs no memory of its own. What draws random numbers is a module,
+      such as `nnx.Sequential(nnx.tanh, nnx.Dropout(0.1, rngs=rngs))`.
 
   >>> import jax.numpy as jnp, jaxbn.nnx
   >>> from flax import nnx
@@ -176,6 +177,7 @@ class BatchNorm(Trackable, nnx.BatchNorm):
       axis_index_groups=self.axis_index_groups,
       virtual_batch_size=self.virtual_batch_size,
       dtype=dtype,
+      activation=as_function(self.activation, x),
       **given,
     )
     if not use_running_average:

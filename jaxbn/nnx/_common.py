@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import errors, nnx
 from flax.typing import Dtype, Initializer
 
@@ -92,3 +93,40 @@ def parameter(
 def tuples(value: Any) -> Any:
   """Lists, however deep, as tuples: NNX compares and hashes what is not data."""
   return tuple(map(tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def as_function(activation: Any, x: jax.Array) -> Any:
+  """The activation for the core, which traces it: a module with random numbers draws them here.
+
+  NNX sets no variable where another one is traced, and a count of numbers drawn is a variable. So
+  its streams move on by one, and what is traced is a copy that draws from what they gave.
+  """
+  if not isinstance(activation, nnx.Module) or not _streams(activation):
+    return activation
+  own = nnx.clone(activation)
+  if _draws(own, x):
+    for stream, copied in zip(_streams(activation), _streams(own), strict=True):
+      copied.key.set_value(stream())
+      copied.count.set_value(jnp.zeros_like(copied.count[...]))
+  graphdef, state = nnx.split(own)
+  return lambda z: nnx.merge(graphdef, state, copy=True)(z)
+
+
+def _streams(module: nnx.Module) -> list[nnx.RngStream]:
+  return [node for _, node in nnx.iter_graph(module) if isinstance(node, nnx.RngStream)]
+
+
+def _draws(module: nnx.Module, x: jax.Array) -> bool:
+  """Whether a call draws: not one of `nnx.Dropout` in evaluation."""
+  graphdef, state = nnx.split(module)
+  seen = []
+
+  def call(x: jax.Array) -> None:
+    copy: Any = nnx.merge(graphdef, state, copy=True)
+    before = [stream.count.get_raw_value() for stream in _streams(copy)]
+    copy(x)
+    after = [stream.count.get_raw_value() for stream in _streams(copy)]
+    seen.append(any(a is not b for a, b in zip(after, before, strict=True)))
+
+  jax.eval_shape(call, x)
+  return seen[0]

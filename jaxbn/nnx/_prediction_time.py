@@ -9,6 +9,7 @@ from flax import nnx
 
 from jaxbn import _checks, _layers
 from jaxbn.nnx._batch_norm import BatchNorm
+from jaxbn.nnx._common import as_function
 from jaxbn.variants.prediction_time import NOT_TRACKED, elements_per_example, interpolate
 
 
@@ -78,6 +79,7 @@ class _Predicting(nnx.Module):
       axis_index_groups=layer.axis_index_groups,
       virtual_batch_size=layer.virtual_batch_size,
       dtype=dtype,
+      activation=as_function(layer.activation, x),
       choose=interpolate(self.prior, elements_per_example(x, layer.axis)),
       **given,
     )

@@ -13,7 +13,7 @@ from flax.typing import Dtype, Initializer
 
 from jaxbn import _checks
 from jaxbn._moments import Moments
-from jaxbn.nnx._common import of_shape, parameter, put, tuples
+from jaxbn.nnx._common import as_function, of_shape, parameter, put, tuples
 from jaxbn.variants.reference import of_layer
 
 
@@ -119,7 +119,8 @@ class VirtualBatchNorm(nnx.Module):
       return None if variable is None else of_shape(variable, shape)
 
     scale, bias = value(self.scale), value(self.bias)
-    given: dict[str, Any] = {"residual": residual, "dtype": self.dtype}
+    activation = as_function(self.activation, x)
+    given: dict[str, Any] = {"residual": residual, "dtype": self.dtype, "activation": activation}
     if not is_reference:
       reference = Moments(value(self.count), value(self.mean), value(self.var))
       _require_reference(reference)
