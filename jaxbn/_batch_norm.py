@@ -83,7 +83,8 @@ def batch_norm(
     bias: beta, likewise, or None for 0.
     state: running statistics, from `init`. None in training: nothing is tracked, and sharing over
       axis_name takes two small all-reduces.
-    use_running_average: False in training, True in evaluation; a Python bool.
+    use_running_average: False in training, True in evaluation; known when tracing, as all flags
+      are, but not necessarily a Python bool: 0, 1 and concrete arrays will do.
     axis: the axis or axes of the channels.
     momentum, debias, unbiased, skip_nonfinite: as in `update`; with unbiased, weights of an integer
       dtype are counts, how often an element is there, and those of a floating dtype say how far it
@@ -119,7 +120,8 @@ def batch_norm(
   Raises:
     TypeError, ValueError: as the functions named above; state missing in evaluation;
       axis_index_groups without axis_name, or with virtual_batch_size; a virtual_batch_size that
-      does not fit the batch, or "device" without axis_name; use_running_average not a Python bool.
+      does not fit the batch, or "device" without axis_name; a flag that is traced, or
+      is neither True nor False.
 
   >>> import jax, jax.numpy as jnp, jaxbn
   >>> x = 5 + 2 * jax.random.normal(jax.random.key(0), (64, 3))
@@ -131,7 +133,7 @@ def batch_norm(
   x = _checks.inexact(x)
   _checks.momentum_in_range(momentum, debias)
   _virtual.require_size(virtual_batch_size, axis_index_groups)
-  _check_state(x, state, axis)
+  state = _checked(x, state, axis)
   evaluating = _checks.static_bool("use_running_average", use_running_average)
   mean = state.mean if state is not None and evaluating else None
   form, given = arrange(x, scale, bias, residual, epsilon, axis, activation, dtype, mean)
@@ -202,9 +204,12 @@ def _normalize_by_batch(
   return y, batch
 
 
-def _check_state(x: jax.Array, state: RunningStats | None, axis: int | Sequence[int]) -> None:
+def _checked(
+  x: jax.Array, state: RunningStats | None, axis: int | Sequence[int]
+) -> RunningStats | None:
   if state is not None:
-    require_running_stats(state)
+    state = require_running_stats(state)
     axes = _checks.split_axes(x.ndim, axis)
     _checks.channels("state.mean", state.mean, x, axes)
     _checks.channels("state.var", state.var, x, axes)
+  return state

@@ -66,6 +66,11 @@ def split_axes(ndim: int, axis: int | Sequence[int]) -> Axes:
   return Axes(tuple(sorted(features)), tuple(i for i in range(ndim) if i not in features))
 
 
+def widen(value: jax.Array, x: jax.Array) -> jax.Array:
+  """value with as many axes as x, new ones in front: what NumPy does by itself where it may."""
+  return jnp.expand_dims(value, tuple(range(x.ndim - value.ndim)))
+
+
 def channel_shape(shape: Any) -> tuple[int, ...]:
   """A shape from an integer or a sequence of them."""
   try:
@@ -209,13 +214,18 @@ def momentum_in_range(momentum: Any, debias: bool) -> None:
 
 
 def static_bool(name: str, value: Any) -> bool:
-  """A flag that decides what is traced, so that it must be known when tracing."""
-  if not concrete(value) or not isinstance(value, bool | np.bool_):
-    raise TypeError(
-      f"{name}={value!r}: a Python bool is needed, for it decides which program is traced: "
-      f"pass {name}=True or False, mark it static under jit, or choose with jax.lax.cond outside."
-    )
-  return bool(value)
+  """A flag that decides what is traced, so that it must be known when tracing: True, False, 1 or 0.
+
+  As a number or an array of any library: that is what a config, or a reduction over flags, gives.
+  """
+  if concrete(value) and isinstance(value, bool | int | np.generic | np.ndarray | jax.Array):
+    flag = np.asarray(value)
+    if flag.shape == () and flag.dtype.kind in "biu" and flag in (0, 1):
+      return bool(flag)
+  raise TypeError(
+    f"{name}={value!r}: a Python bool is needed, for it decides which program is traced: "
+    f"pass {name}=True or False, mark it static under jit, or choose with jax.lax.cond outside."
+  )
 
 
 def axis_names(axis_name: Any) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxbn import _checks
 from jaxbn._moments import Moments, occupied, require_moments, where
@@ -23,8 +24,9 @@ class RunningStats(NamedTuple):
   Attributes:
     mean: running mean, of the channels' shape.
     var: running variance, real, of the same shape.
-    count: how many updates each channel has had, int32, of the same shape; only where `debias` or a
-      cumulative average needs it, else None, so that the leaves are those of Flax.
+    count: how many updates each channel has had, of the same shape; only where `debias` or a
+      cumulative average needs it, else None, so that the leaves are those of Flax. float32, so that
+      it stays what it is where all statistics are averaged over devices; integers will do.
   """
 
   mean: chex.Array
@@ -60,7 +62,7 @@ def init(
   """
   _checks.momentum_in_range(momentum, debias)
   mean = jnp.zeros(_checks.channel_shape(shape), dtype)
-  count = jnp.zeros_like(mean, jnp.int32) if needs_count(momentum, debias) else None
+  count = jnp.zeros_like(mean, jnp.float32) if needs_count(momentum, debias) else None
   return RunningStats(mean, jnp.ones_like(mean.real), count)
 
 
@@ -115,15 +117,17 @@ def update(
   """
   for name, flag in {"unbiased": unbiased, "skip_nonfinite": skip_nonfinite}.items():
     _checks.static_bool(name, flag)
-  _check_state(state, moments, momentum, debias)
-  count = None if state.count is None else jnp.asarray(state.count) + 1
+  state = _check_state(state, moments, momentum, debias)
+  # In float32 it stops at 2^24, where one more batch is below the last place of any average.
+  old_count = None if state.count is None else jax.lax.stop_gradient(jnp.asarray(state.count))
+  count = None if old_count is None else old_count + 1
   keep, gain = _shares(count, momentum, debias, moments.var.dtype)
   mean, var = moments.mean, unbiased_variance(moments) if unbiased else moments.var
   usable = occupied(moments.count)
   if skip_nonfinite:
     usable = usable & jnp.isfinite(mean) & jnp.isfinite(var)
 
-  new_count = None if count is None else where(usable, count, count - 1)
+  new_count = None if count is None else where(usable, count, old_count)
   both = functools.partial(blend, keep, gain, usable)
   return RunningStats(both(state.mean, mean), both(state.var, var), new_count)
 
@@ -146,13 +150,29 @@ def unbiased_variance(moments: Moments) -> jax.Array:
   return moments.var * jnp.where(several, n / jnp.where(several, n - 1, 1), 1)
 
 
-def require_running_stats(state: Any) -> None:
-  """Refuses a state that is not RunningStats."""
+def require_running_stats(state: Any) -> RunningStats:
+  """The state, with arrays for lists; refuses what is not RunningStats, and integer statistics."""
   if not isinstance(state, RunningStats):
     raise TypeError(
       f"state is a {type(state).__name__}; a jaxbn.RunningStats is needed: make it with "
       "jaxbn.init(...), or, from Flax's collection, jaxbn.RunningStats(mean=..., var=...)."
     )
+  arrays = {}
+  for name, value in state._asdict().items():
+    try:
+      arrays[name] = None if value is None and name == "count" else jnp.asarray(value)
+    except (TypeError, ValueError):
+      raise TypeError(
+        f"state.{name}={value!r} is not an array of one number for each channel: make the state "
+        "with jaxbn.init(...)."
+      ) from None
+    if name != "count":
+      _checks.inexact(arrays[name], f"state.{name}")
+  # The state itself where it can be: evaluation returns it.
+  return state if all(isinstance(v, _ARRAYS) for v in state) else RunningStats(**arrays)
+
+
+_ARRAYS = (jax.Array, np.ndarray, type(None))
 
 
 def needs_count(momentum: chex.Numeric | None, debias: bool) -> bool:
@@ -183,8 +203,8 @@ def _log(momentum: float) -> float:
 
 def _check_state(
   state: RunningStats, moments: Moments, momentum: chex.Numeric | None, debias: bool
-) -> None:
-  require_running_stats(state)
+) -> RunningStats:
+  state = require_running_stats(state)
   require_moments(moments)
   _checks.momentum_in_range(momentum, debias)
   if jnp.shape(state.mean) != jnp.shape(moments.mean):
@@ -197,5 +217,6 @@ def _check_state(
     raise ValueError(
       f"{option} needs the number of updates so far, which state lacks (state.count is None): make "
       f"it with jaxbn.init(..., {option}), or add a count to a state that has been trained, for "
-      "instance state._replace(count=jnp.full(state.mean.shape, updates, jnp.int32))."
+      "instance state._replace(count=jnp.full(state.mean.shape, updates, jnp.float32))."
     )
+  return state

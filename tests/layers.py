@@ -310,3 +310,95 @@ class Claims:
     state, call = self.make(x)
     assert_bit_equal(call(state, x, mask=mask), call(state, x, mask=mask != 0))
     assert_bit_equal(call(state, x, mask=mask.astype(np.float32)), call(state, x, mask=mask != 0))
+
+
+# Every layer there is, ready to be called in training: what is claimed of all is tried with all.
+
+KEY = jax.random.key(0)
+EXAMPLES = np.random.default_rng(3).normal(size=(8, 5, 4)).astype(np.float32) + 0.5
+LABELS = np.array([0, 1, 2, 0, 1, 2, 0, 1])
+
+
+class Every(NamedTuple):
+  make: Callable[..., Any]  # of a Linen module, or of an NNX one for rngs
+  args: tuple[Any, ...] = (EXAMPLES,)
+  evaluates: bool = True  # whether it has a mode of its own for evaluation
+
+
+def _schedule(step: Any) -> Any:
+  return 1 + 0.1 * jnp.asarray(step, jnp.float32)
+
+
+# Batch norms: called as Flax's are, with its fields, and statistics mean and var.
+BATCH_NORMS = {
+  "BatchNorm": ({}, ()),
+  "BatchNorm, debias": ({"debias": True}, ()),
+  "BatchRenorm": ({}, ()),
+  "BatchRenorm, scheduled": ({"r_max": _schedule}, ()),
+  "ConditionalBatchNorm": ({"num_classes": 3}, (LABELS,)),
+  "DomainBatchNorm": ({"num_domains": 3, "per_domain_parameters": True}, (LABELS,)),
+}
+
+
+def _of(module: Any, name: str) -> Any:
+  return getattr(module, name.partition(",")[0])
+
+
+def _every_linen() -> dict[str, Every]:
+  lib, training = jaxbn.linen, {"use_running_average": False}
+
+  def layer(name: str, **options: Any) -> Callable[..., Any]:
+    return lambda **more: _of(lib, name)(**options | more)
+
+  def cell(name: str) -> Every:
+    make = layer(name, features=4, max_length=5, **training)
+    return Every(make, (make().initialize_carry(KEY, (8, 4)), EXAMPLES[:, 0]))
+
+  return {
+    **{n: Every(layer(n, **training, **o), (EXAMPLES, *a)) for n, (o, a) in BATCH_NORMS.items()},
+    "InputNormRNN": Every(layer("InputNormRNN", features=4, **training)),
+    "LSTMCell": cell("LSTMCell"),
+    "GRUCell": cell("GRUCell"),
+    "MeanOnlyBatchNorm": Every(layer("MeanOnlyBatchNorm", **training)),
+    "SkipInit": Every(layer("SkipInit"), evaluates=False),
+    "VirtualBatchNorm": Every(layer("VirtualBatchNorm"), (EXAMPLES, True), evaluates=False),
+    "WSConv": Every(layer("WSConv", features=3, kernel_size=(3,)), evaluates=False),
+    "WSDense": Every(layer("WSDense", features=3), evaluates=False),
+    "WeightNorm": Every(lambda: lib.WeightNorm(nn.Dense(3)), evaluates=False),
+    "WhitenedConv": Every(layer("WhitenedConv", features=3, kernel_size=(3,)), evaluates=False),
+    "WhitenedDense": Every(layer("WhitenedDense", features=3), evaluates=False),
+    "WhiteningNorm": Every(layer("WhiteningNorm", group_size=2, **training)),
+    "WhiteningNorm, newton": Every(
+      layer("WhiteningNorm", group_size=2, method="newton", **training)
+    ),
+  }
+
+
+def _every_nnx() -> dict[str, Every]:
+  lib = jaxbn.nnx
+
+  def layer(name: str, *sizes: Any, **options: Any) -> Callable[..., Any]:
+    return lambda rngs: _of(lib, name)(*sizes, rngs=rngs, **options)
+
+  def recurrent(name: str) -> Callable[..., Any]:
+    return lambda rngs: nnx.RNN(_of(lib, name)(4, 4, max_length=5, rngs=rngs))
+
+  return {
+    **{n: Every(layer(n, 4, **o), (EXAMPLES, *a)) for n, (o, a) in BATCH_NORMS.items()},
+    "InputNormRNN": Every(layer("InputNormRNN", 4, 4)),
+    "LSTMCell": Every(recurrent("LSTMCell")),
+    "GRUCell": Every(recurrent("GRUCell")),
+    "MeanOnlyBatchNorm": Every(layer("MeanOnlyBatchNorm", 4)),
+    "SkipInit": Every(layer("SkipInit"), evaluates=False),
+    "VirtualBatchNorm": Every(layer("VirtualBatchNorm", 4), (EXAMPLES, True), evaluates=False),
+    "WSConv": Every(layer("WSConv", 4, 3, (3,)), evaluates=False),
+    "WSLinear": Every(layer("WSLinear", 4, 3), evaluates=False),
+    "WeightNorm": Every(lambda rngs: lib.WeightNorm(nnx.Linear(4, 3, rngs=rngs)), evaluates=False),
+    "WhitenedConv": Every(layer("WhitenedConv", 4, 3, (3,)), evaluates=False),
+    "WhitenedLinear": Every(layer("WhitenedLinear", 4, 3), evaluates=False),
+    "WhiteningNorm": Every(layer("WhiteningNorm", 4, group_size=2)),
+    "WhiteningNorm, newton": Every(layer("WhiteningNorm", 4, group_size=2, method="newton")),
+  }
+
+
+EVERY_LINEN, EVERY_NNX = _every_linen(), _every_nnx()

@@ -624,8 +624,9 @@ REFUSED = {
     r"x of shape \(0, 3\) is an empty batch.*Skip it, or pad it and mask",
   ),
   "mode-none": not_a_bool(None, "None"),
-  "mode-integer": not_a_bool(1, "1"),
+  "mode-integer": not_a_bool(2, "2"),
   "mode-string": not_a_bool("yes", "'yes'"),
+  "mode-float": not_a_bool(1.0, "1.0"),
   "mode-array": not_a_bool(np.array([True]), r"array\(\[ True\]\)"),
   "mode-traced": (
     lambda x: jax.jit(lambda u: jaxbn.batch_norm(x, state=STATE, use_running_average=u))(True),

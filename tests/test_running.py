@@ -12,6 +12,15 @@ from absl.testing import parameterized
 
 import jaxbn
 from jaxbn import Moments, RunningStats
+from jaxbn.variants import (
+  conditional,
+  domain,
+  input_norm,
+  prediction_time,
+  recurrent,
+  renorm,
+  weight_norm,
+)
 from tests import oracle
 
 with warnings.catch_warnings():
@@ -366,7 +375,7 @@ def test_leaves_are_those_of_flax_unless_a_count_is_needed():
   assert len(jax.tree.leaves(jaxbn.update(jaxbn.init(3), jaxbn.empty_moments(3)))) == 2
   for options in ({"momentum": None}, {"debias": True}):
     state = fresh((2, 3), **options)
-    chex.assert_trees_all_equal(state.count, jnp.zeros((2, 3), jnp.int32))
+    chex.assert_trees_all_equal(state.count, jnp.zeros((2, 3), jnp.float32))
   chex.assert_trees_all_equal(jaxbn.init(2)[:2], (jnp.zeros(2), jnp.ones(2)))
   complex_state = jaxbn.init([2], dtype=jnp.complex64)
   chex.assert_type(complex_state[:2], [jnp.complex64, jnp.float32])
@@ -493,6 +502,59 @@ def test_a_state_of_other_channels_is_refused(shape):
     jaxbn.update(jaxbn.init(shape), jaxbn.empty_moments(3))
 
 
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.float32, jnp.uint8])
+@pytest.mark.parametrize("options", [{"momentum": None}, {"debias": True}], ids=str)
+def test_a_count_of_any_dtype_counts_and_keeps_it(options, dtype):
+  # Checkpoints have integers; and a mean over devices makes them floating-point.
+  batch = as_moments(batch_stats(1)[0])
+  state, expected = (
+    state_with_count()._replace(count=jnp.array([7, 8, 9], d)) for d in (dtype, jnp.int32)
+  )
+  for _ in range(3):
+    state, expected = (track(s, batch, **options) for s in (state, expected))
+    assert state.count.dtype == dtype
+    chex.assert_trees_all_equal(state[:2], expected[:2])
+    np.testing.assert_array_equal(state.count, expected.count)
+
+
+def test_the_mean_of_a_state_over_devices_is_a_state():
+  # What Flax's examples do before they save: the leaves keep their types, and a scan its carry.
+  xs = jax.random.normal(jax.random.key(0), (4, 5, 8, 3))  # devices, steps, examples, channels
+
+  def steps(xs):
+    def step(state, x):
+      state = jaxbn.update(state, jaxbn.moments(x), debias=True)
+      return jax.lax.pmean(state, "devices"), None
+
+    return jax.lax.scan(step, fresh(debias=True), xs)[0]
+
+  state = jax.vmap(steps, axis_name="devices")(xs)
+  np.testing.assert_array_equal(state.count, np.full((4, 3), 5))
+
+
+@every_kind
+@pytest.mark.parametrize("valid", [True, False])
+def test_a_count_at_its_end_stays_there(options, valid):
+  end = jnp.full(3, 2.0**24, jnp.float32)
+  state = state_with_count()._replace(count=end)
+  batch = as_moments(batch_stats(1)[0]) if valid else jaxbn.empty_moments(3)
+  after = track(state, batch, **options)
+  np.testing.assert_array_equal(after.count, end)
+  assert np.all(np.isfinite(after.mean))
+  if options.get("momentum", 0) is None:  # no batch of that many is seen in a float32 average
+    np.testing.assert_allclose(after.mean, state.mean, rtol=2 * U)
+
+
+def test_a_count_is_no_path_for_gradients():
+  batch = as_moments(batch_stats(1)[0])
+
+  def mean(count):
+    state = jaxbn.init(3)._replace(count=count)
+    return jnp.sum(jaxbn.update(state, batch, debias=True, momentum=0.0).mean)
+
+  np.testing.assert_array_equal(jax.grad(mean)(jnp.ones(3)), np.zeros(3))
+
+
 def test_a_batch_that_is_not_moments_is_refused():
   with pytest.raises(TypeError, match=r"a tuple was given; jaxbn\.Moments are needed"):
     jaxbn.update(jaxbn.init(3), (8, jnp.zeros(3), jnp.ones(3)))
@@ -504,3 +566,89 @@ def test_a_count_that_is_known_needs_no_selection():
     return jaxbn.update(state, jaxbn.Moments(np.int32(8), mean, var))
 
   assert "select_n" not in str(jax.make_jaxpr(update)(jaxbn.init(3), jnp.ones(3), jnp.ones(3)))
+
+
+X = jax.random.normal(jax.random.key(0), (6, 4, 2)) + 1
+LABELS = jnp.array([0, 1, 0, 1, 0, 1])
+STEP = {
+  "params": recurrent.GRUParams(
+    jnp.ones((2, 3)), jnp.ones((1, 3)), jnp.zeros(3), jnp.ones(3), jnp.ones(3)
+  ),
+  "carry": recurrent.gru_carry(6, 1),
+}
+# Every function that takes a state, of the statistics of a channel, a domain or a step.
+OF_A_STATE = {
+  "update": lambda state, train: jaxbn.update(state, jaxbn.moments(X), debias=True),
+  "batch_norm": lambda state, train: jaxbn.batch_norm(
+    X, state=state, use_running_average=not train, debias=True
+  ),
+  "renorm": lambda state, train: renorm.batch_renorm(
+    X, None, None, state, use_running_average=not train
+  ),
+  "mean only": lambda state, train: weight_norm.mean_only_batch_norm(
+    X, state=state, use_running_average=not train
+  ),
+  "prediction time": lambda state, train: prediction_time.prediction_time_batch_norm(
+    X, None, None, state, prior=2.0
+  ),
+  "conditional": lambda state, train: conditional.conditional_batch_norm(
+    X, jnp.ones((2, 2)), None, LABELS, state, use_running_average=not train
+  ),
+  "domain": lambda state, train: domain.domain_batch_norm(
+    X, None, None, _each([state] * 2), LABELS, use_running_average=not train
+  ),
+  "sequence": lambda state, train: input_norm.sequence_norm(
+    X, state=state, use_running_average=not train
+  ),
+  "frames": lambda state, train: input_norm.sequence_norm(
+    X, state=_each([state] * 4), use_running_average=not train, frame_wise=True
+  ),
+  "recurrent": lambda state, train: recurrent.gru_step(
+    STEP["params"],
+    recurrent.GRUStats(*[_each([_wider(state)] * 2)] * 2),
+    STEP["carry"],
+    X[:, 0],
+    use_running_average=not train,
+  ),
+}
+
+
+def _each(states):
+  """A state of lists, or arrays, with a row for each."""
+  stack = list if isinstance(states[0].mean, list) else jnp.stack
+  return RunningStats(*(stack(leaf) for leaf in zip(*states, strict=True)))
+
+
+def _wider(state):
+  return RunningStats(
+    *(jnp.concatenate([v, v[:1]]) if hasattr(v, "shape") else v + v[:1] for v in state)
+  )
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("name", OF_A_STATE)
+def test_a_state_of_lists_is_one_of_arrays(name, train):
+  lists = RunningStats(mean=[0.25, 0.5], var=[1.0, 2.0], count=[3.0, 4.0])
+  arrays = RunningStats(*map(jnp.array, lists))
+  chex.assert_trees_all_equal(OF_A_STATE[name](lists, train), OF_A_STATE[name](arrays, train))
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("leaf", ["mean", "var"])
+@pytest.mark.parametrize("name", OF_A_STATE)
+def test_integer_statistics_are_refused(name, leaf, train):
+  state = RunningStats(jnp.zeros(2), jnp.ones(2), jnp.ones(2))
+  state = state._replace(**{leaf: jnp.array([1, 2])})
+  with pytest.raises(TypeError, match=rf"state\.{leaf} has dtype int32.*convert it first"):
+    OF_A_STATE[name](state, train)
+
+
+@pytest.mark.parametrize("value", [None, "0", [[1.0], [1.0, 2.0]], object()], ids=str)
+def test_statistics_that_are_no_numbers_are_refused(value):
+  with pytest.raises(TypeError, match=r"state\.var=.* is not an array.*jaxbn\.init"):
+    jaxbn.batch_norm(X, state=RunningStats(jnp.zeros(2), value), use_running_average=True)
+
+
+def test_a_state_that_is_evaluated_is_itself():
+  state = jaxbn.init(2)
+  assert jaxbn.batch_norm(X, state=state, use_running_average=True)[1] is state

@@ -8,13 +8,18 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.typing import Dtype, Initializer
+from flax.typing import Initializer
 
 from jaxbn import _checks, _layers
-from jaxbn._running import RunningStats, init, needs_count
+from jaxbn._running import RunningStats, init
+from jaxbn.linen._common import first_activation, has_count, pure
+
+# What `prediction_time` puts in the place of `_normalize`. A context of JAX's, so that what jit has
+# traced without it is not used within it.
+instead = jax.make_user_context(None)
 
 
-class BatchNorm(nn.Module):
+class BatchNorm(nn.BatchNorm):
   r"""Batch normalization (Ioffe & Szegedy 2015): a drop-in for `flax.linen.BatchNorm`.
 
       y = (x - mean) / sqrt(var + epsilon) * scale + bias
@@ -24,8 +29,9 @@ class BatchNorm(nn.Module):
   its checkpoints load; `jaxbn.batch_norm` says what is computed, how accurately, and what errors
   are raised. What differs from Flax: the statistics stay accurate where the mean is large; with a
   mask and an axis_name they are those of all valid elements of all devices; masked positions may
-  hold NaN; integer input is refused. Initialization
-  never changes the statistics, and needs no bound axis.
+  hold NaN; integer input is refused. Initialization never changes the statistics, and needs no
+  bound axis. An instance is one of Flax's class too, so that code that looks for batch norms by
+  their type finds it.
 
   Attributes:
     use_running_average: True in evaluation, False in training; here or at the call.
@@ -52,8 +58,8 @@ class BatchNorm(nn.Module):
     skip_nonfinite: a batch whose statistics are not finite leaves the running ones as they were.
     detach_stats: no gradient through the batch's statistics (for demonstration).
     masked_value: what the output holds where the mask is False; None: the formula's value.
-    activation: elementwise function applied to the result, such as `nn.relu`, or None; here its
-      derivative needs no memory of its own.
+    activation: elementwise function applied to the result, such as `nn.relu`, or a module, such as
+      `nn.PReLU()`, or None; here its derivative needs no memory of its own.
 
   >>> import jax, jax.numpy as jnp, jaxbn.linen
   >>> layer = jaxbn.linen.BatchNorm(use_running_average=False)
@@ -66,26 +72,16 @@ class BatchNorm(nn.Module):
   [0.045 0.055 0.065]
   """
 
-  use_running_average: bool | None = None
-  axis: int | Sequence[int] = -1
-  momentum: float | None = 0.99
-  epsilon: float = 1e-5
-  dtype: Dtype | None = None
-  param_dtype: Dtype = jnp.float32
-  use_bias: bool = True
-  use_scale: bool = True
-  bias_init: Initializer = nn.initializers.zeros
-  scale_init: Initializer = nn.initializers.ones
+  # Flax's fields and defaults are inherited; these take more than there.
+  axis: int | Sequence[int] = -1  # type: ignore[assignment]
+  momentum: float | None = 0.99  # type: ignore[assignment]
   axis_name: Any = None
-  axis_index_groups: Any = None
-  use_fast_variance: bool = True
-  force_float32_reductions: bool = True
   debias: bool = False
   unbiased: bool = False
   skip_nonfinite: bool = False
   detach_stats: bool = False
   masked_value: float | None = None
-  activation: Callable[[jax.Array], jax.Array] | None = None
+  activation: Callable[..., Any] | None = None
   virtual_batch_size: int | str | None = None
 
   @nn.compact
@@ -118,6 +114,9 @@ class BatchNorm(nn.Module):
     given = {"mask": mask, "weights": weights, "residual": residual}
     return self._normalize(x, scale, bias, use_running_average, **given)
 
+  # To Flax every method is a call, that is captured, listed and intercepted: all but `__call__` are
+  # kept from it, here and in all layers.
+  @nn.nowrap
   def _normalize(
     self,
     x: jax.Array,
@@ -127,42 +126,47 @@ class BatchNorm(nn.Module):
     **given: Any,
   ) -> jax.Array:
     """The layer with these parameters; also with a `choose`, for those that are derived of it."""
+    if instead.value is not None and not self.is_initializing():
+      return instead.value(self, x, scale, bias, **given)
     use_running_average = nn.merge_param(
       "use_running_average", self.use_running_average, use_running_average
     )
-    state = self._running_stats(_checks.split_axes(x.ndim, self.axis).shape(x))
     initializing = self.is_initializing()
     shapes_only = initializing and not x.size  # an empty batch has no statistics
+    evaluating = shapes_only or use_running_average
+    state = self._running_stats(_checks.split_axes(x.ndim, self.axis).shape(x), evaluating)
     y, new_state = _layers.call(
       self,
       x,
       scale,
       bias,
       RunningStats(*(None if leaf is None else leaf.value for leaf in state)),
-      use_running_average=shapes_only or use_running_average,
+      use_running_average=evaluating,
       axis_name=None if initializing else self.axis_name,
       axis_index_groups=None if initializing else self.axis_index_groups,
       virtual_batch_size=None if initializing else self.virtual_batch_size,
       dtype=self.dtype,
+      activation=pure(self),
       **given,
     )
+    y = first_activation(self, y, given.get("mask"), given.get("weights"))
     if new_state is not None and not initializing and not use_running_average:
       for variable, value in zip(state, new_state, strict=True):
         if variable is not None:
           variable.value = value
     return y
 
+  @nn.nowrap
   def _parameter(self, name: str, initializer: Initializer, shape: tuple[int, ...]) -> jax.Array:
     value = self.param(name, initializer, shape, self.param_dtype)
     # As in Flax, whatever dtype it was loaded with.
     return value if self.force_float32_reductions else jnp.asarray(value, self.param_dtype)
 
-  def _running_stats(self, shape: tuple[int, ...]) -> RunningStats:
+  @nn.nowrap
+  def _running_stats(self, shape: tuple[int, ...], evaluating: bool) -> RunningStats:
     """The layer's variables, in the place of the values that they hold."""
     dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
-    counted = needs_count(self.momentum, self.debias)
-    if counted and self.has_variable("batch_stats", "mean"):
-      _require_count(self.has_variable("batch_stats", "count"), self.path)
+    counted = has_count(self, self.momentum, self.debias, evaluating)
 
     def variable(name: str) -> nn.Variable:
       def start() -> jax.Array:
@@ -171,12 +175,3 @@ class BatchNorm(nn.Module):
       return self.variable("batch_stats", name, start)
 
     return RunningStats(variable("mean"), variable("var"), variable("count") if counted else None)
-
-
-def _require_count(present: bool, path: tuple[str, ...]) -> None:
-  if not present:
-    raise ValueError(
-      f"batch_stats of {'/'.join(path) or 'the layer'} has a mean but no count, which debias=True "
-      "and momentum=None need: it was saved without that option. Add the leaf, for instance "
-      "count=jnp.full(mean.shape, updates_so_far, jnp.int32), or leave the option out."
-    )

@@ -74,5 +74,6 @@ class DomainBatchNorm(BatchNorm, kw_only=True):
       x, scale, bias, use_running_average, domains=domains, function=of_layer, **given
     )
 
-  def _running_stats(self, shape: tuple[int, ...]) -> RunningStats:
-    return super()._running_stats((self.num_domains, *shape))
+  @nn.nowrap
+  def _running_stats(self, shape: tuple[int, ...], evaluating: bool) -> RunningStats:
+    return super()._running_stats((self.num_domains, *shape), evaluating)

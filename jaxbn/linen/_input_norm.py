@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
 
 from jaxbn._running import RunningStats, init
+from jaxbn.linen._common import as_function, has_count
 from jaxbn.variants import input_norm
 
 
@@ -27,7 +28,7 @@ class InputNormRNN(nn.Module):
     features: number of units.
     kind: "simple", "lstm" or "gru".
     use_running_average: True in evaluation, False in training; here or at the call.
-    activation: of the simple kind.
+    activation: of the simple kind, a function or a module.
     max_length: None: statistics over all frames of all sequences (sequence-wise). A number: of each
       time step (frame-wise), up to it; those of the last serve all later ones.
     reverse: from the last step to the first; the output stays in the input's order.
@@ -59,7 +60,7 @@ class InputNormRNN(nn.Module):
   features: int
   kind: str = "lstm"
   use_running_average: bool | None = None
-  activation: Callable[[jax.Array], jax.Array] = jnp.tanh
+  activation: Callable[..., Any] = jnp.tanh
   max_length: int | None = None
   reverse: bool = False
   momentum: float | None = 0.99
@@ -99,7 +100,11 @@ class InputNormRNN(nn.Module):
     options: dict[str, Any] = {"momentum": self.momentum, "debias": self.debias}
     channels = input_norm.channels(self.kind, self.features)
     shape = (channels,) if self.max_length is None else (self.max_length, channels)
+    initializing = self.is_initializing()
+    evaluating = initializing or use_running_average
     start = init(shape, **options)
+    if not has_count(self, **options, evaluating=evaluating):
+      start = start._replace(count=None)
     variables = {
       name: self.variable("batch_stats", name, lambda leaf=leaf: leaf)
       for name, leaf in start._asdict().items()
@@ -112,14 +117,15 @@ class InputNormRNN(nn.Module):
       "input_scale": (self.scale_init, (channels,)),
     }
     params = {name: self.param(name, *how, self.param_dtype) for name, how in initial.items()}
-    initializing = self.is_initializing()
+    if initializing and self.kind == "simple":
+      self.activation(jnp.zeros((self.features,), self.param_dtype))  # where it makes parameters
     y, state = input_norm.input_norm_rnn(
       input_norm.InputNormParams(**params),
       RunningStats(**{name: variable.value for name, variable in variables.items()}),
       x,
-      use_running_average=initializing or use_running_average,
+      use_running_average=evaluating,
       kind=self.kind,
-      activation=self.activation,
+      activation=as_function(self.activation),
       frame_wise=self.max_length is not None,
       seq_lengths=seq_lengths,
       reverse=self.reverse,
@@ -130,7 +136,7 @@ class InputNormRNN(nn.Module):
       skip_nonfinite=self.skip_nonfinite,
       **options,
     )
-    if state is not None and not (initializing or use_running_average):
+    if state is not None and not evaluating:
       for name, variable in variables.items():
         variable.value = getattr(state, name)
     return y

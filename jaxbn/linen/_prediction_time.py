@@ -6,13 +6,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 
 from jaxbn import _checks, _layers
 from jaxbn._running import RunningStats
-from jaxbn.linen._batch_norm import BatchNorm
-from jaxbn.variants.prediction_time import elements_per_example, interpolate
+from jaxbn.linen._batch_norm import BatchNorm, instead
+from jaxbn.linen._common import pure
+from jaxbn.variants.prediction_time import NOT_TRACKED, elements_per_example, interpolate
 
 
 def prediction_time(function: Callable[..., Any], prior: float = 0.0) -> Callable[..., Any]:
@@ -43,41 +43,38 @@ def prediction_time(function: Callable[..., Any], prior: float = 0.0) -> Callabl
   [-1.  1.]
   """
   interpolate(prior)  # refuses what is no prior now, not at the first layer
-
-  def intercept(following: Any, args: Any, kwargs: Any, context: Any) -> Any:
-    of_norm = isinstance(context.module, BatchNorm) and context.method_name == "_normalize"
-    if not of_norm or context.module.is_initializing():
-      return following(*args, **kwargs)
-    return _predict(context.module, prior, *args, **kwargs)
+  predict = functools.partial(_predict, prior)
 
   @functools.wraps(function)
   def predicting(*args: Any, **kwargs: Any) -> Any:
-    with nn.intercept_methods(intercept):
+    with instead(predict):
       return function(*args, **kwargs)
 
   return predicting
 
 
 def _predict(
-  layer: BatchNorm, prior: float, x: jax.Array, scale: Any, bias: Any, _: Any, **given: Any
+  prior: float, layer: BatchNorm, x: jax.Array, scale: Any, bias: Any, **given: Any
 ) -> jax.Array:
   if type(layer) is not BatchNorm:
     raise ValueError(
       f"prediction_time knows the layers BatchNorm, not {type(layer).__name__} at "
       f"{'/'.join(layer.path) or 'the top'}: use jaxbn.variants.prediction_time there."
     )
-  state = layer._running_stats(_checks.split_axes(x.ndim, layer.axis).shape(x))
+  state = layer._running_stats(_checks.split_axes(x.ndim, layer.axis).shape(x), True)
   y, _ = _layers.call(
     layer,
     x,
     scale,
     bias,
-    RunningStats(*(None if leaf is None else leaf.value for leaf in state)),
+    RunningStats(state.mean.value, state.var.value),
     use_running_average=False,
+    **NOT_TRACKED,
     axis_name=layer.axis_name,
     axis_index_groups=layer.axis_index_groups,
     virtual_batch_size=layer.virtual_batch_size,
     dtype=layer.dtype,
+    activation=pure(layer),
     choose=interpolate(prior, elements_per_example(x, layer.axis)),
     **given,
   )

@@ -126,9 +126,11 @@ class _Cell(nn.RNNCellBase):
       _ = self._stats  # `nn.RNN` asks before its scan: see `setup`
     return 1
 
+  @nn.nowrap
   def _params(self, in_features: int) -> Any:
     raise NotImplementedError
 
+  @nn.nowrap
   def _gate_params(self, in_features: int, channels: int) -> dict[str, jax.Array]:
     initial = {
       "input_kernel": (self.kernel_init, (in_features, channels)),
@@ -198,6 +200,7 @@ class LSTMCell(_Cell):
   _start = staticmethod(recurrent.lstm_stats)
   _carry = staticmethod(recurrent.lstm_carry)
 
+  @nn.nowrap
   def _params(self, in_features: int) -> recurrent.LSTMParams:
     shape = (self.features,)
     return recurrent.LSTMParams(
@@ -252,6 +255,7 @@ class GRUCell(_Cell):
   _start = staticmethod(recurrent.gru_stats)
   _carry = staticmethod(recurrent.gru_carry)
 
+  @nn.nowrap
   def _params(self, in_features: int) -> recurrent.GRUParams:
     return recurrent.GRUParams(**self._gate_params(in_features, 3 * self.features))
 

@@ -12,6 +12,7 @@ from flax.typing import Dtype, Initializer
 
 from jaxbn import _checks
 from jaxbn._moments import Moments
+from jaxbn.linen._common import first_activation, pure
 from jaxbn.variants.reference import of_layer
 
 
@@ -41,7 +42,8 @@ class VirtualBatchNorm(nn.Module):
     axis_index_groups: indices along it in groups, each sharing among itself only.
     use_fast_variance: one pass over the input; False takes two.
     masked_value: what the output holds where the mask is False; None: the formula's value.
-    activation: elementwise function applied to the result, such as `nn.relu`, or None.
+    activation: elementwise function applied to the result, such as `nn.relu`, or a module,
+      such as `nn.PReLU()`, or None.
 
   >>> import jax, jax.numpy as jnp, jaxbn.linen
   >>> layer = jaxbn.linen.VirtualBatchNorm()
@@ -64,7 +66,7 @@ class VirtualBatchNorm(nn.Module):
   axis_index_groups: Any = None
   use_fast_variance: bool = True
   masked_value: float | None = None
-  activation: Callable[[jax.Array], jax.Array] | None = None
+  activation: Callable[..., Any] | None = None
 
   @nn.compact
   def __call__(
@@ -98,9 +100,10 @@ class VirtualBatchNorm(nn.Module):
         ("bias", self.bias_init, self.use_bias),
       )
     )
-    given: dict[str, Any] = {"residual": residual, "dtype": self.dtype}
+    given: dict[str, Any] = {"residual": residual, "dtype": self.dtype, "activation": pure(self)}
     if self.is_initializing():
-      return of_layer(self, x, scale, bias, None, mask, weights, **given)[0]
+      y, _ = of_layer(self, x, scale, bias, None, mask, weights, **given)
+      return first_activation(self, y, mask, weights)
     if is_reference:
       given |= {"axis_name": self.axis_name, "axis_index_groups": self.axis_index_groups}
       y, reference = of_layer(self, x, scale, bias, None, mask, weights, **given)
@@ -109,6 +112,7 @@ class VirtualBatchNorm(nn.Module):
       return y
     return of_layer(self, x, scale, bias, self._reference(), mask, weights, **given)[0]
 
+  @nn.nowrap
   def _reference(self) -> Moments:
     if not self.has_variable("reference", "mean"):
       raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen import module
 
 from jaxbn import _checks
 from jaxbn.linen._batch_norm import BatchNorm
@@ -23,9 +24,12 @@ class BatchRenorm(BatchNorm):
       d = clip((mean_B - mean) / sigma, -d_max, d_max)
 
   as `jaxbn.variants.renorm.batch_renorm` says, which also has what the paper recommends. Parameters
-  and statistics are those of BatchNorm, so that a checkpoint of one loads into the other. With a
+  and statistics are those of BatchNorm, and so are the names of layers that are given none
+  (`BatchNorm_0`), so that a checkpoint of a network with one loads into it with the other. With a
   schedule there is one leaf more, `step` in `batch_stats`: how many training calls there were,
-  int32. Evaluation and initialization do not count.
+  float32 as the others, so
+  that it stays what it is where all are averaged over devices; a schedule is given an int32.
+  Evaluation and initialization do not count.
 
   Attributes:
     r_max: number from 1 on, or a schedule: a function of the step that gives one, such as optax's.
@@ -50,12 +54,25 @@ class BatchRenorm(BatchNorm):
   >>> variables = layer.init(jax.random.key(0), x)
   >>> y, updates = layer.apply(variables, x, mutable=["batch_stats"])
   >>> updates["batch_stats"]["step"]
-  Array(1, dtype=int32)
+  Array(1., dtype=float32)
   """
 
   r_max: Limit = 3.0
   d_max: Limit = 5.0
 
+  def __post_init__(self) -> None:
+    # Flax names a layer after its class, and counts each name by itself: a layer without a name has
+    # the one that a BatchNorm in its place had, under which the variables of the network are.
+    unspecified = self.parent is module._unspecified_parent
+    parent = module._context.module_stack[-1] if unspecified else self.parent
+    if self.name is None and isinstance(parent, nn.Module) and not parent._state.in_setup:
+      prefix = type(self).__name__.replace("BatchRenorm", "BatchNorm")
+      number = parent._state.autoname_cursor.get(prefix, 0)
+      parent._state.autoname_cursor[prefix] = number + 1
+      self.name = f"{prefix}_{number}"
+    super().__post_init__()
+
+  @nn.nowrap
   def _normalize(
     self,
     x: jax.Array,
@@ -79,11 +96,12 @@ class BatchRenorm(BatchNorm):
       step.value += 1
     return y
 
+  @nn.nowrap
   def _step(self) -> nn.Variable:
     if self.has_variable("batch_stats", "mean") and not self.has_variable("batch_stats", "step"):
       raise ValueError(
         f"batch_stats of {'/'.join(self.path) or 'the layer'} has a mean but no step, which a "
         "schedule of r_max or d_max needs: it was saved without one. Add the leaf, for instance "
-        "step=jnp.zeros((), jnp.int32), or give numbers."
+        "step=jnp.zeros((), jnp.float32), or give numbers."
       )
-    return self.variable("batch_stats", "step", lambda: jnp.zeros((), jnp.int32))
+    return self.variable("batch_stats", "step", lambda: jnp.zeros((), jnp.float32))

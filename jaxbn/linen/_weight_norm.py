@@ -12,7 +12,8 @@ from flax.core import meta
 from flax.typing import Dtype, Initializer
 
 from jaxbn import _checks
-from jaxbn._running import RunningStats, init, needs_count
+from jaxbn._running import RunningStats, init
+from jaxbn.linen._common import has_count
 from jaxbn.variants import weight_norm
 
 
@@ -66,6 +67,7 @@ class WeightNorm(nn.Module):
     y: Any = plain.apply({"params": params | {"kernel": kernel}}, x)
     return y
 
+  @nn.nowrap
   def _first(self, plain: nn.Module, x: jax.Array) -> dict[str, jax.Array]:
     """The first parameters."""
     params = dict(plain.init(self.make_rng("params"), x).get("params", {}))
@@ -154,17 +156,19 @@ class MeanOnlyBatchNorm(nn.Module):
     x = _checks.inexact(x)
     shape = _checks.split_axes(x.ndim, self.axis).shape(x)
     bias = self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None
+    initializing = self.is_initializing()
+    evaluating = use_running_average or (initializing and not x.size)
     start = init(shape, momentum=self.momentum, debias=self.debias)
+    counted = has_count(self, self.momentum, self.debias, evaluating)
     mean = self.variable("batch_stats", "mean", lambda: start.mean)
     count = None
-    if needs_count(self.momentum, self.debias):
+    if counted:
       count = self.variable("batch_stats", "count", lambda: start.count)
-    initializing = self.is_initializing()
     y, new_state = weight_norm.mean_only_batch_norm(
       x,
       bias,
       RunningStats(mean.value, start.var, None if count is None else count.value),
-      use_running_average=use_running_average or (initializing and not x.size),
+      use_running_average=evaluating,
       axis=self.axis,
       momentum=self.momentum,
       debias=self.debias,

@@ -15,10 +15,10 @@ from flax.typing import Dtype, Initializer, PromoteDtypeFn
 
 from jaxbn import _checks, _layers
 from jaxbn._running import RunningStats, init
-from jaxbn.nnx._common import Trackable, parameter, tuples
+from jaxbn.nnx._common import Trackable, as_function, of_shape, parameter, tuples
 
 
-class BatchNorm(Trackable):
+class BatchNorm(Trackable, nnx.BatchNorm):
   r"""Batch normalization (Ioffe & Szegedy 2015): a drop-in for `flax.nnx.BatchNorm`.
 
       y = (x - mean) / sqrt(var + epsilon) * scale + bias
@@ -28,7 +28,8 @@ class BatchNorm(Trackable):
   `jaxbn.batch_norm` says what is computed, how accurately, and what errors are raised. What differs
   from Flax: see `jaxbn.linen.BatchNorm`; and with dtype=bfloat16 the statistics and parameters are
   not rounded to it before they are used, only the result is. A promote_dtype of your own is called,
-  and what it returns is used, as in Flax.
+  and what it returns is used, as in Flax. An instance is one of Flax's class too, so that code that
+  looks for batch norms by their type finds it.
 
   Args:
     num_features: number of channels (with several axes, the product).
@@ -58,8 +59,9 @@ class BatchNorm(Trackable):
     skip_nonfinite: a batch whose statistics are not finite leaves the running ones as they were.
     detach_stats: no gradient through the batch's statistics (for demonstration).
     masked_value: what the output holds where the mask is False; None: the formula's value.
-    activation: elementwise function applied to the result, such as `nnx.relu`, or None; here its
-      derivative needs no memory of its own.
+    activation: elementwise function applied to the result, such as `nnx.relu`, or a module, or
+      None; here its derivative needs no memory of its own. What draws random numbers is a module,
+      such as `nnx.Sequential(nnx.tanh, nnx.Dropout(0.1, rngs=rngs))`.
 
   >>> import jax.numpy as jnp, jaxbn.nnx
   >>> from flax import nnx
@@ -115,7 +117,7 @@ class BatchNorm(Trackable):
     self.num_features = num_features
     self.use_running_average = use_running_average
     self.axis = tuples(axis)
-    self.momentum = momentum
+    self.momentum = momentum  # type: ignore[assignment]  # in Flax never None
     self.epsilon = epsilon
     self.dtype = dtype
     self.param_dtype = param_dtype
@@ -175,6 +177,7 @@ class BatchNorm(Trackable):
       axis_index_groups=self.axis_index_groups,
       virtual_batch_size=self.virtual_batch_size,
       dtype=dtype,
+      activation=as_function(self.activation, x),
       **given,
     )
     if not use_running_average:
@@ -194,10 +197,7 @@ class BatchNorm(Trackable):
       )
 
     def value(variable: nnx.Variable | jax.Array | None) -> Any:
-      if variable is None:
-        return None
-      v = variable[...] if isinstance(variable, nnx.Variable) else variable
-      return v.reshape(shape) if v.shape == (self.num_features,) else v
+      return None if variable is None else of_shape(variable, shape)
 
     mean, var, scale, bias = map(value, (self.mean, self.var, scale, bias))
     state = RunningStats(mean, var, value(getattr(self, "count", None)))

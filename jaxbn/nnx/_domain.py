@@ -12,6 +12,7 @@ from flax.typing import Initializer
 from jaxbn import _checks
 from jaxbn._running import RunningStats
 from jaxbn.nnx._batch_norm import BatchNorm
+from jaxbn.nnx._common import of_shape
 from jaxbn.variants.domain import of_layer
 
 
@@ -103,7 +104,8 @@ class DomainBatchNorm(BatchNorm):
     shape = _checks.split_axes(x.ndim, self.axis).shape(x)
 
     def by_axes(value: Any) -> Any:
-      one_for_all = value is None or value.shape == shape
-      return value if one_for_all else value.reshape(self.num_domains, *shape)
+      return None if value is None else of_shape(value, (self.num_domains, *shape))
 
-    return x, by_axes(scale), by_axes(bias), RunningStats(*map(by_axes, state)), dtype
+    if self.per_domain_parameters:
+      scale, bias = map(by_axes, (scale, bias))
+    return x, scale, bias, RunningStats(*map(by_axes, state)), dtype

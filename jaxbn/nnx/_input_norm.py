@@ -11,7 +11,7 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 
 from jaxbn._running import RunningStats, init
-from jaxbn.nnx._common import Trackable, tuples
+from jaxbn.nnx._common import Trackable, of_shape, tuples
 from jaxbn.variants import input_norm
 
 _KERNEL_INIT = nnx.initializers.lecun_normal()
@@ -131,10 +131,16 @@ class InputNormRNN(Trackable):
     """
     use_running_average = self._evaluating(use_running_average)
     names = input_norm.InputNormParams._fields
-    count = getattr(self, "count", None)
+    params = input_norm.InputNormParams(**{name: getattr(self, name)[...] for name in names})
+    rows = () if self.max_length is None else (self.max_length,)
+    stats = {
+      name: of_shape(getattr(self, name), (*rows, *params.bias.shape))
+      for name in RunningStats._fields
+      if hasattr(self, name)
+    }
     y, state = input_norm.input_norm_rnn(
-      input_norm.InputNormParams(**{name: getattr(self, name)[...] for name in names}),
-      RunningStats(self.mean[...], self.var[...], None if count is None else count[...]),
+      params,
+      RunningStats(**stats),
       x,
       use_running_average=use_running_average,
       kind=self.kind,

@@ -9,7 +9,8 @@ from flax import nnx
 
 from jaxbn import _checks, _layers
 from jaxbn.nnx._batch_norm import BatchNorm
-from jaxbn.variants.prediction_time import elements_per_example, interpolate
+from jaxbn.nnx._common import as_function
+from jaxbn.variants.prediction_time import NOT_TRACKED, elements_per_example, interpolate
 
 
 def prediction_time(model: Any, prior: float = 0.0) -> Any:
@@ -73,10 +74,12 @@ class _Predicting(nnx.Module):
       bias,
       state,
       use_running_average=False,
+      **NOT_TRACKED,
       axis_name=layer.axis_name,
       axis_index_groups=layer.axis_index_groups,
       virtual_batch_size=layer.virtual_batch_size,
       dtype=dtype,
+      activation=as_function(layer.activation, x),
       choose=interpolate(self.prior, elements_per_example(x, layer.axis)),
       **given,
     )

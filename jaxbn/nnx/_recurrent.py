@@ -10,7 +10,7 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 
 from jaxbn._running import RunningStats
-from jaxbn.nnx._common import tuples
+from jaxbn.nnx._common import tuples, write
 from jaxbn.variants import recurrent
 
 _SCALE_INIT = nnx.initializers.constant(0.1)
@@ -31,10 +31,10 @@ class _Rows(nnx.Module):
     count = getattr(self, "count", None)
     return RunningStats(self.mean[...], self.var[...], None if count is None else count[...])
 
-  def write(self, stats: RunningStats) -> None:
+  def follow(self, stats: RunningStats) -> None:
     for name, value in stats._asdict().items():
       if value is not None:
-        getattr(self, name).set_value(value)
+        write(self, getattr(self, name), value)
 
 
 class _Cell(nnx.RNNCellBase):
@@ -130,7 +130,7 @@ class _Cell(nnx.RNNCellBase):
     )
     if not self.use_running_average:
       for name, r in rows.items():
-        r.write(getattr(new, name))
+        r.follow(getattr(new, name))
     return carry, y
 
   def initialize_carry(

@@ -13,7 +13,7 @@ from flax.typing import Dtype, Initializer
 
 from jaxbn import _checks
 from jaxbn._moments import Moments
-from jaxbn.nnx._common import parameter, tuples
+from jaxbn.nnx._common import as_function, of_shape, parameter, put, tuples
 from jaxbn.variants.reference import of_layer
 
 
@@ -116,12 +116,11 @@ class VirtualBatchNorm(nnx.Module):
     shape = _checks.split_axes(x.ndim, self.axis).shape(x)
 
     def value(variable: Any) -> Any:
-      if variable is None or int(np.prod(shape)) != self.num_features:
-        return None if variable is None else variable[...]  # the core says which shape is wrong
-      return variable[...].reshape(shape)
+      return None if variable is None else of_shape(variable, shape)
 
     scale, bias = value(self.scale), value(self.bias)
-    given: dict[str, Any] = {"residual": residual, "dtype": self.dtype}
+    activation = as_function(self.activation, x)
+    given: dict[str, Any] = {"residual": residual, "dtype": self.dtype, "activation": activation}
     if not is_reference:
       reference = Moments(value(self.count), value(self.mean), value(self.var))
       _require_reference(reference)
@@ -129,7 +128,8 @@ class VirtualBatchNorm(nnx.Module):
     given |= {"axis_name": self.axis_name, "axis_index_groups": self.axis_index_groups}
     y, reference = of_layer(self, x, scale, bias, None, mask, weights, **given)
     for name, moment in reference._asdict().items():
-      getattr(self, name).set_value(moment.reshape(self.num_features))
+      variable = getattr(self, name)
+      put(self, variable, moment.reshape(variable.shape))
     return y
 
 

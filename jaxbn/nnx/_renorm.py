@@ -10,6 +10,7 @@ from flax import nnx
 
 from jaxbn import _checks
 from jaxbn.nnx._batch_norm import BatchNorm
+from jaxbn.nnx._common import write
 from jaxbn.variants.renorm import Limit, correction, is_scheduled, limit_at
 
 
@@ -22,7 +23,8 @@ class BatchRenorm(BatchNorm):
 
   as `jaxbn.variants.renorm.batch_renorm` says, which also has what the paper recommends. Outputs
   are bit-equal to `jaxbn.linen.BatchRenorm`'s, where the paper's schedules are written out. With a
-  schedule there is one variable more, the BatchStat `step`: how many training calls there were.
+  schedule there is one variable more, the BatchStat `step`: how many training calls there were,
+  float32; a schedule is given an int32.
 
   Args:
     num_features: number of channels (with several axes, the product).
@@ -37,7 +39,7 @@ class BatchRenorm(BatchNorm):
   >>> layer = jaxbn.nnx.BatchRenorm(3, r_max=2.0, d_max=growing, rngs=nnx.Rngs(0))
   >>> y = layer(jnp.arange(12.0).reshape(4, 3))
   >>> layer.step[...]
-  Array(1, dtype=int32)
+  Array(1., dtype=float32)
   """
 
   def __init__(
@@ -47,7 +49,7 @@ class BatchRenorm(BatchNorm):
     self.r_max = r_max
     self.d_max = d_max
     if is_scheduled(r_max, d_max):
-      self.step = nnx.BatchStat(jnp.zeros((), jnp.int32))
+      self.step = nnx.BatchStat(jnp.zeros((), jnp.float32))
 
   def _normalize(
     self, x: jax.Array, scale: Any, bias: Any, use_running_average: bool | None, **given: Any
@@ -62,5 +64,5 @@ class BatchRenorm(BatchNorm):
     given["choose"] = correction(r_max, d_max, self.epsilon)
     y = super()._normalize(x, scale, bias, use_running_average, **given)
     if step is not None:
-      self.step.set_value(step + 1)
+      write(self, self.step, step + 1)
     return y

@@ -12,7 +12,7 @@ from flax.typing import Dtype, Initializer
 
 from jaxbn import _checks
 from jaxbn._running import RunningStats, init
-from jaxbn.nnx._common import Trackable, parameter, tuples, write
+from jaxbn.nnx._common import Trackable, of_shape, parameter, tuples, write
 from jaxbn.variants import weight_norm
 
 
@@ -86,10 +86,11 @@ class WeightNorm(nnx.Module):
 
   def _apply(self, x: jax.Array, scale: jax.Array, bias: jax.Array | None) -> jax.Array:
     plain: Any = nnx.clone(self.layer)  # what is set below is not to stay
-    kernel = plain.kernel[...]
-    plain.kernel.set_value(weight_norm.weight_norm(kernel, scale, epsilon=self.epsilon))
+    kernel = weight_norm.weight_norm(plain.kernel[...], scale, epsilon=self.epsilon)
+    # New variables: of those that are mutable in JAX some may not be set in a transformation.
+    plain.kernel = nnx.Param(kernel)
     if bias is not None:
-      plain.bias.set_value(bias)
+      plain.bias = nnx.Param(bias)
     return plain(x)
 
 
@@ -172,8 +173,9 @@ class MeanOnlyBatchNorm(Trackable):
     """
     use_running_average = self._evaluating(use_running_average)
     x = _checks.inexact(x)
-    mean = self.mean[...]
-    count, bias = (None if v is None else v[...] for v in (self.count, self.bias))
+    shape = _checks.split_axes(x.ndim, self.axis).shape(x)
+    mean = of_shape(self.mean, shape)
+    count, bias = (None if v is None else of_shape(v, shape) for v in (self.count, self.bias))
     y, new_state = weight_norm.mean_only_batch_norm(
       x,
       bias,

@@ -12,7 +12,7 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 
 from jaxbn import _checks
-from jaxbn.nnx._common import Trackable, parameter, tuples
+from jaxbn.nnx._common import Trackable, of_shape, parameter, tuples
 from jaxbn.variants.whitening import WhiteningStats, init, whitening_norm
 
 
@@ -147,9 +147,9 @@ class WhiteningNorm(Trackable):
 
     y, new_state = whitening_norm(
       x,
-      None if self.scale is None else self.scale[...],
-      None if self.bias is None else self.bias[...],
-      WhiteningStats(self.mean[...], self.whitening[...]),
+      None if self.scale is None else of_shape(self.scale, shape),
+      None if self.bias is None else of_shape(self.bias, shape),
+      WhiteningStats(of_shape(self.mean, shape), self.whitening[...]),
       use_running_average=use_running_average,
       axis=self.axis,
       group_size=self.group_size,

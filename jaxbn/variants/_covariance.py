@@ -195,7 +195,7 @@ def _covariance(products: jax.Array, mean: jax.Array) -> jax.Array:
   or negative, which W would divide by; a larger one changes by no more than its rounding.
   """
   lost = jnp.finfo(mean.dtype).eps * jnp.sum(lax.square(mean), -1)[:, None, None]
-  identity = jnp.eye(mean.shape[-1], dtype=mean.dtype)
+  identity = jnp.eye(mean.shape[-1], dtype=mean.dtype)[None]
   return products - _outer(mean, products) + lax.stop_gradient(lost) * identity
 
 

@@ -60,7 +60,7 @@ def whitening_matrix(
   _checks.epsilon_in_range(epsilon)
   require_method(method, iterations)
   cov = cov.astype(accumulation_dtype(cov.dtype))
-  identity = jnp.eye(cov.shape[-1], dtype=cov.dtype)
+  identity = _checks.widen(jnp.eye(cov.shape[-1], dtype=cov.dtype), cov)
   # Symmetric but for rounding; the derivative relies on it.
   a = 0.5 * (cov + cov.mT) + jnp.asarray(epsilon, cov.dtype) * identity
   return _roots(a)[0] if method == "zca" else _newton(a, iterations)
@@ -113,8 +113,8 @@ def _newton(a: jax.Array, iterations: int) -> jax.Array:
   eigenvalues are of one size (Higham 2008, Functions of Matrices, chapter 6).
   """
   trace = jnp.trace(a, axis1=-2, axis2=-1)[..., None, None]
-  identity = jnp.eye(a.shape[-1], dtype=a.dtype)
-  p, q = identity, a / trace
+  identity = _checks.widen(jnp.eye(a.shape[-1], dtype=a.dtype), a)
+  p, q = jnp.broadcast_to(identity, a.shape), a / trace
   for _ in range(iterations):
     t = 1.5 * identity - 0.5 * _matmul(p, q)
     p, q = _matmul(t, p), _matmul(q, t)

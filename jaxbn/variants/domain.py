@@ -114,6 +114,7 @@ def domain_batch_norm(
   _checks.momentum_in_range(momentum, debias)
   evaluating = _checks.static_bool("use_running_average", use_running_average)
   axes = _checks.split_axes(x.ndim, axis)
+  state = require_running_stats(state)
   rows = _number_of_domains(state, x, axes)
   valid, weight = valid_elements(x, mask, weights)
   require_mask(masked_value, valid)
@@ -192,7 +193,6 @@ def split_domains(number: int, parts: int) -> jax.Array:
 
 
 def _number_of_domains(state: Any, x: jax.Array, axes: _checks.Axes) -> int:
-  require_running_stats(state)
   shape, channels = jnp.shape(state.mean), axes.shape(x)
   if shape[1:] != channels or not shape or jnp.shape(state.var) != shape:
     raise ValueError(
@@ -238,6 +238,6 @@ def _merge_examples(own: Moments, member: jax.Array) -> Moments:
   # A select of all three: an example that is not finite is its own domain's matter.
   n, means, variances = (jnp.where(member, v, 0) for v in own)
   count = jnp.sum(n, 0, dtype=n.dtype)
-  share = jnp.asarray(n, variances.dtype) / divisor(count, variances.dtype)
+  share = jnp.asarray(n, variances.dtype) / divisor(count, variances.dtype)[None]
   mean = jnp.sum(share * means, 0)
-  return Moments(count, mean, jnp.sum(share * (variances + abs_square(means - mean)), 0))
+  return Moments(count, mean, jnp.sum(share * (variances + abs_square(means - mean[None])), 0))

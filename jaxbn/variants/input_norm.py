@@ -212,7 +212,7 @@ def input_norm_rnn(
   require_shape("params.input_kernel", params.input_kernel, (x.shape[-1], width))
   require_shape("params.hidden_kernel", params.hidden_kernel, (features, width))
   ends = lengths(seq_lengths, x.shape[:1])
-  mask = None if ends is None else jnp.arange(x.shape[1]) < ends[:, None]
+  mask = None if ends is None else jnp.arange(x.shape[1])[None] < ends[:, None]
   x = x if mask is None else jnp.where(mask[..., None], x, 0)
   products, state = sequence_norm(
     x @ params.input_kernel,
@@ -277,7 +277,7 @@ def _frame_wise(
     return normalize(x, mean, var, s, b, epsilon=how.epsilon, axis=axis, mask=valid)
 
   if state is not None:
-    require_running_stats(state)
+    state = require_running_stats(state)
     require_shape("state.mean", state.mean, (len(state.mean), features))
   rows = jnp.arange(steps) if state is None else jnp.minimum(jnp.arange(steps), len(state.mean) - 1)
   if _checks.static_bool("use_running_average", how.use_running_average):

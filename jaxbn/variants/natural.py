@@ -184,7 +184,8 @@ def whitened_dense(
       f"kernel has shape {W.shape}, but (inputs, outputs) is needed: whitened_conv is for "
       "convolutions."
     )
-  return jnp.matmul(_centred(x, whitening, W.dtype), W, precision=precision) + bias
+  y = jnp.matmul(_centred(x, whitening, W.dtype), W, precision=precision)
+  return y + _checks.widen(bias, y)
 
 
 def whitened_conv(
@@ -248,7 +249,7 @@ def whitened_conv(
     dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
     precision=precision,
   )
-  return y + bias
+  return y + _checks.widen(bias, y)
 
 
 def reparametrize(params: Mapping[str, Any], old: Whitening, new: Whitening) -> dict[str, Any]:
@@ -429,12 +430,13 @@ def rewhiten_optimizer_state(
 
 def _gradient(g: jax.Array, of_bias: jax.Array, old: Whitening, new: Whitening) -> jax.Array:
   change, shift = _changes(g, old, new)
-  return (_matmul(change, g) - shift[:, None] * of_bias).astype(g.dtype)
+  return (_matmul(change, g) - _checks.widen(shift[:, None] * of_bias[None], g)).astype(g.dtype)
 
 
 def _square(n: jax.Array, of_bias: jax.Array, old: Whitening, new: Whitening) -> jax.Array:
   change, shift = _changes(n, old, new)
-  return (_matmul(change**2, n) + (shift**2)[:, None] * of_bias).astype(n.dtype)
+  added = (shift**2)[:, None] * of_bias[None]
+  return (_matmul(change**2, n) + _checks.widen(added, n)).astype(n.dtype)
 
 
 def _changes(like: jax.Array, old: Whitening, new: Whitening) -> tuple[jax.Array, jax.Array]:
@@ -492,7 +494,7 @@ def _prepare(
 
 def _centred(x: jax.Array, whitening: Whitening, dtype: Any) -> jax.Array:
   center = lax.stop_gradient(whitening.center).astype(accumulation_dtype(x.dtype))
-  return (x - center).astype(dtype)
+  return (x.astype(center.dtype) - _checks.widen(center, x)).astype(dtype)
 
 
 def _pads(padding: Any, positions: Any, window: Any, strides: Any) -> Sequence[tuple[int, int]]:

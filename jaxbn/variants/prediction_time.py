@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 __all__ = ["interpolate", "prediction_time_batch_norm"]
 
+# Nothing is tracked, so that the number of updates so far, which some ways to track ask for, may be
+# unknown here.
+NOT_TRACKED: dict[str, Any] = {"momentum": 0.99, "debias": False}
+
 
 def prediction_time_batch_norm(
   x: chex.Array,
@@ -65,8 +69,10 @@ def prediction_time_batch_norm(
   >>> y.ravel().round(2)
   Array([-1.,  1.], dtype=float32)
   """
-  require_running_stats(state)
+  state = require_running_stats(state)
   choose = interpolate(prior, elements_per_example(x, options.get("axis", -1)))
+  _checks.momentum_in_range(options.get("momentum", 0.99), options.get("debias", False))
+  options |= NOT_TRACKED
   return batch_norm(x, scale, bias, state, use_running_average=False, choose=choose, **options)[0]
 
 
@@ -100,8 +106,7 @@ def interpolate(
     )
 
   def choose(batch: Moments, state: RunningStats | None) -> Chosen:
-    require_running_stats(state)
-    assert state is not None
+    state = require_running_stats(state)
     n = jnp.asarray(batch.count, batch.var.dtype)
     total = n + prior * elements
     share = n / jnp.where(total > 0, total, 1)

@@ -330,7 +330,7 @@ def lstm_step(
   @_recomputing
   def cell(p: LSTMParams, c: jax.Array, products: Any, taken: Any) -> tuple[jax.Array, jax.Array]:
     from_input, from_hidden = _normalized(how, p, products, taken)
-    return lstm_cell(c, from_input + from_hidden + p.bias)
+    return lstm_cell(c, from_input + from_hidden + _checks.widen(p.bias, from_input))
 
   @_recomputing
   def output(p: LSTMParams, c: jax.Array, o: jax.Array, taken: _Taken) -> jax.Array:
@@ -415,7 +415,7 @@ def gru_step(
   @_recomputing
   def hidden(p: GRUParams, h: jax.Array, products: Any, taken: Any) -> jax.Array:
     from_input, from_hidden = _normalized(how, p, products, taken)
-    return gru_hidden(h, from_hidden, from_input + p.bias)
+    return gru_hidden(h, from_hidden, from_input + _checks.widen(p.bias, from_input))
 
   h = where_valid(valid, hidden(params, carry.h, products, taken), carry.h)
   return carry._replace(h=h, t=carry.t + 1), h, GRUStats(*of_gates)
@@ -474,6 +474,7 @@ def _statistics(
   valid: jax.Array | None,
 ) -> tuple[list[_Taken], list[RunningStats]]:
   """What normalizes each array, shared by one all-reduce, and the running statistics after it."""
+  stats = [require_running_stats(s) for s in stats]
   row = jnp.minimum(jnp.max(t), len(stats[0].mean) - 1)
   olds: list[RunningStats] = [_row(s, row) for s in stats]
   if _checks.static_bool("use_running_average", how.use_running_average):
@@ -581,7 +582,7 @@ def _check(params: _Params, stats: _Stats, carry: _Carry, x: jax.Array) -> None:
       f"{expected.__name__[:-5].lower()}_stats(...)."
     )
   for name, value in stats._asdict().items():
-    require_running_stats(value)
+    value = require_running_stats(value)
     channels = features if name == "cell" else gates * features
     require_shape(f"stats.{name}.mean", value.mean, (len(value.mean), channels))
 

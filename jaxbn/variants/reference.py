@@ -175,7 +175,7 @@ def of_layer(
   **given: Any,
 ) -> tuple[jax.Array, Moments]:
   """What both kinds of layers do with the reference that they hold; without one x is it."""
-  given |= {name: getattr(layer, name) for name in _OPTIONS}
+  given = {name: getattr(layer, name) for name in _OPTIONS} | given
   given["weights"] = weights
   if mask is not None or weights is not None:
     given["masked_value"] = layer.masked_value

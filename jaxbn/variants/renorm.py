@@ -168,7 +168,7 @@ def is_scheduled(*limits: Limit) -> bool:
 
 def limit_at(step: Any, limit: Limit) -> Any:
   """The limit of one step of a layer."""
-  return limit(step) if callable(limit) else limit
+  return limit(jnp.asarray(step, jnp.int32)) if callable(limit) else limit
 
 
 def _clip_length(d: jax.Array, limit: jax.Array) -> jax.Array:

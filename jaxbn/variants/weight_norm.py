@@ -23,7 +23,7 @@ from jaxbn._batch_norm import batch_norm
 from jaxbn._choose import Chosen
 from jaxbn._moments import Moments, moments, sync
 from jaxbn._rule import accumulation_dtype
-from jaxbn._running import RunningStats
+from jaxbn._running import RunningStats, require_running_stats
 
 if TYPE_CHECKING:
   import chex
@@ -192,6 +192,7 @@ def mean_only_batch_norm(
     )
   unit = state
   if isinstance(state, RunningStats):
+    state = require_running_stats(state)
     unit = state._replace(var=jnp.ones_like(state.var))
   y, new_state = batch_norm(
     x,

@@ -73,6 +73,44 @@ def test_it_ends_with_the_call_and_jit_tells_the_two_apart():
   assert jnp.max(jnp.abs(predicted - before)) > 0.1
 
 
+JITTED = nn.jit(jaxbn.linen.BatchNorm)
+
+
+class Jitted(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return JITTED(use_running_average=True)(x)
+
+
+def test_a_jit_of_the_network_s_own_tells_the_two_apart():
+  model = Jitted()
+  variables = model.init(KEY, X)
+  before = model.apply(variables, X)
+  predicted = jaxbn.linen.prediction_time(model.apply)(variables, X)
+  layers.assert_bit_equal(model.apply(variables, X), before)
+  assert jnp.max(jnp.abs(predicted - before)) > 0.1
+
+
+def test_a_prediction_is_one_call_of_each_layer():
+  model = Network(width=4)
+  variables = model.init(KEY, X, train=False)
+
+  def predict(variables, x):
+    return model.apply(
+      variables,
+      x,
+      train=False,
+      mutable=["intermediates"],
+      capture_intermediates=lambda module, _: isinstance(module, nn.BatchNorm),
+    )
+
+  _, new = jax.jit(jaxbn.linen.prediction_time(predict))(variables, X)
+  for name in ("BatchNorm_0", "BatchNorm_1"):
+    (y,) = new["intermediates"][name].pop("__call__")
+    assert not new["intermediates"][name]
+    np.testing.assert_allclose(y.mean((0, 1)), 0, atol=1e-5)  # by its own statistics
+
+
 def test_shared_over_devices():
   layer = jaxbn.linen.BatchNorm(use_running_average=True, axis_name="b")
   variables = layer.init(KEY, X)

@@ -1,6 +1,7 @@
 """jaxbn.linen.BatchRenorm: against the function bit for bit; its limits, and the count of steps."""
 
 import dataclasses
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -65,7 +66,7 @@ def test_schedules_are_of_the_number_of_training_calls():
   assert jax.tree.map(lambda v: (v.shape, v.dtype.name), variables["batch_stats"]) == {
     "mean": ((3,), "float32"),
     "var": ((3,), "float32"),
-    "step": ((), "int32"),
+    "step": ((), "float32"),
   }
   state = jaxbn.init(3)
   for t, x in enumerate(X):
@@ -130,8 +131,8 @@ def test_masks_and_networks():
 
   for x in X:
     gradient, variables = step(variables, x.at[5:].set(jnp.nan))
-    assert np.isfinite(gradient["BatchRenorm_0"]["scale"]).all()
-  assert variables["batch_stats"]["BatchRenorm_0"]["step"] == 4
+    assert np.isfinite(gradient["BatchNorm_0"]["scale"]).all()
+  assert variables["batch_stats"]["BatchNorm_0"]["step"] == 4
 
 
 @pytest.mark.parametrize(
@@ -139,9 +140,82 @@ def test_masks_and_networks():
   [
     ({"r_max": 0.5}, ValueError, r"r_max=0\.5 is out of range"),
     ({"d_max": lambda step: -1.0}, ValueError, r"d_max=-1\.0 is out of range"),
-    ({"use_running_average": 1}, TypeError, "use_running_average=1: a Python bool"),
+    ({"use_running_average": 2}, TypeError, "use_running_average=2: a Python bool"),
   ],
 )
 def test_what_is_wrong_is_refused(options, error, match):
   with pytest.raises(error, match=match):
     make(**options).init(KEY, X[0])
+
+
+# The names of variables: a network may change from one norm to the other.
+
+
+class Network(nn.Module):
+  # Layers of a norm in every way that a network has to make one.
+
+  norm: Any
+  lifted: Any = lambda cls: cls
+
+  def setup(self):
+    self.first = self.norm(use_running_average=False)
+    self.others = [self.norm(use_running_average=False), Compact(self.norm, self.lifted)]
+
+  def __call__(self, x):
+    x = self.first(x)
+    for layer in self.others:
+      x = layer(x)
+    return x
+
+
+class Compact(nn.Module):
+  norm: Any
+  lifted: Any
+
+  @nn.compact
+  def __call__(self, x):
+    x = self.norm(use_running_average=False)(x)
+    x = self.norm(use_running_average=False, name="norm")(x)
+    x = nn.BatchNorm(use_running_average=False)(x)
+    x = self.lifted(self.norm)(use_running_average=False)(x)
+    return nn.Sequential([self.norm(use_running_average=False), nn.Dense(3)])(x)
+
+
+LIFTED = {
+  "plain": lambda cls: cls,
+  "jit": nn.jit,
+  "remat": nn.remat,
+  "vmap": lambda cls: nn.vmap(
+    cls, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True}
+  ),
+}
+
+
+@pytest.mark.parametrize("lifted", LIFTED)
+def test_a_network_finds_the_variables_of_batch_norm(lifted):
+  flax, batch_norm, renorm = (
+    Network(norm, LIFTED[lifted])
+    for norm in (nn.BatchNorm, jaxbn.linen.BatchNorm, jaxbn.linen.BatchRenorm)
+  )
+  saved = flax.init(KEY, X[0])
+  for network in (batch_norm, renorm):
+    assert jax.tree.structure(network.init(KEY, X[0])) == jax.tree.structure(saved)
+  y, new = renorm.apply(saved, X[0], mutable=["batch_stats"])
+  expected, theirs = flax.apply(saved, X[0], mutable=["batch_stats"])
+  assert y.shape == expected.shape
+  assert jax.tree.structure(new) == jax.tree.structure(theirs)
+
+
+def test_a_class_of_one_s_own_has_its_own_name():
+  class Own(jaxbn.linen.BatchRenorm):
+    pass
+
+  module = nn.Sequential([Own(use_running_average=False), make(), Own(use_running_average=False)])
+  assert set(module.init(KEY, X[0])["params"]) == {"layers_0", "layers_1", "layers_2"}
+
+  class Network(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return Own(use_running_average=False)(make()(Own(use_running_average=False)(x)))
+
+  assert set(Network().init(KEY, X[0])["params"]) == {"Own_0", "BatchNorm_0", "Own_1"}

@@ -1,0 +1,70 @@
+"""What the Linen layers do alike: counts of updates, and activations with variables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxbn._activation import hoist
+from jaxbn._moments import valid_elements
+from jaxbn._normalize import fill
+from jaxbn._running import needs_count
+
+
+def has_count(layer: nn.Module, momentum: float | None, debias: bool, evaluating: bool) -> bool:
+  """Whether the layer has the leaf `count` in `batch_stats`.
+
+  Statistics without one, such as Flax's, will do for evaluation, which does not read it; training
+  on would begin to count at 0, and forget them.
+  """
+  if not needs_count(momentum, debias):
+    return False
+  started = layer.has_variable("batch_stats", "mean")
+  if not started or layer.has_variable("batch_stats", "count"):
+    return True
+  if not evaluating:
+    raise ValueError(
+      f"batch_stats of {'/'.join(layer.path) or 'the layer'} has a mean but no count, which "
+      "debias=True and momentum=None need in training: it was saved without that option. Add the "
+      "leaf, for instance count=jnp.full(mean.shape, updates_so_far, jnp.float32), or leave the "
+      "option out."
+    )
+  return False
+
+
+def pure(layer: Any) -> Any:
+  """The layer's activation for the core, which traces it: of a module a function of its variables.
+
+  None at initialization, when it may make parameters: see `first_activation`.
+  """
+  if layer.is_initializing() and callable(layer.activation):
+    return None
+  return as_function(layer.activation)
+
+
+def first_activation(layer: Any, y: jax.Array, mask: Any, weights: Any) -> jax.Array:
+  """At initialization, what `pure` left to do: parameters are not made where the core traces."""
+  if not layer.is_initializing() or layer.activation is None:
+    return y
+  activated = layer.activation(y)
+  if jnp.shape(activated) != y.shape or jnp.result_type(activated, y) != y.dtype:
+    hoist("activation", layer.activation, y, y.dtype)  # says what is wrong, if it is
+  valid, _ = valid_elements(y, None if mask is None else jnp.asarray(mask, bool), weights)
+  return fill(activated.astype(y.dtype), valid, None if valid is None else layer.masked_value)
+
+
+def as_function(activation: Any) -> Any:
+  """A module that has its variables as a function of one argument; a function as it is."""
+  if not isinstance(activation, nn.Module):
+    return activation
+  module, variables = activation.unbind()
+  streams = [] if activation.scope is None else activation.scope.rngs
+  rngs = {name: activation.make_rng(name) for name in streams}
+
+  def function(x: jax.Array) -> Any:
+    return module.apply(variables, x, rngs=rngs)
+
+  return function
