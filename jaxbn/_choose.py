@@ -10,7 +10,7 @@ import jax
 from jaxbn import _checks
 from jaxbn._moments import Moments
 from jaxbn._normalize import align
-from jaxbn._rule import Form, Given
+from jaxbn._rule import Form, Given, promoting
 from jaxbn._running import RunningStats
 
 if TYPE_CHECKING:
@@ -57,10 +57,16 @@ def correct(
 
   mean, var, *correction = map(checked, Chosen._fields)
   r, d, scale, bias = align(form.axes, given.x, *correction, given.scale, given.bias)
-  # (z r + d) scale + bias
+  scale, bias = _fold(r, d, scale, bias)
+  return given._replace(scale=scale, bias=bias), mean, var.real
+
+
+@promoting
+def _fold(r: Any, d: Any, scale: Any, bias: Any) -> tuple[Any, Any]:
+  """The scale and the bias of (z r + d) scale + bias."""
   if d is not None:
     shift = d if scale is None else d * scale
     bias = shift if bias is None else bias + shift
   if r is not None:
     scale = r if scale is None else r * scale
-  return given._replace(scale=scale, bias=bias), mean, var.real
+  return scale, bias

@@ -33,7 +33,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from jaxbn import _checks
-from jaxbn._rule import accumulation_dtype, nonzero, once, recomputing, unshared
+from jaxbn._rule import accumulation_dtype, nonzero, once, promoting, recomputing, unshared
 
 if TYPE_CHECKING:
   import chex
@@ -163,6 +163,7 @@ class Elements(NamedTuple):
   weight: Any = None
 
 
+@promoting
 def measure(
   how: How,
   elements: Elements,
@@ -286,6 +287,7 @@ def _around_of(
 
 
 @functools.partial(_around.defjvp, symbolic_zeros=True)
+@promoting
 def _around_jvp(how: How, primals: Any, tangents: Any) -> tuple[Around, Around]:
   elements, count, _ = primals
   d_elements, d_count, _ = nonzero(tangents)
@@ -385,6 +387,11 @@ def merge(a: Moments, b: Moments) -> Moments:
       f"the moments to merge have channels of shape {jnp.shape(a.mean)} and {jnp.shape(b.mean)}: "
       "only moments of the same channels can be merged."
     )
+  return _merge(a, b)
+
+
+@promoting
+def _merge(a: Moments, b: Moments) -> Moments:
   real = jnp.promote_types(a.var.dtype, b.var.dtype)
   n_a, n_b = jnp.asarray(a.count, real), jnp.asarray(b.count, real)
   n = divisor(n_a + n_b, real)
@@ -450,6 +457,11 @@ def sync(
       f"pivot has shape {jnp.shape(pivot)}, but the moments have channels of shape "
       f"{moments.mean.shape}: pass one value per channel."
     )
+  return _sync(moments, axis_name, groups, pivot)
+
+
+@promoting
+def _sync(moments: Moments, axis_name: Any, groups: Any, pivot: chex.Array | None) -> Moments:
   if pivot is None:
     _, n, (weighted,) = sum_over_axis(moments.count, [moments.mean], axis_name, groups)
     pivot = weighted / n
@@ -491,6 +503,7 @@ def are_reliabilities(weights: chex.Array | None) -> bool:
   return weights is not None and jnp.issubdtype(jnp.result_type(weights), jnp.floating)
 
 
+@promoting
 def worth(how: How, count: chex.Numeric, squares: jax.Array) -> jax.Array:
   """(sum w)^2 / sum w^2: how many elements of equal weight would tell as much (Kish 1965).
 

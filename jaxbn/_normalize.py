@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxbn import _checks
 from jaxbn._activation import hoist
-from jaxbn._rule import Form, Given, accumulation_dtype, apply, wide
+from jaxbn._rule import Form, Given, accumulation_dtype, apply, promoting, wide
 
 if TYPE_CHECKING:
   import chex
@@ -88,6 +88,7 @@ def normalize(
   return fill(apply_aligned(form, given._replace(valid=valid), mean, var), valid, masked_value)
 
 
+@promoting
 def apply_aligned(form: Form, given: Given, mean: jax.Array, var: jax.Array) -> jax.Array:
   """`apply`, where statistics and parameters may also differ within a channel."""
   values = mean, var, given.scale, given.bias
@@ -151,12 +152,12 @@ def arrange(
     None if scale is None else _checks.parameter("scale", scale, x, axes),
     None if bias is None else _checks.parameter("bias", bias, x, axes),
     None if residual is None else _checks.same_shape("residual", residual, x),
-    jnp.asarray(epsilon, jnp.promote_types(x.real.dtype, jnp.float32)),
+    jnp.asarray(epsilon, accumulation_dtype(x.real.dtype)),
   )
   if activation is None:
     return Form(axes, dtype), given
   parts = given.wide, mean, given.scale, given.bias, wide(given.residual)
-  z_dtype = jnp.result_type(*(v for v in parts if v is not None))
+  z_dtype = promoting(jnp.result_type)(*(v for v in parts if v is not None))
   hoisted = hoist("activation", activation, given.wide.astype(z_dtype), dtype)
   form = Form(axes, dtype, hoisted.function, z_dtype, traced_once=hoisted.lasts)
   return form, given._replace(constants=hoisted.constants)

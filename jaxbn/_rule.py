@@ -25,7 +25,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,25 @@ class Given(NamedTuple):
   epsilon: Any = None
   valid: Any = None  # aligned with x
   constants: tuple[Any, ...] = ()  # further arguments of the activation
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def promoting(function: Callable[P, T]) -> Callable[P, T]:
+  """The same function, in which dtypes promote whatever JAX is told of it.
+
+  In which dtype something is computed is ours to say; whether what a user mixes may promote has
+  been asked before.
+  """
+
+  @functools.wraps(function)
+  def call(*args: P.args, **kwargs: P.kwargs) -> T:
+    with jax.numpy_dtype_promotion("standard"):
+      return function(*args, **kwargs)
+
+  return call
 
 
 def once(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,6 +123,7 @@ def _apply(form: Form, given: Given, mean: jax.Array, var: jax.Array) -> jax.Arr
 
 
 @functools.partial(apply.defjvp, symbolic_zeros=True)
+@promoting
 def _apply_jvp(form: Form, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
   given, mean, var = primals
   kept = given._replace(wide=None)

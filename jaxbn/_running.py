@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxbn import _checks
 from jaxbn._moments import Moments, occupied, require_moments, where
+from jaxbn._rule import promoting
 
 if TYPE_CHECKING:
   import chex
@@ -132,6 +133,7 @@ def update(
   return RunningStats(both(state.mean, mean), both(state.var, var), new_count)
 
 
+@promoting
 def blend(
   keep: chex.Numeric, gain: chex.Numeric, usable: Any, old: jax.Array, batch: jax.Array
 ) -> jax.Array:
@@ -143,6 +145,7 @@ def blend(
   return where(usable, new, wide)
 
 
+@promoting
 def unbiased_variance(moments: Moments) -> jax.Array:
   """var n / (n - 1); with n <= 1 var itself, up to the rounding of what one weight is worth."""
   n = jnp.asarray(moments.count, moments.var.dtype)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from jaxbn import _checks
 from jaxbn._moments import How, Moments, divisor, sum_over_devices
-from jaxbn._rule import Form, Given
+from jaxbn._rule import Form, Given, promoting
 from jaxbn._running import unbiased_variance
 
 
@@ -194,6 +194,7 @@ def _split_examples(groups: Groups, x: jax.Array | None) -> jax.Array | None:
   return x.reshape(*x.shape[: groups.axis], *parts, *x.shape[groups.axis + 1 :])
 
 
+@promoting
 def _mean(batch: Moments, unbiased: bool, position: int | None, axis_name: Any) -> Moments:
   """The plain mean over all groups that are not empty; the count is 0 where all are."""
   var = unbiased_variance(batch) if unbiased else batch.var

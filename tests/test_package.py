@@ -21,7 +21,7 @@ ALLOWED = {
   "_checks": set(),
   "_rule": {"_checks"},
   "_moments": {"_checks", "_rule"},
-  "_running": {"_checks", "_moments"},
+  "_running": {"_checks", "_moments", "_rule"},
   "_activation": set(),
   "_normalize": {"_activation", "_checks", "_rule"},
   "_virtual": {"_checks", "_moments", "_rule", "_running"},
