@@ -31,7 +31,7 @@ from jax import lax
 
 from jaxbn import _checks
 from jaxbn._normalize import align, arrange, fill, is_aligned, require_mask
-from jaxbn._rule import Form, Given, recomputing
+from jaxbn._rule import Form, Given, promoting, recomputing
 from jaxbn._running import blend
 from jaxbn.variants._covariance import (
   CovarianceMoments,
@@ -214,6 +214,7 @@ def whitening_norm(
   return y, None if state is None else _track(state, batch, matrix, momentum, skip)
 
 
+@promoting
 def _whiten(form: Form, given: Given, mean: jax.Array, matrix: jax.Array) -> jax.Array:
   """y = scale * (W (x - mean)) + bias, rounded once, at the end."""
   axes, parameters = form.axes, (given.scale, given.bias)

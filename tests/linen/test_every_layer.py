@@ -160,3 +160,26 @@ def test_ranks_and_dtypes_are_promoted_explicitly(name, setting):
     modes = [module, module.clone(use_running_average=True)] if evaluates else [module]
     for mode in modes:
       jax.grad(loss, (0, 1))(variables["params"], args[place], mode)
+
+
+HALF = ["BatchNorm", "BatchRenorm", "ConditionalBatchNorm", "DomainBatchNorm", "WhiteningNorm"]
+
+
+@pytest.mark.parametrize(
+  "param_dtype", [jnp.bfloat16, jnp.float32], ids=["all half", "wide parameters"]
+)
+@pytest.mark.parametrize("name", HALF)
+def test_half_precision_under_strict_promotion(name, param_dtype):
+  make, args, _ = EVERY[name]
+  module = make(param_dtype=param_dtype, dtype=jnp.bfloat16)
+  x, *rest = args
+  x = x.astype(jnp.bfloat16)
+
+  def loss(params, x, module):
+    y, _ = module.apply(variables | {"params": params}, x, *rest, mutable=MUTABLE)
+    return jnp.sum(y, dtype=jnp.bfloat16)
+
+  with jax.numpy_dtype_promotion("strict"):
+    variables = module.init(KEY, x, *rest)
+    for mode in (module, module.clone(use_running_average=True)):
+      jax.grad(loss, (0, 1))(variables["params"], x, mode)
