@@ -63,8 +63,10 @@ def batch_norm(
                    new_state = update(state, m)
       evaluation   y = normalize(x, state.mean, state.var)
 
-  each function as documented on its own. Pure: works under jit, vmap, scan, remat, pmap, shard_map
-  and every derivative. Gradients flow through the batch's statistics, across devices as well.
+  each function as documented on its own. Pure: works under jit, vmap, scan, remat, pmap, shard_map,
+  export for any batch size and every derivative. Gradients flow through the batch's statistics,
+  across devices as well. jax.experimental.jet alone does not work: it fails at every custom
+  derivative, that of jax.nn.relu too; nest jax.jvp instead.
 
   Accuracy: outputs are right to about u |mean|/std standard deviations (u = 6e-8 in float32) plus,
   for the variance, u ((mean - p)/std)^2 relative, where p lies among the batch (on CPUs, within 2
