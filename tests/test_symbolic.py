@@ -68,9 +68,15 @@ def step(layer, x, scale, bias, mean, var, arrays):
   return jax.grad(loss, (0, 1, 2), has_aux=True)(x, scale, bias)
 
 
-@pytest.mark.parametrize("dims", ["4*b", "4*b, h, w"], ids=["batch", "batch and places"])
-@pytest.mark.parametrize(("made", "layer"), LAYERS.values(), ids=LAYERS)
-def test_a_training_step_is_exported_for_any_size(made, layer, dims):
+@pytest.mark.parametrize(
+  ("name", "dims"),
+  [
+    *((name, "4*b") for name in LAYERS),
+    *((name, "4*b, h, w") for name in ("plain", "mask", "held", "virtual, masked", "domain")),
+  ],
+)
+def test_a_training_step_is_exported_for_any_size(name, dims):
+  made, layer = LAYERS[name]
   symbolic = (*export.symbolic_shape(dims), C)
   shape = (*(8, 5, 2)[: len(symbolic) - 1], C)
   x = np.random.default_rng(0).normal(3, 2, shape).astype(np.float32)
