@@ -10,7 +10,7 @@ import jax
 from jaxbn import _checks
 from jaxbn._moments import Moments
 from jaxbn._normalize import align
-from jaxbn._rule import Form, Given
+from jaxbn._rule import Form, Given, wide
 from jaxbn._running import RunningStats
 
 if TYPE_CHECKING:
@@ -56,7 +56,9 @@ def correct(
     return _checks.parameter(f"{name} of choose", value, given.x, form.axes)
 
   mean, var, *correction = map(checked, Chosen._fields)
-  r, d, scale, bias = align(form.axes, given.x, *correction, given.scale, given.bias)
+  # Wide, so that the two parts of a half-precision scale's gradient are added before it is rounded.
+  parameters = wide(given.scale), wide(given.bias)
+  r, d, scale, bias = align(form.axes, given.x, *correction, *parameters)
   # (z r + d) scale + bias
   if d is not None:
     shift = d if scale is None else d * scale

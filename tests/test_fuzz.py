@@ -24,7 +24,17 @@ FULL = fuzz.Case(
 )
 
 
+FOUND = [  # what failed once
+  fuzz.Case(mode="sharded explicit", activation="relu"),
+  fuzz.Case(
+    dtype="bfloat16", parameters="bfloat16", scale="examples", state="near", choose="corrected"
+  ),
+]
+
+
 @hypothesis.settings(max_examples=25)
+@hypothesis.example(FOUND[0])
+@hypothesis.example(FOUND[1])
 @hypothesis.given(fuzz.cases())
 def test_random_options_dtypes_devices_and_modes(case):
   fuzz.holds(case)
