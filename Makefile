@@ -3,6 +3,7 @@
 # make chaos           kills a run 20 times and compares it with an undisturbed one
 # make test            everything that CI runs: ruff, the type checker, pytest with the newest versions
 #                      of what jaxbn needs, and the tests of its layers and functions with the oldest
+# make fuzz            random options, dtypes, devices and modes against the equations, for minutes
 # make exactness       the README's comparison with Flax
 # make compare-norms   every norm on Fashion-MNIST: batch sizes, depths, step times (ARGS=--long)
 # make compare-recurrent, compare-renorm, compare-descent   the experiments of papers
@@ -24,7 +25,7 @@ OLDEST := .venv-oldest
 PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 OLDEST_TESTS := tests/test_*.py tests/linen tests/nnx tests/variants tests/examples/test_checkpoints.py
 
-.PHONY: train train-hosts chaos test exactness compare-norms compare-recurrent compare-renorm \
+.PHONY: train train-hosts chaos test fuzz exactness compare-norms compare-recurrent compare-renorm \
         compare-descent bench bench-compiled bench-scaling lint types pytest \
         pytest-oldest format clean
 .DEFAULT_GOAL := help
@@ -58,6 +59,9 @@ pytest: $(INSTALLED)
 pytest-oldest: $(OLDEST)/.installed
 	$(call versions,oldest,$(OLDEST))
 	@$(OLDEST)/bin/python $(PYTEST) $(or $(ARGS),$(OLDEST_TESTS))
+
+fuzz: $(INSTALLED)
+	@$(BIN)/python -m tests.fuzz $(ARGS)
 
 format: $(INSTALLED)
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .

@@ -10,7 +10,7 @@ import jax
 from jaxbn import _checks
 from jaxbn._moments import Moments
 from jaxbn._normalize import align
-from jaxbn._rule import Form, Given, promoting
+from jaxbn._rule import Form, Given, promoting, wide
 from jaxbn._running import RunningStats
 
 if TYPE_CHECKING:
@@ -56,14 +56,7 @@ def correct(
     return _checks.parameter(f"{name} of choose", value, given.x, form.axes)
 
   mean, var, *correction = map(checked, Chosen._fields)
-  r, d, scale, bias = align(form.axes, given.x, *correction, given.scale, given.bias)
-  scale, bias = _fold(r, d, scale, bias)
-  return given._replace(scale=scale, bias=bias), mean, var.real
-
-
-@promoting
-def _fold(r: Any, d: Any, scale: Any, bias: Any) -> tuple[Any, Any]:
-  """The scale and the bias of (z r + d) scale + bias."""
+from jaxbn._rule import Form, Given, promoting, wide
   if d is not None:
     shift = d if scale is None else d * scale
     bias = shift if bias is None else bias + shift

@@ -291,10 +291,16 @@ def d_apply(
     # barriers that differ: it merges equal ones. (Beside a residual that would move more.)
     shared = apart((k, shift))
     own = _apart_on_gpus(k, shift, mean)
-    shifted = shifted + jnp.zeros_like(x)  # differs between the devices between which x does
+    shifted = shifted + _zeros_like(x)  # differs between the devices between which x does
     values = (shared, sloped), (own, shifted), ((k, apart(shift)), direct)
     parts = [(x * expand(k) + expand(shift), d_y) for (k, shift), d_y in values]
   return _through(form, given.constants, d.constants, parts).astype(form.dtype)
+
+
+def _zeros_like(x: jax.Array) -> jax.Array:
+  """On x's explicit mesh too, where a jit knows of it from its arguments alone."""
+  zeros, sharding = jnp.zeros_like(x), jax.typeof(x).sharding
+  return jax.sharding.reshard(zeros, sharding) if sharding.mesh.explicit_axes else zeros
 
 
 @jax.jit

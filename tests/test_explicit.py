@@ -24,6 +24,7 @@ OPTIONS = {
   "mask": {"mask": MASK, "debias": True, "skip_nonfinite": True},
   "mask of examples": {"mask": MASK[:, :1, :1], "masked_value": 0.0, "momentum": None},
   "weights": {"weights": WEIGHTS, "unbiased": True},
+  "relu": {"activation": jax.nn.relu},
   "residual": {"residual": X[::-1].copy(), "activation": jax.nn.relu},
   "slopes": {"activation": "slopes"},
   "nonfinite skipped": {"skip_nonfinite": True},
