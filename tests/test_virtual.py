@@ -21,7 +21,6 @@ from tests.test_devices import (
   NAMED,
   ROWS,
   SHARDED,
-  all_reduces,
   inputs,
   mesh_of,
   run,
@@ -461,9 +460,14 @@ PLACES = 50
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("size", [2, 4, 8, 16])  # a device has four
-@pytest.mark.parametrize("how", SHARDED)
+@pytest.mark.parametrize(
+  ("how", "size", "masked"),
+  [
+    (how, size, (i + j) % 2 == 1)  # pairs: all of any two
+    for i, how in enumerate(SHARDED)
+    for j, size in enumerate([2, 4, 8, 16])  # a device has four
+  ],
+)
 def test_under_sharded_jit_only_statistics_travel(how, size, masked):
   mesh = mesh_of(8, SHARDED[how])
   batch, everywhere = NamedSharding(mesh, P("batch")), NamedSharding(mesh, P())
@@ -508,7 +512,6 @@ def collectives(program):
   ]
 
 
-@pytest.mark.optimized
 @pytest.mark.parametrize(("size", "forward", "backward"), [(2, 0, 0), (4, 0, 0), (8, 1, 1)])
 @pytest.mark.parametrize("how", ["pmap", "shard_map unchecked"])
 def test_devices_share_only_what_they_must(how, size, forward, backward):
@@ -527,7 +530,7 @@ def test_devices_share_only_what_they_must(how, size, forward, backward):
 
   def traced(local):
     lowered = jax.jit(spread(how, 8, local)).lower(x, None, *replicated)
-    return all_reduces(lowered)[1]
+    return lowered.as_text().count("stablehlo.all_reduce")
 
   # And one for the running statistics, of which the derivative has none.
   assert traced(layer) == forward + 1
