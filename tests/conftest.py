@@ -2,7 +2,7 @@
 
 A test that reads programs, memory, bits or times has the marker `optimized`: its programs are those
 that users get. All others do without most optimizations. What was compiled once is found again in
-.cache, also by the processes that tests start.
+.cache. The processes that tests start do the same.
 """
 
 import os
@@ -53,4 +53,5 @@ def pytest_runtest_setup(item):
   if this != _last:
     jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", not this[1])
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(not this[1])
     _last = this

@@ -350,14 +350,12 @@ def test_a_channel_that_is_all_masked_stays_while_the_others_learn():
   np.testing.assert_array_equal(state.var == 1, ~mask)
 
 
-def test_whole_weights_are_repetitions():
+def test_weights_of_an_integer_dtype_are_repetitions():
   x, scale, bias = inputs((6, 3))
   times = np.array([1, 3, 0, 2, 1, 4])
   state = jaxbn.init(3)
   options = {"use_running_average": False, "unbiased": True}
-  y, weighted = jaxbn.batch_norm(
-    x, scale, bias, state, weights=times[:, None].astype(np.float32), **options
-  )
+  y, weighted = jaxbn.batch_norm(x, scale, bias, state, weights=times[:, None], **options)
   repeated = jnp.repeat(x, times, 0)
   _, plain = jaxbn.batch_norm(repeated, scale, bias, state, **options)
   # A hundredth of a mean that may cancel: to float32's last places of the elements.

@@ -1,4 +1,7 @@
-"""Meshes whose axes are Explicit, as jax.make_mesh makes them: options by how x is sharded."""
+"""Meshes whose axes are Explicit, as jax.make_mesh makes them: options by how x is sharded.
+
+Each option in a few ways and each way with several options, not all with all: pairs of factors.
+"""
 
 import functools
 
@@ -41,6 +44,16 @@ SHARDINGS = {  # the axes of the mesh, and those of x
   "examples over both": (("d", "m"), P(("d", "m"))),
   "examples over one": (("d", "m"), P("d")),
 }
+# How x is sharded, and whether the state is as its channels are; else it is replicated.
+BOTH = [("both", True), ("both", False)]
+OTHERS = [
+  ("examples", False),
+  ("channels", True),
+  ("examples over both", False),
+  ("channels", False),
+  ("examples over one", False),
+]
+CASES = [(name, *way) for i, name in enumerate(OPTIONS) for way in (BOTH[i % 2], OTHERS[i % 5])]
 
 
 def mesh_of(names, kind=AxisType.Explicit):
@@ -89,29 +102,31 @@ def put_by(mesh, spec):
   return put
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_every_option_however_x_is_sharded(options):
-  static, given = arguments(options)
-  expected = jax.jit(functools.partial(gradients, static))(*given)
-  for names, spec in SHARDINGS.values():
-    mesh = mesh_of(names)
-    channels = spec[2] if len(spec) > 2 else None
-    for of_state in dict.fromkeys([P(channels), P()]):  # sharded as x's channels, or replicated
-      put_channels = functools.partial(jax.device_put, device=NamedSharding(mesh, of_state))
-      _, given = arguments(options, put_by(mesh, spec), put_channels)
-      # A jit finds the mesh in its arguments.
-      assert_close(jax.jit(functools.partial(gradients, static))(*given), expected)
+@functools.cache
+def on_one_device(name):
+  static, given = arguments(OPTIONS[name])
+  return jax.jit(functools.partial(gradients, static))(*given)
+
+
+@pytest.mark.parametrize(("name", "sharding", "sharded_state"), CASES)
+def test_every_option_however_x_is_sharded(name, sharding, sharded_state):
+  names, spec = SHARDINGS[sharding]
+  mesh = mesh_of(names)
+  of_state = NamedSharding(mesh, P(spec[2]) if sharded_state else P())
+  put_channels = functools.partial(jax.device_put, device=of_state)
+  static, given = arguments(OPTIONS[name], put_by(mesh, spec), put_channels)
+  # A jit finds the mesh in its arguments.
+  assert_close(jax.jit(functools.partial(gradients, static))(*given), on_one_device(name))
 
 
 @pytest.mark.parametrize("options", ["plain", "mask", "slopes", "virtual, all"])
 def test_eagerly(options):
-  static, given = arguments(OPTIONS[options])
-  expected = jax.jit(functools.partial(gradients, static))(*given)
+  static, _ = arguments(OPTIONS[options])
   mesh = mesh_of(("d", "m"))
   put_channels = functools.partial(jax.device_put, device=NamedSharding(mesh, P("m")))
   with jax.set_mesh(mesh):
     _, given = arguments(OPTIONS[options], put_by(mesh, P("d", None, "m")), put_channels)
-    assert_close(gradients(static, *given), expected)
+    assert_close(gradients(static, *given), on_one_device(options))
 
 
 @pytest.mark.parametrize("options", ["plain", "slopes", "nonfinite skipped", "virtual", "residual"])
@@ -127,31 +142,43 @@ def test_vmap_over_a_sharded_axis(options):
     assert_close(f(jax.device_put(many, NamedSharding(mesh, P("d"))), *rest), expected)
 
 
-@pytest.mark.parametrize("checked", [True, False], ids=["checked", "unchecked"])
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=["explicit", "auto"])
-@pytest.mark.parametrize("options", ["plain", "mask", "slopes", "virtual", "virtual, all"])
-def test_inside_of_a_shard_map_over_one_of_two_axes(options, kind, checked):
-  options = OPTIONS[options] | {"momentum": 0.9, "debias": False}
-  static, (x, *rest) = arguments(options)
+INSIDE = ["plain", "mask", "slopes", "virtual", "virtual, all"]
+KINDS = {"explicit": AxisType.Explicit, "auto": AxisType.Auto}
 
-  def loss(mesh, x, *rest):
-    specs = P("d"), P(), P(), P(), P(), P("d")
-    y = jax.shard_map(
-      lambda *args: outputs(static, *args, axis_name="d")[0],
-      mesh=mesh,
-      in_specs=specs,
-      out_specs=P("d"),
-      axis_names={"d"},
-      check_vma=checked,
-    )(x, *rest)
-    return jnp.sum(y**3)
 
-  one = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
-  expected = jax.jit(jax.value_and_grad(functools.partial(loss, one)))(x, *rest)
-  mesh = mesh_of(("d", "m"), kind)
+def loss_inside(static, mesh, checked, x, *rest):
+  """By a shard_map over "d" alone."""
+  specs = P("d"), P(), P(), P(), P(), P("d")
+  y = jax.shard_map(
+    lambda *args: outputs(static, *args, axis_name="d")[0],
+    mesh=mesh,
+    in_specs=specs,
+    out_specs=P("d"),
+    axis_names={"d"},
+    check_vma=checked,
+  )(x, *rest)
+  return jnp.sum(y**3)
+
+
+@functools.cache
+def inside_of_one_axis(name):
+  static, given = arguments(OPTIONS[name] | {"momentum": 0.9, "debias": False})
+  mesh = mesh_of(("d",), AxisType.Auto)
+  loss = functools.partial(loss_inside, static, mesh, True)
+  return static, given, jax.jit(jax.value_and_grad(loss))(*given)
+
+
+@pytest.mark.parametrize(
+  ("name", "kind", "checked"),
+  [(name, kind, (i + j) % 2 == 0) for i, name in enumerate(INSIDE) for j, kind in enumerate(KINDS)],
+)
+def test_inside_of_a_shard_map_over_one_of_two_axes(name, kind, checked):
+  static, (x, *rest), expected = inside_of_one_axis(name)
+  mesh = mesh_of(("d", "m"), KINDS[kind])
   put = put_by(mesh, P("d", None, "m"))
   x, arrays = put(np.asarray(x)), jax.tree.map(lambda a: put(np.asarray(a)), rest[-1])
   rest = (*jax.device_put(rest[:-1], NamedSharding(mesh, P())), arrays)
+  loss = functools.partial(loss_inside, static, mesh, checked)
   with jax.set_mesh(mesh):
-    actual = jax.jit(jax.value_and_grad(functools.partial(loss, mesh)))(x, *rest)
+    actual = jax.jit(jax.value_and_grad(loss))(x, *rest)
   assert_close(actual, expected)

@@ -643,7 +643,9 @@ def test_integer_statistics_are_refused(name, leaf, train):
     OF_A_STATE[name](state, train)
 
 
-@pytest.mark.parametrize("value", [None, "0", [[1.0], [1.0, 2.0]], object()], ids=str)
+@pytest.mark.parametrize(
+  "value", [None, "0", [[1.0], [1.0, 2.0]], object()], ids=lambda v: type(v).__name__
+)
 def test_statistics_that_are_no_numbers_are_refused(value):
   with pytest.raises(TypeError, match=r"state\.var=.* is not an array.*jaxbn\.init"):
     jaxbn.batch_norm(X, state=RunningStats(jnp.zeros(2), value), use_running_average=True)

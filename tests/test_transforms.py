@@ -1,7 +1,8 @@
 """Every transformation of JAX, of every kind of the layer: the value and derivatives stay right.
 
 In float64, where rounding (1e-16, times a condition number below 1e3) and a wrong formula (1e-3)
-cannot be taken for each other. More of pmap, shard_map and sharded jit is in test_devices.py, of
+cannot be taken for each other. Transformations alike are in one program, which compiles faster;
+what differs is named by its path. More of pmap, shard_map and sharded jit is in test_devices.py, of
 activations in test_activation.py.
 """
 
@@ -174,12 +175,11 @@ VALUES = {
 
 
 @table
-@pytest.mark.parametrize("transform", VALUES)
-def test_outputs_and_new_state(transform, kind, mode):
+def test_outputs_and_new_state(kind, mode):
   given = arguments(kind)
-  y, state = jax.jit(VALUES[transform](layer(kind, mode)))(*given)
-  expected = right(kind, mode, *given)
-  assert_close((y, state), expected)
+  f = layer(kind, mode)
+  actual = jax.jit(lambda *a: {name: of(f)(*a) for name, of in VALUES.items()})(*given)
+  assert_close(actual, dict.fromkeys(VALUES, right(kind, mode, *given)))
 
 
 @table
@@ -217,12 +217,11 @@ FIRST = {
 
 
 @table
-@pytest.mark.parametrize("transform", FIRST)
-def test_first_derivatives(transform, kind, mode):
+def test_first_derivatives(kind, mode):
   *primals, state = arguments(kind)
   loss = loss_of(kind, mode, state)
-  actual = jax.jit(lambda *p: FIRST[transform](loss, p))(*primals)
-  assert_close(actual, along(right_gradient(kind, mode, *primals, state)))
+  actual = jax.jit(lambda *p: {name: of(loss, p) for name, of in FIRST.items()})(*primals)
+  assert_close(actual, dict.fromkeys(FIRST, along(right_gradient(kind, mode, *primals, state))))
 
 
 @table
@@ -258,8 +257,7 @@ SECOND = {"hessian": of_hessian, "grad of grad": of_grad_of_grad}
 
 
 @table
-@pytest.mark.parametrize("transform", SECOND)
-def test_second_derivatives(transform, kind, mode):
+def test_second_derivatives(kind, mode):
   *primals, state = arguments(kind)
   h = 1e-5
 
@@ -269,8 +267,8 @@ def test_second_derivatives(transform, kind, mode):
 
   expected = jax.tree.map(lambda a, b: (a - b) / (2 * h), shifted(h), shifted(-h))
   loss = loss_of(kind, mode, state)
-  actual = jax.jit(lambda *p: SECOND[transform](loss, p))(*primals)
-  assert_close(tuple(actual), expected, rtol=1e-7)
+  actual = jax.jit(lambda *p: {name: of(loss, p) for name, of in SECOND.items()})(*primals)
+  assert_close(actual, dict.fromkeys(SECOND, expected), rtol=1e-7)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -121,7 +121,8 @@ def test_rows_are_written_in_the_order_of_the_programs(tmp_path, monkeypatch):
 # What is measured.
 
 
-def test_two_processes_measure_the_same_step():
+def test_two_processes_measure_the_same_step(monkeypatch):
+  monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "True")  # not what they measure is checked
   measured = weak.run(2, 1, "tiny")
   assert measured["layers"] == 3
   assert all(len(measured[kind]) == 1 < 1 + measured[kind][0] for kind in ("local", "synchronized"))

@@ -66,6 +66,11 @@ class Job:
     )
     self.eval_body = functools.partial(steps.eval_step, model=self.model)
 
+  @functools.cached_property
+  def step(self) -> Any:
+    """The training step on all devices."""
+    return self.parallel.step(self.train_body, donate_state=True)
+
   def train(self, batches: Any) -> tuple[steps.TrainState, list[steps.Sums]]:
     """The state and the sums, on the host, after a step with each of `batches`.
 
@@ -73,10 +78,9 @@ class Job:
     """
     if isinstance(batches, int):
       batches = [batch(32, seed=i) for i in range(batches)]
-    step = self.parallel.step(self.train_body, donate_state=True)
     state, results = self.parallel.replicate(self.state), []
     for each in batches:
-      state, sums = step(state, self.parallel.shard(each))
+      state, sums = self.step(state, self.parallel.shard(each))
       results.append(steps.unreplicate(sums))
     return steps.unreplicate(state), results
 

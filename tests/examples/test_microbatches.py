@@ -26,11 +26,16 @@ def test_one_microbatch_is_a_step_without():
   assert inspect.signature(steps.train_step).parameters["accumulate"].default is microbatches.whole
 
 
+@pytest.fixture(scope="module")
+def whole():
+  """Without accumulation; test_parallelism.py says that it is the same in each mode."""
+  return helpers.Job(helpers.config(model="vgg", parallelism="jit"), 4).train(3)[0]
+
+
 @pytest.mark.parametrize("mode", MODES)
-def test_merged_statistics_give_the_step_without_accumulation(mode):
-  whole, _ = helpers.Job(helpers.config(parallelism=mode), 4).train(3)
-  config = helpers.config(parallelism=mode, microbatches=4, microbatch_statistics="merged")
-  merged, _ = helpers.Job(config, 4).train(3)
+def test_merged_statistics_give_the_step_without_accumulation(mode, whole):
+  changes = {"model": "vgg", "microbatches": 4, "microbatch_statistics": "merged"}
+  merged, _ = helpers.Job(helpers.config(parallelism=mode, **changes), 4).train(3)
   chex.assert_trees_all_close(merged._asdict(), whole._asdict(), **REORDERED)
 
 

@@ -11,12 +11,24 @@ from examples import models, norms, parallelism
 from examples.settings import UserError
 from tests.examples import helpers
 
-OF_EXAMPLES = ("none", "layer", "group", "instance", "rms")  # of one example at a time
+# Those of one example at a time, which share nothing: each in one parallelism, all in all of them.
+OF_EXAMPLES = {
+  "none": "pmap",
+  "layer": "shard_map",
+  "group": "jit",
+  "instance": "pmap",
+  "rms": "shard_map",
+}
 
 
 def train(norm, batch, count, **changes):
   config = helpers.config(model="vgg", norm=norm, skip_nonfinite=1, **changes)
   return helpers.Job(config, count).train([batch])
+
+
+def test_every_norm_is_of_the_batch_or_of_examples():
+  assert set(OF_EXAMPLES) < set(norms.NORMS)
+  assert set(OF_EXAMPLES.values()) == set(parallelism.MODES)
 
 
 @pytest.mark.parametrize("norm", norms.NORMS)
@@ -31,7 +43,7 @@ def test_every_norm_gives_the_same_in_every_parallelism(norm):
   else:
     expected, (sums,) = train(norm, batch, 1, parallelism="jit", microbatches=2)
   assert int(sums.skipped) == 0
-  for mode in parallelism.MODES:
+  for mode in [OF_EXAMPLES[norm]] if norm in OF_EXAMPLES else parallelism.MODES:
     state, results = train(norm, batch, 4, parallelism=mode, microbatches=2)
     # As in test_parallelism: sums in another order, by some units in the last place each.
     chex.assert_trees_all_close(state._asdict(), expected._asdict(), rtol=2e-5, atol=2e-6)

@@ -1,5 +1,6 @@
 """The same numbers however many devices share the work, and in which of the three ways."""
 
+import functools
 import itertools
 import json
 import logging
@@ -25,13 +26,13 @@ REORDERED = {"rtol": 2e-5, "atol": 2e-6}
 
 @pytest.fixture(scope="module")
 def one_device():
-  return helpers.Job(helpers.config(parallelism="jit"), 1).train(4)
+  return helpers.Job(helpers.config(model="vgg", parallelism="jit"), 1).train(4)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
 @pytest.mark.parametrize("mode", MODES)
 def test_training_gives_the_same_numbers_on_1_2_4_and_8_devices(mode, count, one_device):
-  state, results = helpers.Job(helpers.config(parallelism=mode), count).train(4)
+  state, results = helpers.Job(helpers.config(model="vgg", parallelism=mode), count).train(4)
   expected, expected_results = one_device
   chex.assert_trees_all_close(state._asdict(), expected._asdict(), **REORDERED)
   losses = helpers.mean_losses(results)
@@ -171,21 +172,31 @@ def test_two_processes_with_two_devices_are_one_with_four():
   assert [process.returncode for process in processes] == [0, 0], outputs
   first, second = (json.loads(out.splitlines()[-1]) for out, _ in outputs)
   assert first == second
+  state, results = helpers.Job(one_of_two.config("jit"), 4).train(one_of_two.STEPS)
   for mode in MODES:
-    state, results = helpers.Job(one_of_two.config(mode), 4).train(one_of_two.STEPS)
     losses, kernel = first[mode]
     np.testing.assert_allclose(losses, helpers.mean_losses(results), rtol=1e-5)
     np.testing.assert_allclose(kernel, state.params["head"]["kernel"], **REORDERED)
 
 
-@pytest.mark.parametrize("size", ["2", "8"])
-@pytest.mark.parametrize("mode", MODES)
-def test_virtual_batches_do_not_depend_on_the_devices(mode, size):
-  """Groups within a device, and of several: of the 16 examples of a microbatch, in order."""
+@functools.cache
+def trained_in_groups(mode, count, size):
   config = helpers.config(model="mlp", virtual_batch_size=size, microbatches=2, parallelism=mode)
-  two, eight = (helpers.Job(config, count).train(2)[0]._asdict() for count in (2, 8))
-  chex.assert_trees_all_close(two, eight, **REORDERED)
-  config.virtual_batch_size = "global"
-  other = helpers.Job(config, 2).train(2)[0]
-  difference = other.params["head"]["kernel"] - two["params"]["head"]["kernel"]
+  return helpers.Job(config, count).train(2)[0]
+
+
+@pytest.mark.parametrize("size", ["2", "8"])
+@pytest.mark.parametrize(
+  ("mode", "counts"), [("pmap", (2, 8)), ("shard_map", (8, 2)), ("jit", (2, 8))]
+)
+def test_virtual_batches_do_not_depend_on_the_devices(mode, counts, size):
+  """Groups within a device, and of several: of the 16 examples of a microbatch, in order.
+
+  Each mode with both sizes and both numbers of devices, though not with each pair of them.
+  """
+  alone = trained_in_groups("jit", 1, size)
+  state = trained_in_groups(mode, counts[size == "8"], size)
+  chex.assert_trees_all_close(state._asdict(), alone._asdict(), **REORDERED)
+  other = trained_in_groups("jit", 1, "global")
+  difference = other.params["head"]["kernel"] - state.params["head"]["kernel"]
   assert np.abs(difference).max() > 1e-4

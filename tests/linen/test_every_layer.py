@@ -139,9 +139,8 @@ def test_predictions_need_no_count_either():
   layers.assert_bit_equal(y, expected)
 
 
-@pytest.mark.parametrize("setting", ["rank", "dtype"])
 @pytest.mark.parametrize("name", EVERY)
-def test_ranks_and_dtypes_are_promoted_explicitly(name, setting):
+def test_ranks_and_dtypes_are_promoted_explicitly(name):
   make, args, evaluates = EVERY[name]
   module = make()
   place = int(isinstance(args[0], tuple))  # a cell's carry comes before x
@@ -151,11 +150,7 @@ def test_ranks_and_dtypes_are_promoted_explicitly(name, setting):
     y, _ = module.apply(variables | {"params": params}, *given, mutable=MUTABLE)
     return sum(jnp.sum(v) for v in jax.tree.leaves(y) if jnp.issubdtype(v.dtype, jnp.inexact))
 
-  settings = {
-    "rank": jax.numpy_rank_promotion("raise"),
-    "dtype": jax.numpy_dtype_promotion("strict"),
-  }
-  with settings[setting]:
+  with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
     variables = module.init(KEY, *args)
     modes = [module, module.clone(use_running_average=True)] if evaluates else [module]
     for mode in modes:

@@ -113,15 +113,10 @@ def make_without_count():
   return layer
 
 
-@pytest.mark.parametrize("setting", ["rank", "dtype"])
 @pytest.mark.parametrize("name", EVERY)
-def test_ranks_and_dtypes_are_promoted_explicitly(name, setting):
+def test_ranks_and_dtypes_are_promoted_explicitly(name):
   make, args, evaluates = EVERY[name]
-  settings = {
-    "rank": jax.numpy_rank_promotion("raise"),
-    "dtype": jax.numpy_dtype_promotion("strict"),
-  }
-  with settings[setting]:
+  with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
     layer = make(nnx.Rngs(0))
     for mode in [layer.train, layer.eval] if evaluates else [layer.train]:
       mode()
