@@ -56,7 +56,15 @@ def correct(
     return _checks.parameter(f"{name} of choose", value, given.x, form.axes)
 
   mean, var, *correction = map(checked, Chosen._fields)
-from jaxbn._rule import Form, Given, promoting, wide
+  # Wide, so that the two parts of a half-precision scale's gradient are added before it is rounded.
+  parameters = wide(given.scale), wide(given.bias)
+  scale, bias = _fold(*align(form.axes, given.x, *correction, *parameters))
+  return given._replace(scale=scale, bias=bias), mean, var.real
+
+
+@promoting
+def _fold(r: Any, d: Any, scale: Any, bias: Any) -> tuple[Any, Any]:
+  """The scale and the bias of (z r + d) scale + bias."""
   if d is not None:
     shift = d if scale is None else d * scale
     bias = shift if bias is None else bias + shift
