@@ -130,8 +130,10 @@ def cases(draw):
   case["mode"] = mode = one("eager", "jit", *NAMED, *SHARDED)
   case["devices"] = devices = one(1, 2, 4) if mode in (*NAMED, *SHARDED) else 1
   half = dtype in ("bfloat16", "float16")
-  own = dtype == "float64" or (half and mode not in NAMED)  # devices would add up what is rounded
-  case["parameters"] = one("float32", dtype) if own else "float32"
+  of_parameters = ("float32", dtype) if half or dtype == "float64" else ("float32",)
+  if mode in NAMED:  # devices add up gradients that have been rounded
+    of_parameters = of_parameters[-1:] if dtype == "float64" else of_parameters[:1]
+  case["parameters"] = one(*of_parameters)
   case["scale"], case["bias"] = (one(None, "channels", "examples", "all") for _ in range(2))
   case["mask"] = mask = one(None, "all", "examples", "positions", "device")
   case["weights"] = weights = one(None, "all", "examples", "counts")
