@@ -29,7 +29,6 @@ class Setting(NamedTuple):
   masked_value: float | None = None
   detach: bool = False
   choose: str | None = None
-  unbiased: bool = False
 
 
 def channels(v, setting, ndim):
