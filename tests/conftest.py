@@ -45,11 +45,21 @@ def pytest_configure(config):
         entry.unlink(missing_ok=True)
 
 
+def _kind(item):
+  return item.path, item.get_closest_marker("optimized") is not None
+
+
+def pytest_collection_modifyitems(items):
+  """In each file those with the marker come last, so that what is compiled is kept for longer."""
+  files = {path: i for i, path in enumerate(dict.fromkeys(item.path for item in items))}
+  items.sort(key=lambda item: (files[item.path], _kind(item)[1]))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
   """Before fixtures. What is compiled is not kept for the next file, nor for the other kind."""
   global _last
-  this = item.path, item.get_closest_marker("optimized") is not None
+  this = _kind(item)
   if this != _last:
     jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", not this[1])

@@ -331,10 +331,11 @@ def test_averages_arrive_whatever_the_state_started_in(dtype):
   _, state = jaxbn.batch_norm(x, state=state, use_running_average=False)
   step = lambda state, _: (jaxbn.update(state, jaxbn.moments(x)), None)  # noqa: E731
   state, _ = jax.lax.scan(step, state, length=2000)
-  # 0.99^2001 = 2e-9 of the start is left; 2,000 roundings of a half and of 1 % each.
+  # 0.99^2001 = 2e-9 of the start is left. An update rounds 0.99, its product with the average, and
+  # the sum, where the compiler fuses no two of them; and 1 / (1 - 0.99) such roundings add up.
   exact = oracle.moments(x)
   for name in ("mean", "var"):
-    np.testing.assert_allclose(getattr(state, name), getattr(exact, name), rtol=100 * 6e-8)
+    np.testing.assert_allclose(getattr(state, name), getattr(exact, name), rtol=100 * 3 * U)
 
 
 def test_single_and_double_precision_promote():

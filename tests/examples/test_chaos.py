@@ -2,11 +2,13 @@
 
 import io
 
+import pytest
 from rich.console import Console
 
 from tests.examples import chaos
 
 
+@pytest.mark.optimized
 def test_killed_runs_end_as_undisturbed_ones(tmp_path):
   said = io.StringIO()
   assert chaos.torment(tmp_path, kills=2, seed=1, console=Console(file=said)) == []

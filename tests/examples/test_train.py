@@ -246,6 +246,7 @@ def watch(process, terminal, until):
 
 
 @OLD_IMPORT
+@pytest.mark.optimized
 def test_the_main_job(tmp_path, capsys):
   """The real thing, shortened: shows progress, stops when asked, goes on, ends well."""
   command = [f"--config.workdir={tmp_path}", "--config.steps=240", "--config.eval_every=120"]
