@@ -12,6 +12,7 @@ a wrong formula cannot be taken for each other. The formula itself is held to an
     table.compare_on_devices(devices, lambda axis_name: f(axis_name), formula, args)
 """
 
+import contextlib
 import functools
 
 import chex
@@ -148,11 +149,12 @@ def on_devices(devices, make, args):
   """The gradient of the loss of the whole batch, whose shards are on several devices."""
   x, *rest = args
   if devices.startswith("jit"):
-    kind = AxisType.Explicit if devices.endswith("explicit") else AxisType.Auto
+    kind = AxisType.Explicit if "explicit" in devices else AxisType.Auto
     mesh = jax.make_mesh((SHARDS,), ("batch",), axis_types=(kind,))
     x = jax.device_put(x, NamedSharding(mesh, P("batch")))
     rest = jax.device_put(rest, NamedSharding(mesh, P()))
-    return jax.jit(jax.grad(on_mesh(make(None)), numbers(args)))(x, *rest)
+    with jax.set_mesh(mesh) if devices.endswith("mesh set") else contextlib.nullcontext():
+      return jax.jit(jax.grad(on_mesh(make(None)), numbers(args)))(x, *rest)
   f = make("batch")
   if devices == "shard_map":
     mesh = jax.make_mesh((SHARDS,), ("batch",), axis_types=(AxisType.Auto,))
