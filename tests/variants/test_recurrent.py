@@ -188,7 +188,7 @@ def test_transformations(kind):
   table.compare_all(*given, rtol=1e-7, transforms=TRANSFORMS[kind])
 
 
-# Where no mesh is set, JAX cannot differentiate a product with a kernel in a scan on an explicit one.
+# Where no mesh is set, JAX differentiates no product with a kernel in a scan on an explicit one.
 @pytest.mark.parametrize(
   ("kind", "devices"), [("lstm", "shard_map"), ("gru", "pmap"), ("gru", "jit explicit, mesh set")]
 )
