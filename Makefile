@@ -23,7 +23,7 @@ OLDEST := .venv-oldest
 
 # Each process imports whole files, so that what a file's tests share is computed once.
 PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-OLDEST_TESTS := tests/test_*.py tests/linen tests/nnx tests/variants tests/examples/test_checkpoints.py
+OLDEST_TESTS := tests/test_*.py tests/linen tests/nnx tests/examples/test_checkpoints.py
 
 .PHONY: train train-hosts chaos test fuzz exactness compare-norms compare-recurrent compare-renorm \
         compare-descent bench bench-compiled bench-scaling lint types pytest \

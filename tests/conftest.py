@@ -20,6 +20,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 for name, value in {
   "jax_compilation_cache_dir": str(CACHE / f"jax-{jax.__version__}"),
   "jax_persistent_cache_min_compile_time_secs": 0,
+  "jax_traceback_in_locations_limit": 0,  # in programs: to write them costs a tenth of a test
 }.items():
   jax.config.update(name, value)
   os.environ[name.upper()] = str(value)
