@@ -618,7 +618,7 @@ def _sample(x: jax.Array, axes: _checks.Axes, valid: jax.Array | None) -> jax.Ar
 
 def _average_of_some(x: jax.Array, axes: _checks.Axes) -> jax.Array:
   """The average of the first elements along one axis: of eight if there are, of a power of two."""
-  usable = {a: n if isinstance(n := x.shape[a], int) else 1 for a in axes.reduced}
+  usable = {a: 1 if is_symbolic(x.shape[a]) else x.shape[a] for a in axes.reduced}
   along = max(usable, key=lambda a: min(usable[a], _SAMPLED), default=None)
   sizes = dict.fromkeys(axes.reduced, 1)
   if along is not None:
@@ -662,10 +662,10 @@ def _count(x: jax.Array, axes: _checks.Axes, counted: jax.Array | None) -> chex.
     return _size(x, axes)
   whole, own = (math.prod(a.shape[i] for i in axes.reduced) for a in (x, counted))
   # Counting the mask as it is, not broadcast, is exact and costs little.
-  integer = counted.dtype == jnp.bool_ and (_is_symbolic(whole) or whole <= _INT32_MAX)
+  integer = counted.dtype == jnp.bool_ and (is_symbolic(whole) or whole <= _INT32_MAX)
   real = accumulation_dtype(x.real.dtype)
   # Under jit with sharded arrays a sum of the dtype of the others is one all-reduce with them.
-  exact = not _is_symbolic(own) and own <= _EXACT_ONES
+  exact = not is_symbolic(own) and own <= _EXACT_ONES
   count = jnp.sum(counted, axes.reduced, dtype=jnp.int32 if integer and not exact else real)
   dtype = jnp.int32 if integer else real
   count = count.astype(dtype) * jnp.asarray(whole // own, dtype)
@@ -675,15 +675,14 @@ def _count(x: jax.Array, axes: _checks.Axes, counted: jax.Array | None) -> chex.
 def _size(x: jax.Array, axes: _checks.Axes) -> chex.Numeric:
   sizes = [x.shape[a] for a in axes.reduced]
   whole = math.prod(sizes)
-  if _is_symbolic(
-    whole
-  ):  # of a program that is exported for any size, which it learns when it runs
+  if is_symbolic(whole):
     about = math.prod(jnp.asarray(n).astype(jnp.float32) for n in sizes)
     return jnp.where(about < 2.0**31, jnp.asarray(whole).astype(jnp.int32), _INT32_MAX)
   return np.int32(whole) if whole <= _INT32_MAX else np.float32(whole)
 
 
-def _is_symbolic(size: Any) -> bool:
+def is_symbolic(size: Any) -> bool:
+  """Whether a program is exported for any size, and learns it when it runs."""
   return not isinstance(size, int)
 
 

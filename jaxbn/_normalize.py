@@ -57,9 +57,9 @@ def normalize(
       gradient.
     activation: elementwise function of JAX, such as jax.nn.relu, or None. It is called once, may
       hold arrays and draw random numbers, and costs no memory for its derivative here;
-      half-precision y is rounded after it only. Its argument is
-      computed again for the derivative, so that within rounding of a kink either side's is taken.
-      One that a module holds under its name is traced once for all layers; others in each.
+      half-precision y is rounded after it only. Its argument is computed again for the derivative,
+      so that within rounding of a kink either side's is taken. One that a module holds under its
+      name is traced once for all layers; others in each.
     residual: of x's shape, or None for 0.
     dtype: of y; default, what x, scale, bias and residual promote to, as in Flax.
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn import _checks
-from jaxbn._moments import How, Moments, divisor, sum_over_devices
+from jaxbn._moments import How, Moments, divisor, is_symbolic, sum_over_devices
 from jaxbn._rule import Form, Given, promoting
 from jaxbn._running import unbiased_variance
 
@@ -82,7 +82,7 @@ def groups(virtual_batch_size: Any, x: jax.Array, how: How) -> Groups | None:
     if how.axis_name is not None:
       held += f", on each of the {devices} devices of axis_name={how.axis_name!r}"
       held += f", a global batch of {share * devices}"
-    if not isinstance(share, int):
+    if is_symbolic(share):
       raise ValueError(
         f"virtual_batch_size={size}: {held}, of which it cannot be seen that groups of {size} fit: "
         f"export with a size that shows it, such as jax.export.symbolic_shape('{size}*b')."

@@ -50,8 +50,8 @@ class BatchNorm(nn.BatchNorm):
     virtual_batch_size: examples of the global batch that are normalized together, by statistics of
       their own (see `jaxbn.batch_norm`); "device": those of each device; None: all.
     use_fast_variance: one pass over the input; False takes two, and two small all-reduces.
-    force_float32_reductions: if False, `batch_stats` has param_dtype, and parameters loaded with
-      another dtype are cast to it. Sums are taken in float32 at least either way.
+    force_float32_reductions: if False, `batch_stats` starts in param_dtype, and parameters loaded
+      with another dtype are cast to it. Sums are taken in float32 at least either way.
     debias: running statistics without the weight of their initial values: right for evaluation from
       the first steps on. Adds the leaf `count` to `batch_stats`.
     unbiased: track the variance times n / (n - 1), as PyTorch does.
