@@ -5,9 +5,10 @@ from types import ModuleType
 
 from jaxbn._batch_norm import batch_norm
 from jaxbn._choose import Chosen
-from jaxbn._moments import Moments, empty_moments, merge, moments, sync
+from jaxbn._moments import Moments, empty_moments, moments
 from jaxbn._normalize import normalize
 from jaxbn._running import RunningStats, init, update
+from jaxbn._share import merge, sync
 
 __all__ = [
   "Chosen",

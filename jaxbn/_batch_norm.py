@@ -20,11 +20,11 @@ from jaxbn._moments import (
   measure,
   sum_of_squares,
   valid_elements,
-  worth,
 )
 from jaxbn._normalize import apply_aligned, arrange, fill, require_mask
 from jaxbn._rule import Form, Given
 from jaxbn._running import RunningStats, require_running_stats, update
+from jaxbn._share import share, worth
 
 if TYPE_CHECKING:
   import chex
@@ -70,21 +70,17 @@ def batch_norm(
 
   Accuracy: outputs are right to about u |mean|/std standard deviations (u = 6e-8 in float32) plus,
   for the variance, u ((mean - p)/std)^2 relative, where p lies among the batch (on CPUs, within 2
-  std of the mean, if not among the batch). With axis_name that holds for each device's own moments;
-  they are then shared by one all-reduce around the running mean, so that p is the running mean in
-  that step. In the first steps of training, while the running mean is still far from the batches',
-  the variance may lose digits in data with |mean|/std above 100: debias=True ends that after one
-  step, and use_fast_variance=False avoids it for a second small all-reduce. On accelerators,
-  bfloat16 x with a state has p = 0: up to |mean|/std of 150 that is below the rounding of y, and
-  beyond it x itself is off by half a standard deviation.
+  std of the mean, if not among the batch). Devices of axis_name share by one all-reduce from which
+  no digit cancels, so that the same holds for all of them together. On accelerators, bfloat16 x
+  with a state has p = 0: up to |mean|/std of 150 that is below the rounding of y, and beyond it x
+  itself is off by half a standard deviation.
 
   Args:
     x: real or complex array of any rank.
     scale: gamma, of the shape of x's channels, or None for 1; where it differs between examples, as
       in conditional batch normalization, with as many axes as x, each of size 1 or x's.
     bias: beta, likewise, or None for 0.
-    state: running statistics, from `init`. None in training: nothing is tracked, and sharing over
-      axis_name takes two small all-reduces.
+    state: running statistics, from `init`. None in training: nothing is tracked.
     use_running_average: False in training, True in evaluation; known when tracing, as all flags
       are, but not necessarily a Python bool: 0, 1 and concrete arrays will do.
     axis: the axis or axes of the channels.
@@ -106,7 +102,7 @@ def batch_norm(
       statistics track the plain mean of the groups' means and variances (`unbiased`: each with its
       own count), over the groups that are not empty, of all devices: one more small all-reduce.
       "device": V is what each device of axis_name holds. None: one group of all.
-    use_fast_variance: False takes a second pass over x, and a second small all-reduce.
+    use_fast_variance: False takes a second pass over x.
     detach_stats: treat the statistics as constants in gradients. It exists to show what happens
       then (Ioffe & Szegedy 2015, section 2): training fails to converge as it should.
     choose: which statistics normalize in training, where it is not the batch's own: a function of
@@ -192,9 +188,8 @@ def _normalize_by_batch(
 
   With `by_worth`, their count is not the sum of the weights, but how many elements these are worth.
   """
-  pivot = state.mean if state is not None and how.use_fast_variance else None
   elements = Elements(given.x, given.wide, given.valid, weight)
-  batch = measure(how, elements, shared_pivot=pivot)
+  batch = share(how, measure(how, elements))
   stats = batch._replace(mean=lax.stop_gradient(batch.mean), var=lax.stop_gradient(batch.var))
   stats = stats if detach_stats else batch
   mean, var = stats.mean, stats.var

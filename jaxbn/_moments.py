@@ -1,4 +1,4 @@
-r"""Measure and share: the moments of an array, of two together, of one cut over devices.
+r"""Measure: the count, the mean and the variance of an array.
 
 The one delicate computation is the variance. Writing s for the standard deviation, u for the unit
 roundoff of the accumulator (6e-8 in float32) and p for a pivot, one pass over the data gives
@@ -30,7 +30,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.flatten_util import ravel_pytree
 
 from jaxbn import _checks
 from jaxbn._rule import accumulation_dtype, nonzero, once, promoting, recomputing, unshared
@@ -38,10 +37,9 @@ from jaxbn._rule import accumulation_dtype, nonzero, once, promoting, recomputin
 if TYPE_CHECKING:
   import chex
 
-_INT32_MAX = 2**31 - 1
+INT32_MAX = 2**31 - 1
 _NEAR = 4  # squared distance of the mean from 0, in variances, up to which 0 is a good pivot
 _SAMPLED = 8  # elements that make a pivot
-_LOW_BITS = 12  # of a count, see sum_over_axis
 _EXACT_ONES = 2**24  # of which a sum in float32 is exact
 
 
@@ -164,21 +162,13 @@ class Elements(NamedTuple):
 
 
 @promoting
-def measure(
-  how: How,
-  elements: Elements,
-  pivot: jax.Array | None = None,
-  shared_pivot: jax.Array | None = None,
-) -> Moments:
-  """`moments`, and `sync` where there is an axis_name, of arguments that have been checked."""
+def measure(how: How, elements: Elements, pivot: jax.Array | None = None) -> Moments:
+  """`moments` of arguments that have been checked."""
   x, axes = elements.x, how.axes
   count = _count(x, axes, elements.valid if elements.weight is None else elements.weight)
   alone = how._replace(axis_name=None, axis_index_groups=None)
-  pivot, mean, var = _around(alone, elements, None if _known(count) else count, pivot)
-  batch = Moments(count, pivot + mean, var)
-  if how.axis_name is None:
-    return batch
-  return sync(batch, how.axis_name, how.axis_index_groups, pivot=shared_pivot)
+  pivot, mean, var = _around(alone, elements, None if is_known(count) else count, pivot)
+  return Moments(count, pivot + mean, var)
 
 
 class Around(NamedTuple):
@@ -282,7 +272,7 @@ def _around_of(
   """E[d] and the variance, from the sums."""
   n = _divisor_of(how, elements.x, count)
   mean, second = sums[0] / n, sums[1] / n
-  var = _variance(second, mean) if how.use_fast_variance else second
+  var = variance(second, mean) if how.use_fast_variance else second
   return Around(jnp.zeros_like(mean) if pivot is None else pivot, mean, var)
 
 
@@ -354,128 +344,6 @@ def _total(values: jax.Array, axes: _checks.Axes, elements: Elements) -> jax.Arr
   return jnp.sum(values, axes.reduced)
 
 
-def merge(a: Moments, b: Moments) -> Moments:
-  r"""The moments of two disjoint sets of elements together.
-
-      count = n_a + n_b,   delta = mean_b - mean_a
-      mean  = mean_a + delta * n_b / count
-      var   = var_a n_a/count + var_b n_b/count + |delta|^2 n_a n_b / count^2
-
-  (Chan, Golub & LeVeque 1983, equation 2.1). Nothing cancels: all terms of var are positive.
-
-  Args:
-    a: moments of one set.
-    b: moments of another, of the same channels' shape.
-
-  Returns:
-    Moments of the union. With count zero on one side, exactly the other side.
-
-  Raises:
-    TypeError: an argument that is not Moments.
-    ValueError: different channels' shapes.
-
-  >>> import jax.numpy as jnp, jaxbn
-  >>> x = jnp.array([[0.0], [2.0], [7.0]])
-  >>> both = jaxbn.merge(jaxbn.moments(x[:2]), jaxbn.moments(x[2:]))
-  >>> int(both.count), both.mean.tolist()
-  (3, [3.0])
-  """
-  require_moments(a)
-  require_moments(b)
-  if jnp.shape(a.mean) != jnp.shape(b.mean):
-    raise ValueError(
-      f"the moments to merge have channels of shape {jnp.shape(a.mean)} and {jnp.shape(b.mean)}: "
-      "only moments of the same channels can be merged."
-    )
-  return _merge(a, b)
-
-
-@promoting
-def _merge(a: Moments, b: Moments) -> Moments:
-  real = jnp.promote_types(a.var.dtype, b.var.dtype)
-  n_a, n_b = jnp.asarray(a.count, real), jnp.asarray(b.count, real)
-  n = divisor(n_a + n_b, real)
-  share_a, share_b = n_a / n, n_b / n
-  # A side without elements has no mean: it is neither at a distance nor, if huge, 0 times infinity.
-  delta = jnp.where((n_a > 0) & (n_b > 0), b.mean - a.mean, 0)
-  mean = jnp.where(n_a > 0, a.mean, b.mean) + delta * share_b
-  var = a.var * share_a + b.var * share_b + abs_square(delta) * (share_a * share_b)
-  return Moments(add_counts(a.count, b.count), mean, var)
-
-
-def sync(
-  moments: Moments,
-  axis_name: Any,
-  axis_index_groups: Sequence[Sequence[int]] | None = None,
-  *,
-  pivot: chex.Array | None = None,
-) -> Moments:
-  r"""The moments of the elements of all devices along a named axis, from each device's own.
-
-  With n_i, mean_i, var_i those of device i, N = sum_i n_i, and d_i = mean_i - p:
-
-      mean = p + sum_i n_i d_i / N
-      var  = sum_i n_i (var_i + |d_i|^2) / N - |sum_i n_i d_i / N|^2
-
-  so that devices with more valid elements weigh more and a device with none does not count:
-  these are the statistics of all valid elements together, not a mean of means. Given `pivot`, p is
-  that, and one all-reduce does it, of two values per channel (and the counts, where they depend on
-  a mask); the last subtraction then costs u (mean - p)^2 / var of relative accuracy. Without it p
-  is the mean itself, found by one more small all-reduce, and nothing cancels.
-
-  Args:
-    moments: this device's. A count that is a Python or NumPy number must be the same on every
-      device, as it is where `moments` gives one.
-    axis_name: name (or tuple of names) of a bound axis of pmap, shard_map or vmap.
-    axis_index_groups: indices along that axis in groups, each sharing among itself only. Under
-      vmap, and shard_map with its checks on, JAX has no grouped reduction: one over the whole axis
-      is used that is as many times larger as there are groups; under shard_map, where that is
-      less, a gather within the group.
-    pivot: the same on all devices, such as the running mean; where not finite, 0 is used.
-
-  Returns:
-    Moments, the same on every device of a group.
-
-  Raises:
-    TypeError: moments that are not Moments; a complex pivot for real ones.
-    ValueError: axis_name is not bound; the groups do not partition the axis; a pivot of another
-      shape.
-
-  >>> import jax, jax.numpy as jnp, jaxbn
-  >>> x = jnp.array([[[0.0], [2.0]], [[4.0], [6.0]]])  # two devices, two examples each
-  >>> share = lambda x: jaxbn.sync(jaxbn.moments(x), "batch")
-  >>> jax.vmap(share, axis_name="batch")(x).mean.tolist()
-  [[3.0], [3.0]]
-  """
-  require_moments(moments)
-  size = _checks.axis_size(axis_name)
-  groups = None
-  if axis_index_groups is not None:
-    groups = _checks.partition(axis_index_groups, size, axis_name)
-  if pivot is not None and jnp.shape(pivot) != moments.mean.shape:
-    raise ValueError(
-      f"pivot has shape {jnp.shape(pivot)}, but the moments have channels of shape "
-      f"{moments.mean.shape}: pass one value per channel."
-    )
-  return _sync(moments, axis_name, groups, pivot)
-
-
-@promoting
-def _sync(moments: Moments, axis_name: Any, groups: Any, pivot: chex.Array | None) -> Moments:
-  if pivot is None:
-    _, n, (weighted,) = sum_over_axis(moments.count, [moments.mean], axis_name, groups)
-    pivot = weighted / n
-  pivot = constant_pivot(pivot, moments.mean.dtype)
-
-  # The mean of a device without elements is a placeholder: it lies at no distance.
-  d = where(occupied(moments.count), moments.mean - pivot, 0)
-  values = [d, moments.var + abs_square(d)]
-  count, n, (first, second) = sum_over_axis(moments.count, values, axis_name, groups)
-  mean_d = first / n
-  var = _variance(second / n, mean_d)
-  return Moments(count, where(occupied(count), pivot + mean_d, 0), var)
-
-
 def abs_square(x: jax.Array) -> jax.Array:
   """|x|^2, real also where x is complex."""
   if jnp.iscomplexobj(x):
@@ -503,26 +371,12 @@ def are_reliabilities(weights: chex.Array | None) -> bool:
   return weights is not None and jnp.issubdtype(jnp.result_type(weights), jnp.floating)
 
 
-@promoting
-def worth(how: How, count: chex.Numeric, squares: jax.Array) -> jax.Array:
-  """(sum w)^2 / sum w^2: how many elements of equal weight would tell as much (Kish 1965).
-
-  Args:
-    how: with whom the squares are shared, as the count has been.
-    count: sum w, of all devices.
-    squares: sum w^2, of this one.
-  """
-  if how.axis_name is not None:
-    (squares,) = sum_over_devices([squares], how.axis_name, how.axis_index_groups)
-  return jnp.square(count) / divisor(squares, squares.dtype)
-
-
 def sum_of_squares(how: How, elements: Elements) -> jax.Array:
   """sum w^2 per channel, of the smallest shape."""
   return jnp.asarray(_count(elements.x, how.axes, jnp.square(elements.weight)))
 
 
-def _variance(mean_square: jax.Array, mean: jax.Array) -> jax.Array:
+def variance(mean_square: jax.Array, mean: jax.Array) -> jax.Array:
   """E[|d|^2] - |E[d]|^2, and where rounding leaves nothing of it, the size of that rounding.
 
   A variance below u |E[d]|^2 is lost. Zero in its place would multiply the output by up to
@@ -559,7 +413,7 @@ def zero_unless(valid: jax.Array | None, x: jax.Array) -> jax.Array:
 
 def divisor(count: chex.Numeric, dtype: Any) -> chex.Numeric:
   """The count to divide by: 1 where there is nothing to divide."""
-  if _known(count):
+  if is_known(count):
     return np.where(np.asarray(count) > 0, count, 1).astype(dtype)
   count = jnp.asarray(count, dtype)
   return jnp.where(count > 0, count, 1)
@@ -567,7 +421,7 @@ def divisor(count: chex.Numeric, dtype: Any) -> chex.Numeric:
 
 def occupied(count: chex.Numeric) -> Any:
   """Whether a channel has elements; True itself where all are known to have."""
-  if _known(count) and np.all(np.asarray(count) > 0):
+  if is_known(count) and np.all(np.asarray(count) > 0):
     return True
   return jnp.asarray(count) > 0
 
@@ -662,7 +516,7 @@ def _count(x: jax.Array, axes: _checks.Axes, counted: jax.Array | None) -> chex.
     return _size(x, axes)
   whole, own = (math.prod(a.shape[i] for i in axes.reduced) for a in (x, counted))
   # Counting the mask as it is, not broadcast, is exact and costs little.
-  integer = counted.dtype == jnp.bool_ and (is_symbolic(whole) or whole <= _INT32_MAX)
+  integer = counted.dtype == jnp.bool_ and (is_symbolic(whole) or whole <= INT32_MAX)
   real = accumulation_dtype(x.real.dtype)
   # Under jit with sharded arrays a sum of the dtype of the others is one all-reduce with them.
   exact = not is_symbolic(own) and own <= _EXACT_ONES
@@ -677,8 +531,8 @@ def _size(x: jax.Array, axes: _checks.Axes) -> chex.Numeric:
   whole = math.prod(sizes)
   if is_symbolic(whole):
     about = math.prod(jnp.asarray(n).astype(jnp.float32) for n in sizes)
-    return jnp.where(about < 2.0**31, jnp.asarray(whole).astype(jnp.int32), _INT32_MAX)
-  return np.int32(whole) if whole <= _INT32_MAX else np.float32(whole)
+    return jnp.where(about < 2.0**31, jnp.asarray(whole).astype(jnp.int32), INT32_MAX)
+  return np.int32(whole) if whole <= INT32_MAX else np.float32(whole)
 
 
 def is_symbolic(size: Any) -> bool:
@@ -686,90 +540,10 @@ def is_symbolic(size: Any) -> bool:
   return not isinstance(size, int)
 
 
-def _known(count: chex.Numeric) -> bool:
+def is_known(count: chex.Numeric) -> bool:
   """Whether a count follows from shapes alone, and so is the same on every device."""
   return isinstance(count, int | float | np.generic | np.ndarray)
 
 
-def _is_integer(count: chex.Numeric) -> bool:
+def is_integer(count: chex.Numeric) -> bool:
   return jnp.issubdtype(jnp.result_type(count), jnp.integer)
-
-
-def _multiply_known(count: chex.Numeric, times: int) -> chex.Numeric:
-  if _is_integer(count) and int(np.max(count, initial=0)) * times <= _INT32_MAX:
-    return np.asarray(count, np.int32) * np.int32(times)
-  return np.asarray(count, np.float32) * np.float32(times)
-
-
-def add_counts(a: chex.Numeric, b: chex.Numeric) -> chex.Numeric:
-  """a + b, which stops at the largest int32 rather than wrapping around."""
-  if not (_is_integer(a) and _is_integer(b)):
-    return jnp.asarray(a) + jnp.asarray(b)
-  if _known(a) and _known(b) and np.max(np.add(a, b, dtype=np.int64), initial=0) <= _INT32_MAX:
-    return np.add(a, b, dtype=np.int32)
-  a, b = jnp.asarray(a, jnp.int32), jnp.asarray(b, jnp.int32)
-  return jnp.where(a > _INT32_MAX - b, _INT32_MAX, a + b)
-
-
-def sum_over_axis(
-  count: chex.Numeric,
-  values: list[jax.Array],
-  axis_name: Any,
-  groups: tuple[tuple[int, ...], ...] | None,
-) -> tuple[chex.Numeric, jax.Array, list[jax.Array]]:
-  """The count of all devices, the weight of it, and the weighted sums of values: one all-reduce."""
-  real = values[0].real.dtype
-  sizes = {_checks.axis_size(axis_name)} if groups is None else {len(g) for g in groups}
-  if _known(count) and len(sizes) == 1:  # every device weighs the same: there are no counts to send
-    (size,) = sizes
-    return (
-      _multiply_known(count, size),
-      jnp.asarray(size, real),
-      sum_over_devices(values, axis_name, groups),
-    )
-  n = jnp.asarray(count, real)
-  if not _is_integer(count):
-    n, *sums = sum_over_devices([n, *(n * v for v in values)], axis_name, groups)
-    return n, divisor(n, real), sums
-  # An integer travels among floating-point numbers as its high and low bits, so that sums of them
-  # are exact in float32 (on up to 4096 devices, to 2**36) and one reduction carries everything.
-  count = jnp.asarray(count, jnp.int32)
-  high, low = count >> _LOW_BITS, count & (2**_LOW_BITS - 1)
-  parts = [high.astype(real), low.astype(real), *(n * v for v in values)]
-  high, low, *sums = sum_over_devices(parts, axis_name, groups)
-  n = high * 2**_LOW_BITS + low
-  exact = high.astype(jnp.int32) * 2**_LOW_BITS + low.astype(jnp.int32)
-  fits = high + jnp.floor(low / 2**_LOW_BITS) < 2 ** (31 - _LOW_BITS)
-  return jnp.where(fits, exact, _INT32_MAX), divisor(n, real), sums
-
-
-def sum_over_devices(
-  values: list[jax.Array], axis_name: Any, groups: tuple[tuple[int, ...], ...] | None
-) -> list[jax.Array]:
-  """The sums of several arrays over the devices of one's group, by a single all-reduce."""
-  if any(jax.typeof(v).sharding.mesh.explicit_axes for v in values):
-    # Inside of a shard_map over some axes, channels may be sharded over another: they stay there.
-    return [_psum_in_groups(v, axis_name, groups) for v in values]
-  flat, unflatten = ravel_pytree(values)
-  return unflatten(_psum_in_groups(flat, axis_name, groups))
-
-
-def _psum_in_groups(
-  x: jax.Array, axis_name: Any, groups: tuple[tuple[int, ...], ...] | None
-) -> jax.Array:
-  if groups is None:
-    return lax.psum(x, axis_name)
-  # vmap has no grouped psum, and says so only when a jit inside it is batched: ask the mesh.
-  if set(_checks.axis_names(axis_name)) <= set(jax.sharding.get_abstract_mesh().manual_axes):
-    try:
-      return lax.psum(x, axis_name, axis_index_groups=groups)
-    except NotImplementedError:  # shard_map with its checks on
-      if {len(g) for g in groups} == {(size := len(groups[0]))} and size < len(groups):
-        # Many small groups: the parts of one are fewer than a table of all groups has rows.
-        return jnp.sum(lax.all_gather(x, axis_name, axis_index_groups=groups), 0)
-  group_of = np.zeros(sum(map(len, groups)), np.int32)
-  for g, members in enumerate(groups):
-    group_of[list(members)] = g
-  mine = jnp.asarray(group_of)[lax.axis_index(axis_name)]
-  rows = jnp.where(jnp.arange(len(groups))[:, None] == mine, x, 0)
-  return lax.psum(rows, axis_name)[mine]

@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn import _checks
-from jaxbn._moments import How, Moments, divisor, is_symbolic, sum_over_devices
+from jaxbn._moments import How, Moments, divisor, is_symbolic
 from jaxbn._rule import Form, Given, promoting
 from jaxbn._running import unbiased_variance
+from jaxbn._share import sum_over_devices
 
 
 class Groups(NamedTuple):

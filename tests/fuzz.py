@@ -475,9 +475,6 @@ def pivot_of(case, x, known):
   distance = np.where(known["valid"], 2 * np.abs(wide - mean), 0).max(over, keepdims=True)
   if case.state and case.dtype == "bfloat16":
     distance = distance + np.abs(mean)  # no pivot, on accelerators
-  if case.state and case.mode in NAMED and case.use_fast_variance:
-    shared = np.expand_dims(textbook.channels(known["mean"], setting, x.ndim), case.examples)
-    distance = distance + np.abs(mean - shared)
   return mean + distance
 
 

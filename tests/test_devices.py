@@ -104,10 +104,10 @@ def inputs(masked, seed=0):
 
 
 def check_training(results, given, cotangent):
-  """Against the oracle over the whole batch, within what float32 allows around the running mean."""
+  """Against the oracle over the whole batch, within what float32 allows."""
   y, new_state, gradients = results
   x, mask, scale, bias, state = given
-  counted = {"mask": mask, "pivot": np.asarray(state.mean)}
+  counted = {"mask": mask, "devices": 8}
   expected = oracle.batch_norm(x, scale, bias, mask=mask)
   valid = np.ones(x.shape, bool) if mask is None else mask
   bounds.assert_within(y, expected, bounds.output(x, scale, bias, **counted), valid)
@@ -174,7 +174,7 @@ def test_groups_share_among_themselves_only(how):
   group = np.arange(ROWS) // (ROWS // 4) % 2
   sums = []
   for rows in (group == 0, group == 1):
-    counted = {"mask": mask[rows], "pivot": np.asarray(state.mean)}
+    counted = {"mask": mask[rows], "devices": 2}
     expected = oracle.batch_norm(x[rows], scale, bias, mask=mask[rows])
     bound = bounds.output(x[rows], scale, bias, **counted)
     bounds.assert_within(y[rows], expected, bound, mask[rows])
@@ -240,50 +240,78 @@ def error(y, x):
   return np.max(np.abs(np.asarray(y).reshape(flat.shape) - oracle.batch_norm(flat)))
 
 
-@pytest.mark.parametrize(("ratio", "claim"), [(1e3, 1e-3), (1e4, 1e-2)])
-@pytest.mark.parametrize(
-  "case", ["local", "running mean near", "second debiased step", "two passes", "no state"]
-)
-def test_a_large_mean_is_normalized_right_on_devices_too(case, ratio, claim):
-  x, cold = far_batch(ratio), jaxbn.init(32)
-  if case == "local":
-    y = jax.pmap(lambda x: jaxbn.batch_norm(x, use_running_average=False)[0])(x)
-    assert max(error(*pair) for pair in zip(y, x, strict=True)) <= claim
-    return
-  if case == "running mean near":
-    y, _ = shared()(x, cold._replace(mean=jnp.full(32, ratio + 1, jnp.float32)))
-  elif case == "second debiased step":
-    _, state = shared(debias=True)(far_batch(ratio, seed=1), jaxbn.init(32, debias=True))
-    y, _ = shared(debias=True)(x, state)
-  elif case == "two passes":
-    y, _ = shared(use_fast_variance=False)(x, cold)
-  else:
-    y, _ = shared()(x, None)
-  assert error(y, x) <= claim
+# What is asked of the first step, in standard deviations of y, of four devices and of 2,048.
+ERRORS = {4: {1e2: 2e-5, 1e3: 2e-4, 1e4: 2e-3}, 2048: {1e2: 2e-5, 1e3: 1e-3, 1e4: 2e-2}}
 
 
-@pytest.mark.parametrize("ratio", [1e2, 3e2, 1e3, 3e3, 1e4, 1e5])
-def test_a_first_step_far_from_the_running_mean_is_bounded(ratio):
-  # The variance, 1, is known to c u k^2, where k is the ratio and c = 12: sums over four devices,
-  # of values and of squares, and the rounding of each. It is held above 2 u k^2, so that it is at
-  # least max(1 - c u k^2, 2 u k^2) >= 1 / (1 + c / 2): outputs are at most sqrt(7) times too large,
-  # and never of the order of 1/sqrt(epsilon). Besides, the mean is rounded.
+@pytest.mark.parametrize("ratio", ERRORS[4])
+@pytest.mark.parametrize("state", [None, 0.0, 1.0, 1e4])
+def test_a_large_mean_is_normalized_right_in_every_step(state, ratio):
+  # Whatever the running mean is.
   x = far_batch(ratio)
-  y, state = shared()(x, jaxbn.init(32))
-  flat = np.asarray(x).reshape(-1, 32)
-  expected = oracle.batch_norm(flat)
-  bound = (np.sqrt(7) - 1) * np.abs(expected) + 14 * bounds.roundoff(np.float32) * ratio
-  bounds.assert_within(y.reshape(flat.shape), expected, bound)
-  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+  y, _ = shared()(x, state if state is None else jaxbn.init(32)._replace(mean=jnp.full(32, state)))
+  assert error(y, x) <= ERRORS[4][ratio]
 
 
-def test_a_first_step_whose_variance_is_lost_makes_outputs_too_small():
-  # As _variance promises: at 1e5 deviations from the running mean nothing of the variance is left.
-  x = far_batch(1e5)
-  y, _ = shared()(x, jaxbn.init(32))
-  flat = np.asarray(x).reshape(-1, 32)
-  exact = np.abs(oracle.batch_norm(flat))
-  assert np.max(np.abs(y)) < 0.1 * np.max(exact)
+FAR = {
+  "mask": (np.float32, {}),
+  "weights": (np.float32, {}),
+  "groups": (np.float32, {"axis_index_groups": [[0, 1], [2, 3]]}),
+  "virtual batches": (np.float32, {"virtual_batch_size": 128}),
+  "float64": (np.float64, {}),
+  "bfloat16": (jnp.bfloat16, {}),
+  "float16": (np.float16, {}),
+  "complex": (np.complex64, {}),
+}
+
+
+@pytest.mark.parametrize("how", NAMED)
+@pytest.mark.parametrize("case", FAR)
+def test_a_large_mean_with_every_option_and_dtype(case, how):
+  dtype, options = FAR[case]
+  mean = 1e4 - 3e3j if case == "complex" else 1e2 if "16" in case else 1e4
+  with jax.enable_x64(case == "float64"):
+    x = (mean + np.asarray(far_batch(0), float)).reshape(-1, 32).astype(dtype)
+    counted = np.random.default_rng(2).random((len(x), 1)) < 0.5
+    counted[64:128] = False  # a device without elements
+    counted = {"mask": {"mask": counted}, "weights": {"weights": counted * np.float32(0.7)}}
+    counted = counted.get(case, {})
+
+    def local(x, given, scale, bias, state):
+      given = {} if given is None else {next(iter(counted)): given}
+      return jaxbn.batch_norm(
+        *(x, scale, bias, state), use_running_average=False, axis_name="batch", **given, **options
+      )
+
+    scale, bias = np.ones(32, np.float32), np.zeros(32, np.float32)
+    state = jaxbn.init(32, dtype=dtype)
+    if options:  # each group has a state of its own: they are no result
+      state = None
+    given = next(iter(counted.values()), None)
+    y, _ = jax.jit(spread(how, 4, local))(x, given, scale, bias, state)
+    for rows in (slice(0, 128), slice(128, 256)) if options else (slice(None),):
+      some = {name: value[rows] for name, value in counted.items()}
+      expected = oracle.batch_norm(x[rows], scale, bias, **some)
+      bound = bounds.output(x[rows], scale, bias, dtype, devices=4, **some)
+      bounds.assert_within(y[rows], expected, bound, some.get("mask", True))
+
+
+@pytest.mark.parametrize("ratio", ERRORS[2048])
+@pytest.mark.parametrize("masked", [False, True])
+def test_on_2048_devices(ratio, masked):
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(ratio + rng.normal(size=(2048, 8, 4)), jnp.float32)
+  # Some of them have nothing, and on average half of what there is exists.
+  mask = rng.random((2048, 8, 1)) < rng.random((2048, 1, 1)) if masked else None
+
+  def local(x, mask):
+    return jaxbn.batch_norm(x, use_running_average=False, mask=mask, axis_name="batch")[0]
+
+  y = jax.jit(jax.vmap(local, axis_name="batch"))(x, mask)
+  flat = np.asarray(x).reshape(-1, 4)
+  valid = np.ones(len(flat), bool) if mask is None else mask.ravel()
+  wrong = np.abs(np.asarray(y).reshape(flat.shape)[valid] - oracle.batch_norm(flat[valid]))
+  assert np.max(wrong) <= ERRORS[2048][ratio]
 
 
 # Communication
@@ -325,14 +353,14 @@ def test_one_all_reduce_forward_and_one_backward(how, masked):
     lowered = jax.jit(spread(how, 8, local)).lower(x, mask, *replicated)
     return all_reduces(lowered)
 
-  # With a mask per channel also a count for each, in two halves.
-  numbers = (4 if masked else 2) * CHANNELS
+  # Each sum in four pieces; with a mask per channel also a count for each, in two halves.
+  numbers = (2 * 4 + (2 if masked else 0)) * CHANNELS
   assert compiled_and_traced(layer) == ([numbers], 1)
   # As traced, shard_map's checks make several of the backward one: the compiler joins them, and of
   # the sums in it none is of x's size.
   forward, backward = compiled_and_traced(gradient)[0]
   assert forward == numbers
-  assert backward <= numbers
+  assert backward == 2 * CHANNELS
 
 
 @pytest.mark.optimized

@@ -14,17 +14,19 @@ import jaxbn.linen
 import jaxbn.nnx
 
 ROOT = pathlib.Path(jaxbn.__file__).parent
-STEPS = {"_moments", "_running", "_normalize"}
+STEPS = {"_moments", "_share", "_running", "_normalize"}
 LAYER = {"_checks", "_layers", "_running"}
 # What each file may import of ours: one way, no circle.
 ALLOWED = {
   "_checks": set(),
   "_rule": {"_checks"},
   "_moments": {"_checks", "_rule"},
+  "_digits": set(),
+  "_share": {"_checks", "_digits", "_moments", "_rule"},
   "_running": {"_checks", "_moments", "_rule"},
   "_activation": set(),
   "_normalize": {"_activation", "_checks", "_rule"},
-  "_virtual": {"_checks", "_moments", "_rule", "_running"},
+  "_virtual": {"_checks", "_moments", "_rule", "_running", "_share"},
   "_choose": {"_checks", "_rule"} | STEPS,
   "_batch_norm": {"_checks", "_choose", "_rule", "_virtual"} | STEPS,
   "_layers": {"_batch_norm", "_running"},
@@ -60,7 +62,7 @@ ALLOWED = {
   "variants/prediction_time": {"_batch_norm", "_checks", "_choose", "_moments", "_running"},
   "variants/reference": {"_batch_norm", "_checks", "_choose", "variants/_examples"} | STEPS,
   "variants/renorm": {"_batch_norm", "_checks", "_choose", "_moments", "_running"},
-  "variants/_covariance": {"_checks", "_moments", "_rule"},
+  "variants/_covariance": {"_checks", "_moments", "_rule", "_share"},
   "variants/_inverse_root": {"_checks", "_rule", "variants/_covariance"},
   "variants/whitening": {"_checks", "_normalize", "_rule", "_running"}
   | {"variants/_covariance", "variants/_inverse_root"},
@@ -75,7 +77,7 @@ ALLOWED = {
     "variants/_covariance",
     "variants/_inverse_root",
   },
-  "variants/weight_norm": {"_batch_norm", "_checks", "_choose", "_moments", "_rule", "_running"},
+  "variants/weight_norm": {"_batch_norm", "_checks", "_choose", "_rule"} | STEPS - {"_normalize"},
   "variants/path_sgd": {"_checks", "_rule"},
   "variants/normalizer_free": {"_activation", "_batch_norm", "_checks"},
   "linen/_normalizer_free": {"_checks", "variants/normalizer_free"},

@@ -49,7 +49,7 @@ class BatchNorm(nn.BatchNorm):
     axis_index_groups: indices along it in groups, each sharing among itself only.
     virtual_batch_size: examples of the global batch that are normalized together, by statistics of
       their own (see `jaxbn.batch_norm`); "device": those of each device; None: all.
-    use_fast_variance: one pass over the input; False takes two, and two small all-reduces.
+    use_fast_variance: one pass over the input; False takes two.
     force_float32_reductions: if False, `batch_stats` starts in param_dtype, and parameters loaded
       with another dtype are cast to it. Sums are taken in float32 at least either way.
     debias: running statistics without the weight of their initial values: right for evaluation from

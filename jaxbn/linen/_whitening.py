@@ -40,7 +40,6 @@ class WhiteningNorm(nn.Module):
     axis_name: the axis of pmap, shard_map or vmap whose members share statistics. Under jit with
       sharded arrays none is needed.
     axis_index_groups: indices along it in groups, each sharing among itself only.
-    use_fast_variance: False spends a second small all-reduce, to be accurate from the first step.
     skip_nonfinite: a batch whose statistics are not finite leaves the running ones as they were.
     masked_value: what the output holds where the mask is False; None: the formula's value.
     group_size: how many consecutive channels are whitened together; it divides their number.
@@ -70,7 +69,6 @@ class WhiteningNorm(nn.Module):
   scale_init: Initializer = nn.initializers.ones
   axis_name: Any = None
   axis_index_groups: Any = None
-  use_fast_variance: bool = True
   skip_nonfinite: bool = False
   masked_value: float | None = None
   group_size: int = 16
@@ -130,7 +128,6 @@ class WhiteningNorm(nn.Module):
       masked_value=None if mask is None and weights is None else self.masked_value,
       axis_name=None if initializing else self.axis_name,
       axis_index_groups=None if initializing else self.axis_index_groups,
-      use_fast_variance=self.use_fast_variance,
       skip_nonfinite=self.skip_nonfinite,
       dtype=self.dtype,
     )

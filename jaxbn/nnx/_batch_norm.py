@@ -48,7 +48,7 @@ class BatchNorm(Trackable, nnx.BatchNorm):
     axis_index_groups: indices along it in groups, each sharing among itself only.
     virtual_batch_size: examples of the global batch that are normalized together, by statistics of
       their own (see `jaxbn.batch_norm`); "device": those of each device; None: all.
-    use_fast_variance: one pass over the input; False takes two, and two small all-reduces.
+    use_fast_variance: one pass over the input; False takes two.
     promote_dtype: function from (inputs, mean, var, scale, bias) and dtype to the promoted tuple.
     rngs: rng key.
     bias_metadata: metadata of bias.

@@ -43,7 +43,6 @@ class WhiteningNorm(Trackable):
     axis_name: the axis of pmap, shard_map or vmap whose members share statistics. Under jit with
       sharded arrays none is needed.
     axis_index_groups: indices along it in groups, each sharing among itself only.
-    use_fast_variance: False spends a second small all-reduce, to be accurate from the first step.
     rngs: rng key.
     bias_metadata: metadata of bias.
     scale_metadata: metadata of scale.
@@ -79,7 +78,6 @@ class WhiteningNorm(Trackable):
     scale_init: Initializer = nnx.initializers.ones,
     axis_name: Any = None,
     axis_index_groups: Any = None,
-    use_fast_variance: bool = True,
     rngs: nnx.Rngs,
     bias_metadata: Mapping[str, Any] = MappingProxyType({}),
     scale_metadata: Mapping[str, Any] = MappingProxyType({}),
@@ -108,7 +106,6 @@ class WhiteningNorm(Trackable):
     self.use_scale = use_scale
     self.axis_name = tuples(axis_name)
     self.axis_index_groups = tuples(axis_index_groups)
-    self.use_fast_variance = use_fast_variance
     self.skip_nonfinite = skip_nonfinite
     self.masked_value = masked_value
     self.group_size = group_size
@@ -162,7 +159,6 @@ class WhiteningNorm(Trackable):
       masked_value=None if mask is None and weights is None else self.masked_value,
       axis_name=self.axis_name,
       axis_index_groups=self.axis_index_groups,
-      use_fast_variance=self.use_fast_variance,
       skip_nonfinite=self.skip_nonfinite,
       dtype=self.dtype,
     )

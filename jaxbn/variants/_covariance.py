@@ -14,15 +14,13 @@ from jaxbn import _checks
 from jaxbn._moments import (
   Elements,
   How,
-  add_counts,
-  constant_pivot,
   divisor,
   measure,
-  sum_over_axis,
   valid_elements,
   zero_unless,
 )
 from jaxbn._rule import accumulation_dtype, recomputing
+from jaxbn._share import Sharing, add_counts, share_moments
 
 if TYPE_CHECKING:
   import chex
@@ -170,22 +168,22 @@ def _sums_around(
   return jnp.sum(weighted, elements), products
 
 
-def share(
-  moments: CovarianceMoments, axis_name: Any, groups: Any, pivot: jax.Array | None
-) -> CovarianceMoments:
-  """The moments of all devices, by the formulas of `jaxbn.sync`, for vectors."""
-  summed = functools.partial(sum_over_axis, axis_name=axis_name, groups=groups)
+def share(moments: CovarianceMoments, axis_name: Any, groups: Any) -> CovarianceMoments:
+  """The moments of all devices, as by `jaxbn.sync`, for vectors."""
   count, mean, cov = moments
-  if pivot is None:
-    _, n, (weighted,) = summed(count, [mean])
-    pivot = weighted / n
-  pivot = constant_pivot(pivot, mean.dtype)
-  # The mean of a device without elements is a placeholder: it lies at no distance.
-  d = jnp.where(jnp.asarray(count) > 0, mean - pivot, 0)
-  count, n, (d, products) = summed(count, [d, cov + _outer(d, cov)])
-  d = d / n
-  cov = _covariance(products / n, d.reshape(cov.shape[:2]))
-  return CovarianceMoments(count, jnp.where(jnp.asarray(count) > 0, pivot + d, 0), cov)
+  columns = mean.reshape(*cov.shape[:2], 1)
+  count, columns, cov = share_moments(
+    Sharing.among(axis_name, groups, _outer_of_columns, _covariance_of_columns), count, columns, cov
+  )
+  return CovarianceMoments(count, columns.reshape(mean.shape), cov)
+
+
+def _outer_of_columns(a: jax.Array, b: jax.Array) -> jax.Array:
+  return a * jnp.swapaxes(b, -1, -2)
+
+
+def _covariance_of_columns(products: jax.Array, mean: jax.Array) -> jax.Array:
+  return _covariance(products, mean[..., 0])
 
 
 def _covariance(products: jax.Array, mean: jax.Array) -> jax.Array:

@@ -19,12 +19,11 @@ from jaxbn._moments import (
   abs_square,
   are_reliabilities,
   divisor,
-  sync,
   valid_elements,
-  worth,
 )
 from jaxbn._normalize import apply_aligned, arrange, fill, require_mask
 from jaxbn._running import RunningStats, require_running_stats, update
+from jaxbn._share import share, worth
 from jaxbn.variants._examples import indices, moments_of_examples, row_of_each, table
 
 if TYPE_CHECKING:
@@ -132,7 +131,7 @@ def domain_batch_norm(
     fast = _checks.static_bool("use_fast_variance", use_fast_variance)
     how = How(axes, fast, True, *_checks.sharing(axis_name, axis_index_groups))
     elements = Elements(given.x, given.wide, valid, weight)
-    stats = batch = _moments_of_domains(how, elements, domain, rows, state.mean)
+    stats = batch = share(how, _by_domain(how, elements, domain, rows))
     if _checks.static_bool("detach_stats", detach_stats):
       stats = batch._replace(mean=lax.stop_gradient(batch.mean), var=lax.stop_gradient(batch.var))
     if unbiased and weight is not None and are_reliabilities(weights):
@@ -212,19 +211,8 @@ def _parameter(
   return row_of_each(table(name, value, rows, x, axes), domain, x, axes)
 
 
-def _moments_of_domains(
-  how: How, elements: Elements, domain: jax.Array, rows: int, running_mean: Any
-) -> Moments:
-  """A table of moments, one row for each domain, of all devices."""
-  batch = _by_domain(how, elements, domain, rows)
-  if how.axis_name is None:
-    return batch
-  pivot = running_mean if how.use_fast_variance else None
-  return sync(batch, how.axis_name, how.axis_index_groups, pivot=pivot)
-
-
 def _by_domain(how: How, elements: Elements, domain: jax.Array, rows: int) -> Moments:
-  """The same of this device alone."""
+  """A table of this device's moments, one row for each domain."""
   own = moments_of_examples(how, elements)
   return jax.vmap(lambda d: _merge_examples(own, domain == d))(jnp.arange(rows))
 

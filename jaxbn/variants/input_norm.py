@@ -17,9 +17,10 @@ from jax import lax
 
 from jaxbn import _checks
 from jaxbn._batch_norm import batch_norm
-from jaxbn._moments import Moments, moments, sync
+from jaxbn._moments import Moments, moments
 from jaxbn._normalize import normalize
 from jaxbn._running import RunningStats, require_running_stats, update
+from jaxbn._share import sync
 from jaxbn.variants.recurrent import (
   Options,
   gru_hidden,
@@ -286,8 +287,7 @@ def _frame_wise(
     return apply(state.mean[rows], state.var[rows]), state
   batch = moments(x, axis, mask=valid)
   if how.axis_name is not None:
-    pivot = None if state is None else state.mean[rows]
-    batch = sync(batch, how.axis_name, how.axis_index_groups, pivot=pivot)
+    batch = sync(batch, how.axis_name, how.axis_index_groups)
   y = apply(batch.mean, batch.var)
   return y, None if state is None else _followed(how, state, batch)
 

@@ -141,7 +141,7 @@ def statistics(
   axis_name, groups = _checks.sharing(axis_name, axis_index_groups)
   batch = covariance(x, inputs, mask=mask)
   if axis_name is not None:
-    batch = share(batch, axis_name, groups, None)
+    batch = share(batch, axis_name, groups)
   return Statistics(batch.mean, batch.cov[0])
 
 

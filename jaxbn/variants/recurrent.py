@@ -21,9 +21,10 @@ import numpy as np
 from jax import lax
 
 from jaxbn import _checks
-from jaxbn._moments import Moments, moments, sync
+from jaxbn._moments import Moments, moments
 from jaxbn._normalize import normalize
 from jaxbn._running import RunningStats, init, require_running_stats, update
+from jaxbn._share import sync
 
 if TYPE_CHECKING:
   import chex
@@ -482,7 +483,7 @@ def _statistics(
   olds = lax.stop_gradient(olds)
   batches = [moments(a, mask=valid) for a in arrays]
   if how.axis_name is not None:
-    batches = _shared(how, batches, [old.mean for old in olds])
+    batches = _shared(how, batches)
   after = []
   for rows, old, batch in zip(stats, olds, batches, strict=True):
     new = update(old, lax.stop_gradient(batch), **how.tracking)
@@ -490,15 +491,14 @@ def _statistics(
   return [(batch.mean, batch.var) for batch in batches], after
 
 
-def _shared(how: Options, batches: list[Moments], pivots: list[jax.Array]) -> list[Moments]:
+def _shared(how: Options, batches: list[Moments]) -> list[Moments]:
   """The moments of all devices: of several arrays with the same examples, by one all-reduce."""
   together = Moments(
     batches[0].count,
     jnp.concatenate([b.mean for b in batches]),
     jnp.concatenate([b.var for b in batches]),
   )
-  pivot = jnp.concatenate(pivots)
-  count, *values = sync(together, how.axis_name, how.axis_index_groups, pivot=pivot)
+  count, *values = sync(together, how.axis_name, how.axis_index_groups)
   ends = np.cumsum([len(b.mean) for b in batches])[:-1]
   parts = zip(*(jnp.split(value, ends) for value in values), strict=True)
   return [Moments(count, mean, var) for mean, var in parts]

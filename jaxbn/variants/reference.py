@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jaxbn import _checks
 from jaxbn._batch_norm import batch_norm
 from jaxbn._choose import Chosen
-from jaxbn._moments import Elements, How, Moments, measure, merge, require_moments, valid_elements
+from jaxbn._moments import Elements, How, Moments, measure, require_moments, valid_elements
 from jaxbn._normalize import apply_aligned, arrange, fill, require_mask
 from jaxbn._running import RunningStats
+from jaxbn._share import merge, share
 from jaxbn.variants._examples import examples_axis
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def reference_batch_norm(
   require_mask(masked_value, valid)
   fast = _checks.static_bool("use_fast_variance", use_fast_variance)
   how = How(form.axes, fast, True, *_checks.sharing(axis_name, axis_index_groups))
-  reference = measure(how, Elements(given.x, given.wide, valid, weight))
+  reference = share(how, measure(how, Elements(given.x, given.wide, valid, weight)))
   y = apply_aligned(form, given._replace(valid=valid), reference.mean, reference.var)
   return fill(y, valid, masked_value), reference
 

@@ -21,9 +21,10 @@ from jax import lax
 from jaxbn import _checks
 from jaxbn._batch_norm import batch_norm
 from jaxbn._choose import Chosen
-from jaxbn._moments import Moments, moments, sync
+from jaxbn._moments import Moments, moments
 from jaxbn._rule import accumulation_dtype
 from jaxbn._running import RunningStats, require_running_stats
+from jaxbn._share import sync
 
 if TYPE_CHECKING:
   import chex

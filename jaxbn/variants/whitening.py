@@ -116,7 +116,6 @@ def whitening_norm(
   masked_value: float | None = None,
   axis_name: Any = None,
   axis_index_groups: Sequence[Sequence[int]] | None = None,
-  use_fast_variance: bool = True,
   skip_nonfinite: bool = False,
   dtype: Any = None,
 ) -> tuple[jax.Array, WhiteningStats | None]:
@@ -135,8 +134,7 @@ def whitening_norm(
 
   Accuracy: y is right to about u k times a few standard deviations, where k is the condition number
   of cov + epsilon I (at most 1/u is resolved; see `whitening_matrix`). With axis_name, covariances
-  are shared by one all-reduce of channels * (g + 1) numbers around the running mean, and lose
-  digits in the first steps as the variance does in `jaxbn.batch_norm`.
+  are shared by one all-reduce of 4 channels * (g + 1) numbers, as exactly as by `jaxbn.sync`.
 
   A batch with fewer examples than a group has channels has no variance in some directions: there
   the ZCA matrix is 1/sqrt(epsilon), and y 0. The running matrix then meets examples that are not 0
@@ -148,8 +146,7 @@ def whitening_norm(
     scale: of shape (channels,), or None for 1; where it differs between examples, with as many axes
       as x, each of size 1 or x's.
     bias: likewise, or None for 0.
-    state: running statistics, from `init`. None in training: nothing is tracked, and sharing over
-      axis_name takes two small all-reduces.
+    state: running statistics, from `init`. None in training: nothing is tracked.
     use_running_average: False in training, True in evaluation; a Python bool.
     axis: the channels' axis, one.
     group_size: g: how many consecutive channels are whitened together; it divides their number.
@@ -161,8 +158,6 @@ def whitening_norm(
     axis_name: name (or names) of the axis of pmap, shard_map or vmap whose members share
       statistics. Under jit with sharded arrays none is needed.
     axis_index_groups: as in `jaxbn.sync`.
-    use_fast_variance: False spends a second, smaller all-reduce to find the mean first: accurate
-      from the first step on.
     skip_nonfinite: a group whose batch mean or whitening matrix is not finite leaves its running
       ones as they were.
     dtype: of y; default, what x, scale and bias promote to.
@@ -197,7 +192,6 @@ def whitening_norm(
   valid, weight = counted(x, axes, mask, weights)
   require_mask(masked_value, valid)
   given = given._replace(valid=valid)
-  fast = _checks.static_bool("use_fast_variance", use_fast_variance)
   skip = _checks.static_bool("skip_nonfinite", skip_nonfinite)
   if evaluating:
     if state is None:
@@ -208,7 +202,7 @@ def whitening_norm(
   axis_name, groups = _checks.sharing(axis_name, axis_index_groups)
   batch = measure_covariance(axes, group_size, given.wide, valid, weight)
   if axis_name is not None:
-    batch = share(batch, axis_name, groups, state.mean if state is not None and fast else None)
+    batch = share(batch, axis_name, groups)
   matrix = whitening_matrix(batch.cov, method=method, iterations=iterations, epsilon=given.epsilon)
   y = fill(_whiten(form, given, batch.mean, matrix), valid, masked_value)
   return y, None if state is None else _track(state, batch, matrix, momentum, skip)

@@ -1,0 +1,127 @@
+r"""Sums over devices of which the leading digits may cancel, without loss of those that remain.
+
+The variance of all devices together is a difference of sums of their n_i mean_i^2 and n_i mean_i.
+As floating-point numbers these sums are rounded, and the difference is off by u (mean/std)^2. So
+each number travels in `pieces` that add up without rounding. Its digits are cut at positions that
+are the same on all devices, multiples of `bits` in the exponent,
+
+    number = 2^(bits (j - 1)) k_1 + 2^(bits (j - 2)) k_2 + rest,    integers |k_1|, |k_2| <= 2^bits
+
+and with t bits in a significand, the k_1 of up to 2^(t - bits) devices add up exactly, and so do
+the k_2. Since others may have larger or smaller numbers, the piece at position j - i travels in
+slot (j - i) mod 3: devices that put different positions in one slot are 2^(2 bits) apart, and what
+the smaller number loses there is below the rounding of the larger. Otherwise nothing is lost but
+in the sum of the rests, each of which is below 2^-(bits + 1) of its number: D devices lose at most
+D^2 2^-2t of the largest.
+
+Whatever a compiler fuses or reorders, the result is the same: all products are of halves, of t/2
+digits each, and so are exact; all sums whose rounding would matter are of multiples of one power of
+two, and so are exact, too. (Halves: Dekker 1971, "A floating-point technique for extending the
+available precision". Common positions: Rump, Ogita & Oishi 2008, "Accurate floating-point
+summation"; Demmel & Nguyen 2013, "Fast reproducible floating-point summation".)
+
+The terms of a sum lie along the first axis.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+if TYPE_CHECKING:
+  import chex
+
+_SLOTS = 3
+
+
+def significand(dtype: np.dtype) -> int:
+  """t: how many bits the integers have that a dtype holds without a gap."""
+  return int(jnp.finfo(dtype).nmant) + 1
+
+
+def upper_half(x: jax.Array) -> jax.Array:
+  """x, rounded to half of its digits."""
+  info = jnp.finfo(x.dtype)
+  return lax.reduce_precision(x, info.nexp, significand(x.dtype) // 2 - 1)
+
+
+def halves(terms: jax.Array) -> jax.Array:
+  """Twice as many terms of the same sum, each of half as many digits."""
+  upper = upper_half(terms)
+  return jnp.concatenate([upper, terms - upper])
+
+
+def products(
+  a: jax.Array, b: jax.Array, times: Callable[[jax.Array, jax.Array], jax.Array] = jnp.multiply
+) -> jax.Array:
+  """The product of two sums, in terms of which none is rounded."""
+  b = halves(b)
+  return jnp.concatenate([times(half, b) for half in halves(a)])
+
+
+@functools.partial(jax.jit, static_argnames="bits")
+def pieces(terms: jax.Array, about: jax.Array, *, bits: int, more: chex.Numeric = 0) -> jax.Array:
+  """The sum of terms in pieces that add up without rounding.
+
+  Args:
+    terms: finite or not.
+    about: their sum, rounded. Where it is not finite, it is sent alone.
+    bits: how many digits a piece has.
+    more: added, to the rest.
+  """
+  finite = jnp.isfinite(about)
+  terms = jnp.where(finite, terms, 0)
+  info = jnp.finfo(terms.dtype)
+  exponent = _exponent(jnp.where(finite, about, 0))
+  position = jnp.clip(-(-exponent // bits), info.minexp // bits + 3, info.maxexp // bits)
+  unit, lower_unit = (_power_of_two(bits * (position - i), terms.dtype) for i in (1, 2))
+  first, terms = _rounded(terms, unit)
+  second, terms = _rounded(terms, lower_unit)
+  carry = jnp.round(second / unit) * unit  # of several remainders, each up to half a unit
+  first, second = first + carry, second - carry
+  rest = jnp.where(finite, jnp.sum(terms, 0), about) + more
+  slots = [
+    jnp.where(position % _SLOTS == i, first, jnp.where((position - 1) % _SLOTS == i, second, 0))
+    for i in range(_SLOTS)
+  ]
+  return jnp.stack([*slots, rest])
+
+
+@jax.jit
+def total(terms: jax.Array) -> jax.Array:
+  """The sum of a few terms, right to a unit in the last place whatever cancels."""
+  free = significand(terms.dtype) - (len(terms) - 1).bit_length()
+  exponent = _exponent(jnp.max(jnp.abs(terms), 0))
+  first, terms = _rounded(terms, _power_of_two(exponent - free, terms.dtype))
+  second, terms = _rounded(terms, _power_of_two(exponent - 2 * free, terms.dtype))
+  return (first + second) + jnp.sum(terms, 0)
+
+
+def _rounded(terms: jax.Array, unit: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The sum of all terms rounded to multiples of a power of two, and what is left of each."""
+  multiples = jnp.round(terms / unit) * unit
+  return jnp.sum(multiples, 0), terms - multiples
+
+
+def _exponent(x: jax.Array) -> jax.Array:
+  """e, where 2^(e - 1) <= |x| < 2^e; the least where x is smaller than the normal numbers."""
+  info, integer = jnp.finfo(x.dtype), _integer(x.dtype)
+  field = lax.bitcast_convert_type(x, integer) >> info.nmant & (2**info.nexp - 1)
+  return field - (info.maxexp - 2)
+
+
+def _power_of_two(exponent: jax.Array, dtype: np.dtype) -> jax.Array:
+  info = jnp.finfo(dtype)
+  field = jnp.clip(exponent, info.minexp, info.maxexp - 1) + (info.maxexp - 1)
+  return lax.bitcast_convert_type(field << info.nmant, dtype)
+
+
+def _integer(dtype: np.dtype) -> Any:
+  """Of as many bits."""
+  return jnp.int64 if jnp.finfo(dtype).bits == 64 else jnp.int32

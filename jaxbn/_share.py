@@ -1,0 +1,357 @@
+r"""Share: from the moments of pieces to those of the whole. `merge` for two, `sync` for devices.
+
+One all-reduce carries the sums over devices of n_i mean_i and n_i |mean_i|^2 in digits that add up
+without rounding (`_digits.py`). So the sums around any p follow as if all devices had known it:
+
+    sum_i n_i (mean_i - p)     = sum_i n_i mean_i - p N
+    sum_i n_i |mean_i - p|^2   = sum_i n_i |mean_i|^2 - 2 p sum_i n_i mean_i + p^2 N
+
+p is the mean of all, rounded to half of its digits, so that what E[|d|^2] - |E[d]|^2 loses around
+it, u |mean - p|^2, is of the size of what the rounding of the mean itself does, (u |mean|)^2.
+
+Derivatives need none of these digits. With M and V the mean and the variance of all,
+
+    dM = sum_i (n_i dmean_i + dn_i (mean_i - M)) / N
+    dV = sum_i (n_i (dvar_i + 2 (mean_i - M) dmean_i) + dn_i (var_i + |mean_i - M|^2 - V)) / N
+
+so that one all-reduce of two numbers per channel carries them, forward or backward.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.flatten_util import ravel_pytree
+
+from jaxbn import _checks, _digits
+from jaxbn._moments import (
+  INT32_MAX,
+  How,
+  Moments,
+  abs_square,
+  divisor,
+  is_integer,
+  is_known,
+  occupied,
+  require_moments,
+  variance,
+  where,
+)
+from jaxbn._rule import nonzero, promoting
+
+if TYPE_CHECKING:
+  import chex
+
+_LOW_BITS = 12  # of a count, see _Counts
+
+
+def merge(a: Moments, b: Moments) -> Moments:
+  r"""The moments of two disjoint sets of elements together.
+
+      count = n_a + n_b,   delta = mean_b - mean_a
+      mean  = mean_a + delta * n_b / count
+      var   = var_a n_a/count + var_b n_b/count + |delta|^2 n_a n_b / count^2
+
+  (Chan, Golub & LeVeque 1983, equation 2.1). Nothing cancels: all terms of var are positive.
+
+  Args:
+    a: moments of one set.
+    b: moments of another, of the same channels' shape.
+
+  Returns:
+    Moments of the union. With count zero on one side, exactly the other side.
+
+  Raises:
+    TypeError: an argument that is not Moments.
+    ValueError: different channels' shapes.
+
+  >>> import jax.numpy as jnp, jaxbn
+  >>> x = jnp.array([[0.0], [2.0], [7.0]])
+  >>> both = jaxbn.merge(jaxbn.moments(x[:2]), jaxbn.moments(x[2:]))
+  >>> int(both.count), both.mean.tolist()
+  (3, [3.0])
+  """
+  require_moments(a)
+  require_moments(b)
+  if jnp.shape(a.mean) != jnp.shape(b.mean):
+    raise ValueError(
+      f"the moments to merge have channels of shape {jnp.shape(a.mean)} and {jnp.shape(b.mean)}: "
+      "only moments of the same channels can be merged."
+    )
+  return _merge(a, b)
+
+
+@promoting
+def _merge(a: Moments, b: Moments) -> Moments:
+  real = jnp.promote_types(a.var.dtype, b.var.dtype)
+  n_a, n_b = jnp.asarray(a.count, real), jnp.asarray(b.count, real)
+  n = divisor(n_a + n_b, real)
+  share_a, share_b = n_a / n, n_b / n
+  # A side without elements has no mean: it is neither at a distance nor, if huge, 0 times infinity.
+  delta = jnp.where((n_a > 0) & (n_b > 0), b.mean - a.mean, 0)
+  mean = jnp.where(n_a > 0, a.mean, b.mean) + delta * share_b
+  var = a.var * share_a + b.var * share_b + abs_square(delta) * (share_a * share_b)
+  return Moments(add_counts(a.count, b.count), mean, var)
+
+
+def sync(
+  moments: Moments,
+  axis_name: Any,
+  axis_index_groups: Sequence[Sequence[int]] | None = None,
+) -> Moments:
+  r"""The moments of the elements of all devices along a named axis, from each device's own.
+
+  With n_i, mean_i, var_i those of device i and N = sum_i n_i:
+
+      mean = sum_i n_i mean_i / N
+      var  = sum_i n_i (var_i + |mean_i - mean|^2) / N
+
+  so that devices with more valid elements weigh more and a device with none does not count:
+  these are the statistics of all valid elements together, not a mean of means. One all-reduce does
+  it, of eight values per channel (and the counts, where they depend on a mask), and its transpose
+  takes two; nothing cancels, however far the means are from 0 (the head of the file says why).
+
+  Args:
+    moments: this device's. A count that is a Python or NumPy number must be the same on every
+      device, as it is where `moments` gives one.
+    axis_name: name (or tuple of names) of a bound axis of pmap, shard_map or vmap.
+    axis_index_groups: indices along that axis in groups, each sharing among itself only. Under
+      vmap, and shard_map with its checks on, JAX has no grouped reduction: one over the whole axis
+      is used that is as many times larger as there are groups; under shard_map, where that is
+      less, a gather within the group.
+
+  Returns:
+    Moments, the same on every device of a group.
+
+  Raises:
+    TypeError: moments that are not Moments.
+    ValueError: axis_name is not bound; the groups do not partition the axis.
+
+  >>> import jax, jax.numpy as jnp, jaxbn
+  >>> x = jnp.array([[[0.0], [2.0]], [[4.0], [6.0]]])  # two devices, two examples each
+  >>> share = lambda x: jaxbn.sync(jaxbn.moments(x), "batch")
+  >>> jax.vmap(share, axis_name="batch")(x).mean.tolist()
+  [[3.0], [3.0]]
+  """
+  require_moments(moments)
+  return Moments(*share_moments(Sharing.among(axis_name, axis_index_groups), *moments))
+
+
+def share(how: How, moments: Moments) -> Moments:
+  """`sync`, where there is an axis_name."""
+  if how.axis_name is None:
+    return moments
+  return sync(moments, how.axis_name, how.axis_index_groups)
+
+
+class Sharing(NamedTuple):
+  """With whom moments are shared, and which: of mean * mean a variance, or a covariance."""
+
+  axis_name: Any
+  groups: tuple[tuple[int, ...], ...] | None
+  sizes: tuple[int, ...]  # of the groups
+  times: Callable[[jax.Array, jax.Array], jax.Array] = jnp.multiply
+  central: Callable[[jax.Array, jax.Array], jax.Array] = variance  # from E[d d] and E[d]
+
+  @classmethod
+  def among(cls, axis_name: Any, axis_index_groups: Any, *how: Any) -> Sharing:
+    """The devices of an axis that is bound here: where a derivative is taken, it may not be."""
+    size = _checks.axis_size(axis_name)
+    if axis_index_groups is None:
+      return cls(axis_name, None, (size,), *how)
+    groups = _checks.partition(axis_index_groups, size, axis_name)
+    return cls(axis_name, groups, tuple({len(group) for group in groups}), *how)
+
+  def sum(self, values: list[jax.Array]) -> list[jax.Array]:
+    return sum_over_devices(values, self.axis_name, self.groups)
+
+
+@promoting
+def share_moments(
+  sharing: Sharing, count: chex.Numeric, mean: jax.Array, var: jax.Array
+) -> tuple[chex.Numeric, jax.Array, jax.Array]:
+  """The count, the mean and the variance, or covariance, of all devices."""
+  if is_known(count) and len(sharing.sizes) == 1:
+    # Every device weighs the same: there are no counts to send.
+    _, mean, var = _combine(sharing, None, mean, var)
+    count = _multiply_known(count, *sharing.sizes)
+    return count, where(occupied(count), mean, 0), var
+  # The mean of a device without elements is a placeholder: it lies at no distance.
+  mean = where(occupied(count), mean, 0)
+  aligned = jnp.reshape(count, (1,) * (mean.ndim - np.ndim(count)) + np.shape(count))
+  terms, mean, var = _combine(sharing, aligned, mean, var)
+  count_of_all = _as_integer(terms) if is_integer(count) else jnp.sum(terms, 0)
+  return count_of_all.reshape(np.shape(count)), mean, var
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _combine(
+  sharing: Sharing, count: jax.Array | None, mean: jax.Array, var: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The count, in exact terms, the mean and the variance; a count of None is 1 on every device."""
+  *firsts, second, counts = _sums(sharing, count, mean, var)
+  n = divisor(jnp.sum(counts, 0), var.dtype)
+  means, distances, around_p = [], [], [second]
+  for first in firsts:
+    p = _digits.upper_half(jnp.sum(first, 0) / n)
+    from_p = _digits.total(jnp.concatenate([first, -_digits.products(counts, p[None])])) / n
+    means.append(p + from_p)
+    distances.append(from_p)
+    halves = _digits.halves(first)
+    around_p += [-sharing.times(p, halves), -sharing.times(halves, p)]
+    around_p.append(_digits.products(counts, sharing.times(p, p)[None]))
+  mean = _complex(means)
+  mean_square = _digits.total(jnp.concatenate(around_p)) / n
+  var = sharing.central(mean_square, _complex(distances))
+  # Where squares overflow, the plain formula says that it is infinite.
+  plain = sharing.central(jnp.sum(second, 0) / n, mean)
+  return counts, mean, jnp.where(jnp.isfinite(mean_square), var, plain)
+
+
+def _sums(
+  sharing: Sharing, count: jax.Array | None, mean: jax.Array, var: jax.Array
+) -> list[jax.Array]:
+  """Of all devices, in pieces: n mean (of each real part), n (mean^2 + var), n."""
+  dtype, most = var.dtype, max(sharing.sizes)
+  pieces = functools.partial(
+    _digits.pieces, bits=_digits.significand(dtype) - (most - 1).bit_length()
+  )
+  parts = _real_parts(mean)
+  squares = jnp.concatenate([_digits.products(m[None], m[None], sharing.times) for m in parts])
+  square = 0.5 * _squared(sharing, mean, mean)
+  if count is None:
+    sums = sharing.sum([*(pieces(m[None], m) for m in parts), pieces(squares, square, more=var)])
+    return [*sums, jnp.full((1,) * (mean.ndim + 1), most, dtype)]
+  n = count.astype(dtype)
+  weight = _high_and_low(count, dtype) if is_integer(count) else n[None]
+  return sharing.sum(
+    [
+      *(pieces(_digits.products(weight, m[None]), n * m) for m in parts),
+      pieces(_digits.products(weight, squares), n * square, more=n * var),
+      weight if is_integer(count) else pieces(weight, n),
+    ]
+  )
+
+
+@functools.partial(_combine.defjvp, symbolic_zeros=True)
+@promoting
+def _combine_jvp(sharing: Sharing, primals: Any, tangents: Any) -> tuple[Any, Any]:
+  count, mean, var = primals
+  d_count, d_mean, d_var = nonzero(tangents)
+  counts, mean_of_all, var_of_all = values = _combine(sharing, *primals)
+  n = jnp.ones((), var.dtype) if count is None else count.astype(var.dtype)
+  distance = mean - mean_of_all
+  both = [jnp.zeros_like(mean), jnp.zeros_like(var)]
+  if d_mean is not None:
+    both = [n * d_mean, n * _squared(sharing, distance, d_mean)]
+  if d_var is not None:
+    both[1] = both[1] + n * d_var
+  if d_count is None:
+    first, second = sharing.sum(both)
+    d_counts = jnp.zeros_like(counts)
+  else:
+    both[0] = both[0] + d_count * distance
+    square = 0.5 * _squared(sharing, distance, distance)
+    both[1] = both[1] + d_count * (var + square - var_of_all)
+    first, second, d_n = sharing.sum([*both, d_count])
+    d_counts = jnp.zeros_like(counts).at[-1].set(d_n)
+  n = divisor(jnp.sum(counts, 0), var.dtype)
+  return values, (d_counts, first / n, second / n)
+
+
+def _squared(sharing: Sharing, a: jax.Array, b: jax.Array) -> jax.Array:
+  """a b + b a, of the real parts."""
+  pairs = zip(_real_parts(a), _real_parts(b), strict=True)
+  return functools.reduce(
+    operator.add, (sharing.times(v, w) + sharing.times(w, v) for v, w in pairs)
+  )
+
+
+def _real_parts(x: jax.Array) -> list[jax.Array]:
+  return [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
+
+
+def _complex(parts: list[jax.Array]) -> jax.Array:
+  return lax.complex(*parts) if len(parts) == 2 else parts[0]
+
+
+def _high_and_low(count: jax.Array, dtype: Any) -> jax.Array:
+  """An integer as its high and low bits, whose sums in float32 are exact up to 2^36."""
+  high, low = count >> _LOW_BITS << _LOW_BITS, count & (2**_LOW_BITS - 1)
+  return jnp.stack([high.astype(dtype), low.astype(dtype)])
+
+
+def _as_integer(high_and_low: jax.Array) -> jax.Array:
+  """The sum, which stops at the largest int32."""
+  high, low = high_and_low
+  fits = jnp.floor(high / 2**_LOW_BITS) + jnp.floor(low / 2**_LOW_BITS) < 2 ** (31 - _LOW_BITS)
+  return jnp.where(fits, high.astype(jnp.int32) + low.astype(jnp.int32), INT32_MAX)
+
+
+def _multiply_known(count: chex.Numeric, times: int) -> chex.Numeric:
+  if is_integer(count) and int(np.max(count, initial=0)) * times <= INT32_MAX:
+    return np.asarray(count, np.int32) * np.int32(times)
+  return np.asarray(count, np.float32) * np.float32(times)
+
+
+@promoting
+def worth(how: How, count: chex.Numeric, squares: jax.Array) -> jax.Array:
+  """(sum w)^2 / sum w^2: how many elements of equal weight would tell as much (Kish 1965).
+
+  Args:
+    how: with whom the squares are shared, as the count has been.
+    count: sum w, of all devices.
+    squares: sum w^2, of this one.
+  """
+  if how.axis_name is not None:
+    (squares,) = sum_over_devices([squares], how.axis_name, how.axis_index_groups)
+  return jnp.square(count) / divisor(squares, squares.dtype)
+
+
+def add_counts(a: chex.Numeric, b: chex.Numeric) -> chex.Numeric:
+  """a + b, which stops at the largest int32 rather than wrapping around."""
+  if not (is_integer(a) and is_integer(b)):
+    return jnp.asarray(a) + jnp.asarray(b)
+  if is_known(a) and is_known(b) and np.max(np.add(a, b, dtype=np.int64), initial=0) <= INT32_MAX:
+    return np.add(a, b, dtype=np.int32)
+  a, b = jnp.asarray(a, jnp.int32), jnp.asarray(b, jnp.int32)
+  return jnp.where(a > INT32_MAX - b, INT32_MAX, a + b)
+
+
+def sum_over_devices(
+  values: list[jax.Array], axis_name: Any, groups: tuple[tuple[int, ...], ...] | None
+) -> list[jax.Array]:
+  """The sums of several arrays over the devices of one's group, by a single all-reduce."""
+  if any(jax.typeof(v).sharding.mesh.explicit_axes for v in values):
+    # Inside of a shard_map over some axes, channels may be sharded over another: they stay there.
+    return [_psum_in_groups(v, axis_name, groups) for v in values]
+  flat, unflatten = ravel_pytree(values)
+  return unflatten(_psum_in_groups(flat, axis_name, groups))
+
+
+def _psum_in_groups(
+  x: jax.Array, axis_name: Any, groups: tuple[tuple[int, ...], ...] | None
+) -> jax.Array:
+  if groups is None:
+    return lax.psum(x, axis_name)
+  # vmap has no grouped psum, and says so only when a jit inside it is batched: ask the mesh.
+  if set(_checks.axis_names(axis_name)) <= set(jax.sharding.get_abstract_mesh().manual_axes):
+    try:
+      return lax.psum(x, axis_name, axis_index_groups=groups)
+    except NotImplementedError:  # shard_map with its checks on
+      if {len(g) for g in groups} == {(size := len(groups[0]))} and size < len(groups):
+        # Many small groups: the parts of one are fewer than a table of all groups has rows.
+        return jnp.sum(lax.all_gather(x, axis_name, axis_index_groups=groups), 0)
+  group_of = np.zeros(sum(map(len, groups)), np.int32)
+  for g, members in enumerate(groups):
+    group_of[list(members)] = g
+  mine = jnp.asarray(group_of)[lax.axis_index(axis_name)]
+  rows = jnp.where(jnp.arange(len(groups))[:, None] == mine, x, 0)
+  return lax.psum(rows, axis_name)[mine]
