@@ -8,6 +8,7 @@ as it comes (float32, default arguments) in jaxbn and in the installed Flax, on 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -53,6 +54,27 @@ def large_mean(ratio: float) -> Callable[[Layer], float]:
     model = layer(use_running_average=False)
     variables = model.init(jax.random.key(0), x)
     return _worst(model.apply(variables, x, mutable=["batch_stats"])[0] - _reference(x))
+
+  return measure
+
+
+def shared(ratio: float, steps: int) -> Callable[[Layer], float]:
+  """Such a batch over four devices under pmap, in the step after so many others."""
+
+  def measure(layer: Layer) -> float:
+    rng = _rng()
+    model = layer(use_running_average=False, axis_name="batch")
+    variables = model.init(jax.random.key(0), np.zeros((1, 64), np.float32))
+
+    @functools.partial(jax.pmap, axis_name="batch", in_axes=(None, 0), out_axes=(0, None))
+    def step(variables: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+      y, updates = model.apply(variables, x, mutable=["batch_stats"])
+      return y, {**variables, **updates}
+
+    for _ in range(steps):
+      x = (ratio + rng.normal(size=(DEVICES, 1024, 64))).astype(np.float32)
+      y, variables = step(variables, x)
+    return _worst(np.asarray(y).reshape(-1, 64) - _reference(x.reshape(-1, 64)))
 
   return measure
 
@@ -116,6 +138,10 @@ def after_a_nan_batch(layer: Layer) -> float:
 CASES: dict[str, Callable[[Layer], float]] = {
   "mean 1e3 standard deviations from zero": large_mean(1e3),
   "mean 1e4 standard deviations from zero": large_mean(1e4),
+  "the same over 4 devices under pmap, mean 1e2: first step": shared(1e2, 1),
+  "mean 1e3: first step": shared(1e3, 1),
+  "mean 1e4: first step": shared(1e4, 1),
+  "mean 1e4: step 101": shared(1e4, 101),
   "mask under pmap: 1, 2, 4 and 57 valid examples on 4 devices": unequal_counts,
   "mask under pmap: one device has no valid example": empty_device,
   "NaN in masked positions: gradient of scale, relative": nan_in_padding,

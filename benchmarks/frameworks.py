@@ -22,6 +22,7 @@ import numpy as np
 
 EPSILON = 1e-5
 MOMENTUM = 0.99
+DEVICES, AXIS = 4, "devices"  # of SHARED
 Array = np.ndarray
 # (parameters, state, x, train) -> (y, new state): what every library's layer becomes in JAX.
 Apply = Callable[[Any, Any, Any, bool], tuple[Any, Any]]
@@ -81,7 +82,7 @@ def cores() -> int:
   return os.cpu_count() or 1
 
 
-def _jaxbn(shape: tuple[int, ...], dtype: Any) -> Layer:
+def _jaxbn(shape: tuple[int, ...], dtype: Any, axis_name: str | None = None) -> Layer:
   import jaxbn
 
   def apply(parameters: Any, state: Any, x: Any, train: bool) -> tuple[Any, Any]:
@@ -95,10 +96,11 @@ def _jaxbn(shape: tuple[int, ...], dtype: Any) -> Layer:
       momentum=MOMENTUM,
       epsilon=EPSILON,
       dtype=dtype,
+      axis_name=axis_name,
     )
 
   parameters = jnp.ones(shape[-1]), jnp.zeros(shape[-1])
-  return _jax_layer(apply, parameters, jaxbn.init(shape[-1]))
+  return _jax_layer(apply, parameters, jaxbn.init(shape[-1]), axis_name)
 
 
 def _jaxbn_stateless(shape: tuple[int, ...], dtype: Any) -> Layer:
@@ -147,6 +149,12 @@ def _flax_nnx(shape: tuple[int, ...], dtype: Any) -> Layer:
   return _nnx_layer(nnx.BatchNorm, shape, dtype)
 
 
+def _flax_shared(shape: tuple[int, ...], dtype: Any) -> Layer:
+  import flax.linen
+
+  return _linen_layer(flax.linen.BatchNorm, shape, dtype, axis_name=AXIS)
+
+
 def _linen_layer(module: Any, shape: tuple[int, ...], dtype: Any, **options: Any) -> Layer:
   layer = module(momentum=MOMENTUM, epsilon=EPSILON, dtype=dtype, **options)
   empty = jnp.zeros((2, *shape[1:]), dtype)
@@ -159,7 +167,7 @@ def _linen_layer(module: Any, shape: tuple[int, ...], dtype: Any, **options: Any
     y, updates = layer.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
     return y, updates["batch_stats"]
 
-  return _jax_layer(apply, variables["params"], variables["batch_stats"])
+  return _jax_layer(apply, variables["params"], variables["batch_stats"], layer.axis_name)
 
 
 def _nnx_layer(module: Any, shape: tuple[int, ...], dtype: Any) -> Layer:
@@ -178,31 +186,39 @@ def _nnx_layer(module: Any, shape: tuple[int, ...], dtype: Any) -> Layer:
   return _jax_layer(apply, parameters, state)
 
 
-def _haiku(shape: tuple[int, ...], dtype: Any) -> Layer:
+def _haiku(shape: tuple[int, ...], dtype: Any, axis_name: str | None = None) -> Layer:
   """In half precision by the policy of Haiku's ImageNet example: all but the result in float32."""
   import haiku as hk
   import jmp
 
   policy = jmp.Policy(jnp.float32, jnp.float32, dtype)
 
-  def normalize(x: Any, train: bool) -> Any:
-    with hk.mixed_precision.push_policy(hk.BatchNorm, policy):
-      return hk.BatchNorm(True, True, MOMENTUM, eps=EPSILON)(x, train)
+  def transformed(axis_name: str | None) -> Any:
+    def normalize(x: Any, train: bool) -> Any:
+      with hk.mixed_precision.push_policy(hk.BatchNorm, policy):
+        layer = hk.BatchNorm(True, True, MOMENTUM, eps=EPSILON, cross_replica_axis=axis_name)
+        return layer(x, train)
 
-  transformed = hk.transform_with_state(normalize)
-  parameters, state = transformed.init(None, jnp.zeros((2, *shape[1:]), dtype), True)
+    return hk.transform_with_state(normalize)
+
+  parameters, state = transformed(None).init(None, jnp.zeros((2, *shape[1:]), dtype), True)
+  layer = transformed(axis_name)
 
   def apply(parameters: Any, state: Any, x: Any, train: bool) -> tuple[Any, Any]:
-    return transformed.apply(parameters, state, None, x, train)
+    return layer.apply(parameters, state, None, x, train)
 
-  return _jax_layer(apply, parameters, state)
+  return _jax_layer(apply, parameters, state, axis_name)
 
 
-def _equinox(shape: tuple[int, ...], dtype: Any) -> Layer:
+def _equinox(shape: tuple[int, ...], dtype: Any, axis_name: str | None = None) -> Layer:
   import equinox as eqx
 
   layer, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(
-    shape[-1], "batch", eps=EPSILON, momentum=MOMENTUM, mode="batch"
+    shape[-1],
+    "batch" if axis_name is None else ("batch", axis_name),
+    eps=EPSILON,
+    momentum=MOMENTUM,
+    mode="batch",
   )
   parameters, static = eqx.partition(layer, eqx.is_inexact_array)
 
@@ -216,6 +232,7 @@ def _equinox(shape: tuple[int, ...], dtype: Any) -> Layer:
     apply,
     parameters,
     state,
+    axis_name,
     put=lambda x: np.ascontiguousarray(np.moveaxis(x, -1, 1)),
     get=lambda y: np.moveaxis(y, 1, -1),
   )
@@ -240,15 +257,45 @@ def _keras(shape: tuple[int, ...], dtype: Any) -> Layer:
   return _jax_layer(apply, parameters, [v.value for v in layer.non_trainable_variables])
 
 
+def _torch_shared(shape: tuple[int, ...], dtype: Any) -> Layer:
+  """What SyncBatchNorm does where it runs: a GPU's kernels, which refuse a CPU, by their formulas.
+
+  Each device's mean and 1 / sqrt(var + epsilon) are gathered, and merged one after the other
+  (batch_norm_gather_stats_with_counts, in ATen's Normalization.cuh).
+  """
+
+  def apply(parameters: Any, state: Any, x: Any, train: bool) -> tuple[Any, Any]:
+    scale, bias = parameters
+    mean = jnp.mean(x, 0)
+    r = jax.lax.rsqrt(jnp.mean(jnp.square(x - mean), 0) + EPSILON)
+    means, rs = jax.lax.all_gather((mean, r), AXIS)
+    n, mean, squares = 0, jnp.zeros_like(mean), jnp.zeros_like(mean)
+    for one, r in zip(means, rs, strict=True):
+      distance = mean - one
+      squares += (1 / jnp.square(r) - EPSILON) * len(x)
+      squares += jnp.square(distance) * len(x) * n / (n + len(x))
+      mean = (n * mean + len(x) * one) / (n + len(x))
+      n += len(x)
+    return (x - mean) * jax.lax.rsqrt(squares / n + EPSILON) * scale + bias, state
+
+  return _jax_layer(apply, (jnp.ones(shape[-1]), jnp.zeros(shape[-1])), jnp.zeros(()), AXIS)
+
+
 def _jax_layer(
   apply: Apply,
   parameters: Any,
   state: Any,
+  axis_name: str | None = None,
   *,
   put: Callable[[Array], Array] = lambda x: x,
   get: Callable[[Array], Array] = lambda y: y,
 ) -> Layer:
-  """What the libraries in JAX have in common; put and get change the layout where it differs."""
+  """What the libraries in JAX have in common; put and get change the layout where it differs.
+
+  With an axis_name, the batch is cut over so many DEVICES, as vmap has them.
+  """
+  if axis_name is not None:
+    apply = _over_devices(apply, axis_name)
 
   def forward(train: bool) -> Callable[..., Any]:
     return jax.jit(lambda parameters, state, x: apply(parameters, state, x, train))
@@ -271,6 +318,17 @@ def _jax_layer(
     get=lambda y: get(np.asarray(y)),
     wait=jax.block_until_ready,
   )
+
+
+def _over_devices(apply: Apply, axis_name: str) -> Apply:
+  def over_devices(parameters: Any, state: Any, x: Any, train: bool) -> tuple[Any, Any]:
+    parts = x.reshape(DEVICES, -1, *x.shape[1:])
+    y, state = jax.vmap(
+      lambda x: apply(parameters, state, x, train), axis_name=axis_name, out_axes=(0, None)
+    )(parts)
+    return y.reshape(x.shape), state
+
+  return over_devices
 
 
 def _torch(shape: tuple[int, ...], dtype: Any) -> Layer:
@@ -370,5 +428,21 @@ FRAMEWORKS = {
     "torch",
     "torch",
     "PyTorch is the more exact where memory is channels-first, and is measured there as well.",
+  ),
+}
+
+
+def _shared(build: Callable[..., Layer]) -> Callable[[tuple[int, ...], Any], Layer]:
+  return lambda shape, dtype: build(shape, dtype, AXIS)
+
+
+# With statistics that devices share: the same layers, by the option that each has for it.
+SHARED = {
+  "jaxbn": Framework(_shared(_jaxbn), "jaxbn", "jaxbn"),
+  "flax.linen": Framework(_flax_shared, "flax", "flax"),
+  "haiku": Framework(_shared(_haiku), "haiku", "dm-haiku"),
+  "equinox": Framework(_shared(_equinox), "equinox", "equinox"),
+  "torch SyncBatchNorm": Framework(
+    _torch_shared, "jax", "jax", "PyTorch's SyncBatchNorm refuses CPUs, and is here by its formula."
   ),
 }

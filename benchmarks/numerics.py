@@ -4,10 +4,12 @@
                                                 batch; writes benchmarks/results/numerics.json
   python -m benchmarks.numerics --largest 20    batches up to 2^20 only; written nowhere
 
-Two sweeps, each of one forward and backward pass in training per point. In the first the mean goes
-from 1 to 10^6 standard deviations, in float32, bfloat16 and float16; in the second the batch goes
-from 2 to 2^26 elements per channel, in float32. Every channel's standard deviation is 1 before the
-input is rounded to its dtype, scale is 1 and bias 0, so that the output is in standard deviations.
+Three sweeps, each of one forward and backward pass in training per point, the first of training. In
+the first the mean goes from 1 to 10^6 standard deviations, in float32, bfloat16 and float16; in the
+second the batch goes from 2 to 2^26 elements per channel, in float32; the third is the first in
+float32 over four devices that share their statistics. Every channel's standard deviation is 1
+before the input is rounded to its dtype, scale is 1 and bias 0, so that the output is in standard
+deviations.
 
 The reference is computed in float64 from the rounded input that the libraries get, with the same
 epsilon; rounding the input is nobody's error. A channel that rounding has made constant has
@@ -37,7 +39,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from benchmarks import results as stored
-from benchmarks.frameworks import EPSILON, FRAMEWORKS, Layer, missing
+from benchmarks.frameworks import DEVICES, EPSILON, FRAMEWORKS, SHARED, Layer, missing
 
 COMMAND = "python -m benchmarks.numerics"
 COMPARED = (
@@ -50,6 +52,7 @@ COMPARED = (
   "keras",
   "torch",
   "torch channels-first",
+  "torch SyncBatchNorm",
 )
 RESULT_FLOOR = "rounding of the result"
 MEAN_FLOOR = "mean in float32"
@@ -83,13 +86,14 @@ class Panel(NamedTuple):
   """One curve per library: which quantity, over what, at what."""
 
   quantity: str
-  sweep: str  # "mean" or "size"
+  sweep: str  # "mean", "size" or "devices"
   dtype: str
   ratio: float | None = None  # in the sweep over sizes
 
   def __str__(self) -> str:
-    over = "mean" if self.sweep == "mean" else f"batch size at mean {self.ratio:g}"
-    return f"{self.quantity}, {self.dtype}, over the {over}"
+    over = "mean" if self.ratio is None else f"batch size at mean {self.ratio:g}"
+    devices = f" on {DEVICES} devices" if self.sweep == "devices" else ""
+    return f"{self.quantity}, {self.dtype}, over the {over}{devices}"
 
 
 def main() -> None:
@@ -118,13 +122,16 @@ def run(ratios: tuple[float, ...], sizes: list[int]) -> list[Row]:
   columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
   with Progress(*columns) as progress:
     names = []
-    for name in COMPARED:
+    for name in FRAMEWORKS:
+      if name not in COMPARED:
+        continue
       if sentence := missing(name):
         progress.console.print(sentence)
       else:
         names.append(name)
     for task, total, found in (
       ("over the mean", len(DTYPES) * len(ratios), over_means(names, ratios)),
+      ("over the mean, on devices", len(ratios), over_devices(names, ratios)),
       ("over the batch size", len(sizes) * len(SIZE_RATIOS), over_sizes(names, sizes)),
     ):
       bar = progress.add_task(task, total=total)
@@ -145,6 +152,17 @@ def over_means(names: list[str], ratios: tuple[float, ...]) -> Iterator[list[Row
       if np.isfinite(x.astype(np.float64)).all():
         rows = rows_of(layers, x, cotangent)
       yield [{"sweep": "mean", "dtype": dtype, "ratio": ratio, **row} for row in rows]
+
+
+def over_devices(names: list[str], ratios: tuple[float, ...]) -> Iterator[list[Row]]:
+  """Each ratio, in float32, of what is there; PyTorch's formula always is."""
+  shape = (ELEMENTS, CHANNELS)
+  dtype = jnp.dtype("float32")
+  found = {k: v for k, v in SHARED.items() if k in names or k not in FRAMEWORKS}
+  layers = {name: framework.build(shape, dtype) for name, framework in found.items()}
+  for ratio in ratios:
+    rows = rows_of(layers, *data(shape, "float32", ratio))
+    yield [{"sweep": "devices", "dtype": "float32", "ratio": ratio, **row} for row in rows]
 
 
 def over_sizes(names: list[str], sizes: list[int]) -> Iterator[list[Row]]:
@@ -262,8 +280,8 @@ def points(rows: list[Row], panel: Panel) -> dict[float, dict[str, Row]]:
   found: dict[float, dict[str, Row]] = {}
   for row in rows:
     of_panel = (row["quantity"], row["sweep"], row["dtype"]) == panel[:3]
-    if of_panel and (panel.sweep == "mean" or row["ratio"] == panel.ratio):
-      at = row["ratio"] if panel.sweep == "mean" else row["size"]
+    if of_panel and (panel.sweep != "size" or row["ratio"] == panel.ratio):
+      at = row["size"] if panel.sweep == "size" else row["ratio"]
       found.setdefault(at, {})[row["framework"]] = row
   return found
 
@@ -272,15 +290,17 @@ def section(results: dict[str, Any]) -> str:
   """The chapter of docs/benchmarks.md."""
   rows = results["rows"]
   names = [name for name in COMPARED if any(row["framework"] == name for row in rows)]
-  absent = [name for name in COMPARED if name not in names]
+  absent = [name for name in COMPARED if name not in names and name in FRAMEWORKS]
   left_out = [name for name in absent if not name.startswith("jaxbn")]
   parts = [_INTRODUCTION, "![Errors by mean and batch size](benchmarks-numerics.png)"]
-  notes = " ".join(FRAMEWORKS[name].note for name in names if FRAMEWORKS[name].note)
+  every = FRAMEWORKS | {k: v for k, v in SHARED.items() if k not in FRAMEWORKS}
+  notes = " ".join(every[name].note for name in names if every[name].note)
   if notes:
     parts.append(notes)
   if left_out:
     parts.append(f"Not installed where this was measured: {', '.join(left_out)}.")
-  parts += [_TABLE, _table(rows, names), _STANDING, _standing_text(rows)]
+  parts += [_TABLE, _table(rows, "mean"), _SHARED_TABLE, _table(rows, "devices")]
+  parts += [_STANDING, _standing_text(rows)]
   return "\n\n".join(parts) + "\n"
 
 
@@ -312,17 +332,19 @@ _INTRODUCTION = f"""## Exactness
 Errors in training against float64, of the output (in standard deviations) and of the gradient of x
 (relative to the cotangent's root mean square over the standard deviation). In the first sweep the
 mean goes from 1 to 10^6 standard deviations in batches of {ELEMENTS}, in {CHANNELS} channels, in
-the second the batch grows. The reference is computed from the same rounded input. In half precision
-every library returns half precision and is given float32 parameters; a channel with a large mean is
-constant there after rounding, and its exact output is 0. float16 ends at 65504, and its curves
-where the input would overflow. All of this ran on the CPU. On accelerators a jaxbn layer that
-tracks statistics takes bfloat16 without a pivot, since it costs a TPU a pass over the data and
+the second the batch grows. The third is the first in float32, cut over {DEVICES} devices that share
+their statistics in their first step. The reference is computed from the same rounded input. In half
+precision every library returns half precision and is given float32 parameters; a channel with a
+large mean is constant there after rounding, and its exact output is 0. float16 ends at 65504, and
+its curves where the input would overflow. All of this ran on the CPU. On accelerators a jaxbn layer
+that tracks statistics takes bfloat16 without a pivot, since it costs a TPU a pass over the data and
 bfloat16 has lost the data before it is needed (see docs/design.md): its curve there leaves the best
 at a mean of some 300 deviations. "jaxbn without state" is the function without running statistics.
 
 "{RESULT_FLOOR}" is half the spacing of the result's dtype at the exact result, and
 "{MEAN_FLOOR}" what rounding the mean to float32 may cost a computation that is otherwise exact."""
 _TABLE = "The largest error of the output over the mean:"
+_SHARED_TABLE = f"And with statistics of {DEVICES} devices together, in the first step:"
 _STANDING = f"""jaxbn against the best other library at every point, for the largest error and
 for the root mean square. Level means an error below {FACTOR:g} times the best, or below what the
 formula costs with exact statistics: {ROUNDINGS:g} times the rounding of the result (it rounds so
@@ -338,6 +360,7 @@ _STYLES: dict[str, dict[str, Any]] = {
   "keras": {"color": "tab:purple", "linestyle": ":", "linewidth": 2.5},
   "torch": {"color": "tab:blue"},
   "torch channels-first": {"color": "tab:blue", "linestyle": "--"},
+  "torch SyncBatchNorm": {"color": "tab:blue", "linestyle": "-."},
   RESULT_FLOOR: {"color": "grey", "linewidth": 1},
   MEAN_FLOOR: {"color": "grey", "linewidth": 1, "linestyle": "--"},
 }
@@ -384,13 +407,14 @@ def _finite(error: float | None) -> float:
 
 
 def _point(panel: Panel, at: float) -> str:
-  return f"mean {at:.3g}" if panel.sweep == "mean" else f"{at:.0f} elements"
+  return f"{at:.0f} elements" if panel.sweep == "size" else f"mean {at:.3g}"
 
 
-def _table(rows: list[Row], names: list[str]) -> str:
-  lines = [["dtype", "mean", *names, RESULT_FLOOR]]
+def _table(rows: list[Row], sweep: str) -> str:
+  there = {row["framework"] for row in rows if row["sweep"] == sweep}
+  lines = [["dtype", "mean", *(name for name in COMPARED if name in there), RESULT_FLOOR]]
   for panel in panels_of(rows):
-    if (panel.quantity, panel.sweep) == ("output", "mean"):
+    if (panel.quantity, panel.sweep) == ("output", sweep):
       for at, cell in points(rows, panel).items():
         if math.log10(at) % 1 < 1e-9:  # whole powers of ten
           values = [_number(cell[name]["largest"]) for name in lines[0][2:]]
@@ -427,10 +451,10 @@ def _draw_panel(axis: Any, panel: Panel, found: dict[float, dict[str, Row]]) -> 
     if xs:
       axis.plot(xs, np.clip(ys, low, high), label=name, **style)
   axis.set_ylim(low, high)
-  axis.set_xscale("log", base=10 if panel.sweep == "mean" else 2)
+  axis.set_xscale("log", base=2 if panel.sweep == "size" else 10)
   axis.set_yscale("log")
   axis.set_title(str(panel))
-  axis.set_xlabel("mean, in standard deviations" if panel.sweep == "mean" else "elements")
+  axis.set_xlabel("elements" if panel.sweep == "size" else "mean, in standard deviations")
   axis.set_ylabel("largest error" + (", relative" if panel.quantity == "gradient" else ""))
   axis.grid(alpha=0.25)
 

@@ -27,15 +27,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-
-if TYPE_CHECKING:
-  import chex
 
 _SLOTS = 3
 
@@ -60,37 +57,41 @@ def halves(terms: jax.Array) -> jax.Array:
 def products(
   a: jax.Array, b: jax.Array, times: Callable[[jax.Array, jax.Array], jax.Array] = jnp.multiply
 ) -> jax.Array:
-  """The product of two sums, in terms of which none is rounded."""
+  """The product of two sums, in terms of which none is rounded; those of a are halves."""
   b = halves(b)
-  return jnp.concatenate([times(half, b) for half in halves(a)])
+  return jnp.concatenate([times(half, b) for half in a])
+
+
+def whole_number(n: int, dtype: np.dtype) -> np.ndarray:
+  """A known number as its halves."""
+  lower = n & (2 ** (significand(dtype) // 2) - 1)
+  return np.array([half for half in (n - lower, lower) if half], dtype)
 
 
 @functools.partial(jax.jit, static_argnames="bits")
-def pieces(terms: jax.Array, about: jax.Array, *, bits: int, more: chex.Numeric = 0) -> jax.Array:
+def pieces(terms: jax.Array, about: jax.Array, more: jax.Array, *, bits: int) -> jax.Array:
   """The sum of terms in pieces that add up without rounding.
 
   Args:
     terms: finite or not.
     about: their sum, rounded. Where it is not finite, it is sent alone.
+    more: added to the rest.
     bits: how many digits a piece has.
-    more: added, to the rest.
   """
-  finite = jnp.isfinite(about)
-  terms = jnp.where(finite, terms, 0)
-  info = jnp.finfo(terms.dtype)
-  exponent = _exponent(jnp.where(finite, about, 0))
-  position = jnp.clip(-(-exponent // bits), info.minexp // bits + 3, info.maxexp // bits)
+  # Positions are counted from the smallest exponent: 2^(bits position) is above the number. Where
+  # there are no three positions below it, all of it is rest.
+  position = jnp.maximum(lax.div(_exponent(about) + (bits - 1), jnp.int32(bits)), 3)
   unit, lower_unit = (_power_of_two(bits * (position - i), terms.dtype) for i in (1, 2))
   first, terms = _rounded(terms, unit)
   second, terms = _rounded(terms, lower_unit)
   carry = jnp.round(second / unit) * unit  # of several remainders, each up to half a unit
-  first, second = first + carry, second - carry
-  rest = jnp.where(finite, jnp.sum(terms, 0), about) + more
+  first, second, rest = first + carry, second - carry, jnp.sum(terms, 0)
+  finite, slot = jnp.isfinite(about), lax.rem(position, jnp.int32(_SLOTS))
   slots = [
-    jnp.where(position % _SLOTS == i, first, jnp.where((position - 1) % _SLOTS == i, second, 0))
-    for i in range(_SLOTS)
+    jnp.where(finite & (slot == i), first, jnp.where(finite & (slot == after), second, 0))
+    for i, after in ((0, 1), (1, 2), (2, 0))
   ]
-  return jnp.stack([*slots, rest])
+  return jnp.stack([*slots, jnp.where(finite, rest, about) + more])
 
 
 @jax.jit
@@ -110,16 +111,16 @@ def _rounded(terms: jax.Array, unit: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _exponent(x: jax.Array) -> jax.Array:
-  """e, where 2^(e - 1) <= |x| < 2^e; the least where x is smaller than the normal numbers."""
-  info, integer = jnp.finfo(x.dtype), _integer(x.dtype)
-  field = lax.bitcast_convert_type(x, integer) >> info.nmant & (2**info.nexp - 1)
-  return field - (info.maxexp - 2)
+  """e, where 2^(e - 1) <= |x| < 2^e, counted from the smallest that there is."""
+  info = jnp.finfo(x.dtype)
+  bits = lax.bitcast_convert_type(jnp.abs(x), _integer(x.dtype))
+  return (bits >> info.nmant).astype(jnp.int32) + 1
 
 
 def _power_of_two(exponent: jax.Array, dtype: np.dtype) -> jax.Array:
-  info = jnp.finfo(dtype)
-  field = jnp.clip(exponent, info.minexp, info.maxexp - 1) + (info.maxexp - 1)
-  return lax.bitcast_convert_type(field << info.nmant, dtype)
+  """2^exponent, counted alike, and normal."""
+  bits = jnp.maximum(exponent, 1).astype(_integer(dtype)) << jnp.finfo(dtype).nmant
+  return lax.bitcast_convert_type(bits, dtype)
 
 
 def _integer(dtype: np.dtype) -> Any:

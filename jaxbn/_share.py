@@ -141,7 +141,10 @@ def sync(
   [[3.0], [3.0]]
   """
   require_moments(moments)
-  return Moments(*share_moments(Sharing.among(axis_name, axis_index_groups), *moments))
+  count, mean, var = moments
+  sharing = Sharing.among(axis_name, axis_index_groups)
+  count, mean, var = share_moments(sharing, count, mean[None], var[None])
+  return Moments(count, mean[0], var[0])
 
 
 def share(how: How, moments: Moments) -> Moments:
@@ -152,7 +155,10 @@ def share(how: How, moments: Moments) -> Moments:
 
 
 class Sharing(NamedTuple):
-  """With whom moments are shared, and which: of mean * mean a variance, or a covariance."""
+  """With whom moments are shared, and of what the products of means are part.
+
+  A mean has one row, in front, as many as a variance; a covariance has one for each channel.
+  """
 
   axis_name: Any
   groups: tuple[tuple[int, ...], ...] | None
@@ -168,6 +174,18 @@ class Sharing(NamedTuple):
       return cls(axis_name, None, (size,), *how)
     groups = _checks.partition(axis_index_groups, size, axis_name)
     return cls(axis_name, groups, tuple({len(group) for group in groups}), *how)
+
+  def cross(self, a: jax.Array, terms: jax.Array) -> jax.Array:
+    """a b + b a, of a sum b, in terms."""
+    if self.times is jnp.multiply:
+      return 2 * a * terms
+    return jnp.concatenate([self.times(a, terms), self.times(terms, a)])
+
+  def square(self, halves: jax.Array) -> jax.Array:
+    """b b, of a sum b of two halves, in terms."""
+    upper, lower = halves
+    ends = jnp.stack([self.times(upper, upper), self.times(lower, lower)])
+    return jnp.concatenate([ends, self.cross(upper, lower[None])])
 
   def sum(self, values: list[jax.Array]) -> list[jax.Array]:
     return sum_over_devices(values, self.axis_name, self.groups)
@@ -196,48 +214,58 @@ def _combine(
   sharing: Sharing, count: jax.Array | None, mean: jax.Array, var: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """The count, in exact terms, the mean and the variance; a count of None is 1 on every device."""
-  *firsts, second, counts = _sums(sharing, count, mean, var)
-  n = divisor(jnp.sum(counts, 0), var.dtype)
-  means, distances, around_p = [], [], [second]
-  for first in firsts:
-    p = _digits.upper_half(jnp.sum(first, 0) / n)
-    from_p = _digits.total(jnp.concatenate([first, -_digits.products(counts, p[None])])) / n
-    means.append(p + from_p)
-    distances.append(from_p)
-    halves = _digits.halves(first)
-    around_p += [-sharing.times(p, halves), -sharing.times(halves, p)]
-    around_p.append(_digits.products(counts, sharing.times(p, p)[None]))
-  mean = _complex(means)
-  mean_square = _digits.total(jnp.concatenate(around_p)) / n
-  var = sharing.central(mean_square, _complex(distances))
+  dtype, parts = var.dtype, len(_real_parts(mean))
+  sums, *counts_sent = sharing.sum(_to_send(sharing, count, mean, var))
+  if count is None:
+    known = _digits.whole_number(max(sharing.sizes), dtype)
+    counts = halves_of_n = jnp.asarray(known.reshape(-1, *(1,) * mean.ndim))
+  else:
+    (counts,) = counts_sent
+    halves_of_n = _digits.halves(counts)
+  n = divisor(jnp.sum(counts, 0), dtype)
+  first, second = sums[:, :parts], sums[:, parts:]
+  plain = jnp.sum(sums, 0) / n
+  p = _digits.upper_half(plain[:parts])
+  first = jnp.concatenate([first, -halves_of_n * p])
+  around = [second]
+  for i in range(parts):
+    one = slice(i, i + 1)
+    around.append(-sharing.cross(p[one], _digits.halves(sums[:, one])))
+    around.append(_digits.products(halves_of_n, sharing.times(p[one], p[one])[None]))
+  from_p = _digits.total(_beside(first, jnp.concatenate(around))) / n
+  mean = _complex(p + from_p[:parts])
+  mean_square = from_p[parts:]
+  var = sharing.central(mean_square, _complex(from_p[:parts]))
   # Where squares overflow, the plain formula says that it is infinite.
-  plain = sharing.central(jnp.sum(second, 0) / n, mean)
-  return counts, mean, jnp.where(jnp.isfinite(mean_square), var, plain)
+  plain_var = sharing.central(plain[parts:], mean)
+  return counts, mean, jnp.where(jnp.isfinite(mean_square), var, plain_var)
 
 
-def _sums(
+def _to_send(
   sharing: Sharing, count: jax.Array | None, mean: jax.Array, var: jax.Array
 ) -> list[jax.Array]:
-  """Of all devices, in pieces: n mean (of each real part), n (mean^2 + var), n."""
-  dtype, most = var.dtype, max(sharing.sizes)
-  pieces = functools.partial(
-    _digits.pieces, bits=_digits.significand(dtype) - (most - 1).bit_length()
-  )
-  parts = _real_parts(mean)
-  squares = jnp.concatenate([_digits.products(m[None], m[None], sharing.times) for m in parts])
-  square = 0.5 * _squared(sharing, mean, mean)
+  """In pieces: n mean (its real parts) above n (mean^2 + var), and n where it is not known."""
+  dtype, parts = var.dtype, _real_parts(mean)
+  bits = _digits.significand(dtype) - (max(sharing.sizes) - 1).bit_length()
+  squares = [sharing.square(_digits.halves(m[None])) for m in parts]
+  terms = _beside(jnp.concatenate(parts)[None], jnp.concatenate(squares))
+  about = jnp.concatenate([*parts, 0.5 * _squared(sharing, mean, mean)])
+  more = jnp.concatenate([*map(jnp.zeros_like, parts), var])
   if count is None:
-    sums = sharing.sum([*(pieces(m[None], m) for m in parts), pieces(squares, square, more=var)])
-    return [*sums, jnp.full((1,) * (mean.ndim + 1), most, dtype)]
+    return [_digits.pieces(terms, about, more, bits=bits)]
   n = count.astype(dtype)
   weight = _high_and_low(count, dtype) if is_integer(count) else n[None]
-  return sharing.sum(
-    [
-      *(pieces(_digits.products(weight, m[None]), n * m) for m in parts),
-      pieces(_digits.products(weight, squares), n * square, more=n * var),
-      weight if is_integer(count) else pieces(weight, n),
-    ]
-  )
+  terms = _digits.products(_digits.halves(weight), terms)
+  return [
+    _digits.pieces(terms, n * about, n * more, bits=bits),
+    weight if is_integer(count) else _digits.pieces(weight, n, jnp.zeros_like(n), bits=bits),
+  ]
+
+
+def _beside(few: jax.Array, many: jax.Array) -> jax.Array:
+  """Terms of some sums beside more terms of others."""
+  there_are_no_more = [(0, len(many) - len(few))] + [(0, 0)] * (few.ndim - 1)
+  return jnp.concatenate([jnp.pad(few, there_are_no_more), many], 1)
 
 
 @functools.partial(_combine.defjvp, symbolic_zeros=True)
@@ -278,8 +306,8 @@ def _real_parts(x: jax.Array) -> list[jax.Array]:
   return [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
 
 
-def _complex(parts: list[jax.Array]) -> jax.Array:
-  return lax.complex(*parts) if len(parts) == 2 else parts[0]
+def _complex(parts: jax.Array) -> jax.Array:
+  return lax.complex(parts[:1], parts[1:]) if len(parts) == 2 else parts
 
 
 def _high_and_low(count: jax.Array, dtype: Any) -> jax.Array:

@@ -171,19 +171,18 @@ def _sums_around(
 def share(moments: CovarianceMoments, axis_name: Any, groups: Any) -> CovarianceMoments:
   """The moments of all devices, as by `jaxbn.sync`, for vectors."""
   count, mean, cov = moments
-  columns = mean.reshape(*cov.shape[:2], 1)
-  count, columns, cov = share_moments(
-    Sharing.among(axis_name, groups, _outer_of_columns, _covariance_of_columns), count, columns, cov
-  )
-  return CovarianceMoments(count, columns.reshape(mean.shape), cov)
+  sharing = Sharing.among(axis_name, groups, _outer_of_rows, _covariance_of_rows)
+  row = mean.reshape(1, *cov.shape[:2])
+  count, row, rows = share_moments(sharing, count, row, jnp.swapaxes(cov, 0, 1))
+  return CovarianceMoments(count, row.reshape(mean.shape), jnp.swapaxes(rows, 0, 1))
 
 
-def _outer_of_columns(a: jax.Array, b: jax.Array) -> jax.Array:
-  return a * jnp.swapaxes(b, -1, -2)
+def _outer_of_rows(a: jax.Array, b: jax.Array) -> jax.Array:
+  return jnp.swapaxes(a, -3, -1) * b
 
 
-def _covariance_of_columns(products: jax.Array, mean: jax.Array) -> jax.Array:
-  return _covariance(products, mean[..., 0])
+def _covariance_of_rows(products: jax.Array, mean: jax.Array) -> jax.Array:
+  return jnp.swapaxes(_covariance(jnp.swapaxes(products, 0, 1), mean[0]), 0, 1)
 
 
 def _covariance(products: jax.Array, mean: jax.Array) -> jax.Array:

@@ -62,6 +62,14 @@ def test_rows_tell_a_fast_variance_from_an_exact_one():
   assert 2**-16 < largest[numerics.MEAN_FLOOR, "output"] < 2**-13
 
 
+def test_devices_share():
+  (found,) = numerics.over_devices(["jaxbn", "flax.linen"], (1000.0,))
+  largest = {(row["framework"], row["quantity"]): row["largest"] for row in found}
+  for quantity in numerics.QUANTITIES:
+    assert largest["jaxbn", quantity] < 2e-4 < 0.01 < largest["flax.linen", quantity]
+    assert largest["torch SyncBatchNorm", quantity] < 1e-3
+
+
 def test_float16_stops_where_it_overflows(monkeypatch):
   monkeypatch.setattr(numerics, "DTYPES", ("float16",))
   found = list(numerics.over_means(["jaxbn"], (1.0, 1e6)))
