@@ -113,7 +113,7 @@ define install
 	  [ "$$($(1)/bin/python -V 2>/dev/null)" = "$$version" ] || clear=--clear; \
 	  echo "Installing into $(1), with $$version (once, a minute or more) ..."; \
 	  "$$python" -m venv $$clear $(1) || { echo "make: $$python cannot create $(1)." >&2; exit 1; }; \
-	  $(1)/bin/pip install --quiet --disable-pip-version-check -c $(4) -e '.[$(2)]' \
+	  $(1)/bin/pip install --quiet --disable-pip-version-check --no-compile -c $(4) -e '.[$(2)]' \
 	    2>$(1)/install.log || { echo "make: pip could not install the packages, most likely for want of a network: $(1)/install.log says why." >&2; exit 1; }; \
 	  touch $(1)/.installed
 endef

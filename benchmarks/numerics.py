@@ -61,6 +61,7 @@ RATIOS = tuple(10 ** (k / 2) for k in range(13))  # of the mean to the standard 
 ELEMENTS, CHANNELS = 4096, 64
 EXPONENTS = (1, 2, 3, *range(4, 27, 2))  # of 2: elements per channel
 SIZE_RATIOS = (10.0, 1000.0)
+SWEEPS = ("mean", "devices", "size")
 QUANTITIES = ("output", "gradient")
 ERRORS = ("largest", "rms")
 # jaxbn is level with the best if its error is below twice the best's (one bit), or below what the
@@ -270,7 +271,7 @@ def panels_of(rows: list[Row]) -> list[Panel]:
 
   def order(panel: Panel) -> tuple[Any, ...]:
     quantity, sweep, dtype, ratio = panel
-    return sweep, QUANTITIES.index(quantity), DTYPES.index(dtype), ratio or 0
+    return SWEEPS.index(sweep), QUANTITIES.index(quantity), DTYPES.index(dtype), ratio or 0
 
   return sorted(keys, key=order)
 
@@ -318,8 +319,10 @@ def draw(results: dict[str, Any], folder: pathlib.Path) -> list[pathlib.Path]:
   )
   for axis, panel in zip(axes.flat, panels, strict=False):
     _draw_panel(axis, panel, points(rows, panel))
-  handles, labels = axes[0, 0].get_legend_handles_labels()
-  figure.legend(handles, labels, loc="outside lower center", ncols=len(labels) // 2 + 1)
+  for axis in axes.flat[len(panels) :]:
+    axis.set_axis_off()
+  lines = {line.get_label(): line for axis in axes.flat for line in axis.get_lines()}
+  figure.legend(lines.values(), lines, loc="outside lower center", ncols=len(lines) // 2 + 1)
   figure.suptitle("On the lower edge: no error, or too small to show. On the upper: not finite.")
   path = folder / "benchmarks-numerics.png"
   figure.savefig(path, dpi=100)

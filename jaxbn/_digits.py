@@ -26,7 +26,6 @@ The terms of a sum lie along the first axis.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -54,16 +53,14 @@ def halves(terms: jax.Array) -> jax.Array:
   return jnp.concatenate([upper, terms - upper])
 
 
-def products(
-  a: jax.Array, b: jax.Array, times: Callable[[jax.Array, jax.Array], jax.Array] = jnp.multiply
-) -> jax.Array:
-  """The product of two sums, in terms of which none is rounded; those of a are halves."""
+def products(a: jax.Array, b: jax.Array) -> jax.Array:
+  """The product of two sums, in terms of which none is rounded; those of a are halves already."""
   b = halves(b)
-  return jnp.concatenate([times(half, b) for half in a])
+  return jnp.concatenate([half * b for half in a])
 
 
-def whole_number(n: int, dtype: np.dtype) -> np.ndarray:
-  """A known number as its halves."""
+def halves_of_known(n: int, dtype: np.dtype) -> np.ndarray:
+  """A number that is known when tracing, in halves, without zeros."""
   lower = n & (2 ** (significand(dtype) // 2) - 1)
   return np.array([half for half in (n - lower, lower) if half], dtype)
 

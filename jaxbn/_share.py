@@ -155,9 +155,10 @@ def share(how: How, moments: Moments) -> Moments:
 
 
 class Sharing(NamedTuple):
-  """With whom moments are shared, and of what the products of means are part.
+  """With whom moments are shared, and what products of means are part of.
 
-  A mean has one row, in front, as many as a variance; a covariance has one for each channel.
+  Means and variances have one row, along a first axis of their own; covariances within groups of
+  channels have one for each channel of a group.
   """
 
   axis_name: Any
@@ -213,38 +214,39 @@ def share_moments(
 def _combine(
   sharing: Sharing, count: jax.Array | None, mean: jax.Array, var: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """The count, in exact terms, the mean and the variance; a count of None is 1 on every device."""
+  """The count, in terms of which none is rounded, the mean and the variance of all devices.
+
+  A count of None is the same everywhere: each device counts as 1.
+  """
   dtype, parts = var.dtype, len(_real_parts(mean))
   sums, *counts_sent = sharing.sum(_to_send(sharing, count, mean, var))
   if count is None:
-    known = _digits.whole_number(max(sharing.sizes), dtype)
+    known = _digits.halves_of_known(max(sharing.sizes), dtype)
     counts = halves_of_n = jnp.asarray(known.reshape(-1, *(1,) * mean.ndim))
   else:
     (counts,) = counts_sent
     halves_of_n = _digits.halves(counts)
   n = divisor(jnp.sum(counts, 0), dtype)
-  first, second = sums[:, :parts], sums[:, parts:]
-  plain = jnp.sum(sums, 0) / n
-  p = _digits.upper_half(plain[:parts])
-  first = jnp.concatenate([first, -halves_of_n * p])
-  around = [second]
+  around_0 = jnp.sum(sums, 0) / n
+  p = _digits.upper_half(around_0[:parts])
+  first = jnp.concatenate([sums[:, :parts], -halves_of_n * p])
+  second = [sums[:, parts:]]
   for i in range(parts):
-    one = slice(i, i + 1)
-    around.append(-sharing.cross(p[one], _digits.halves(sums[:, one])))
-    around.append(_digits.products(halves_of_n, sharing.times(p[one], p[one])[None]))
-  from_p = _digits.total(_beside(first, jnp.concatenate(around))) / n
-  mean = _complex(p + from_p[:parts])
-  mean_square = from_p[parts:]
-  var = sharing.central(mean_square, _complex(from_p[:parts]))
-  # Where squares overflow, the plain formula says that it is infinite.
-  plain_var = sharing.central(plain[parts:], mean)
-  return counts, mean, jnp.where(jnp.isfinite(mean_square), var, plain_var)
+    part = slice(i, i + 1)
+    second.append(-sharing.cross(p[part], _digits.halves(sums[:, part])))
+    second.append(_digits.products(halves_of_n, sharing.times(p[part], p[part])[None]))
+  around_p = _digits.total(_beside(first, jnp.concatenate(second))) / n
+  mean = _complex(p + around_p[:parts])
+  var = sharing.central(around_p[parts:], _complex(around_p[:parts]))
+  # Where squares overflow, those around 0 say that the variance is infinite.
+  overflown = sharing.central(around_0[parts:], mean)
+  return counts, mean, jnp.where(jnp.isfinite(around_p[parts:]), var, overflown)
 
 
 def _to_send(
   sharing: Sharing, count: jax.Array | None, mean: jax.Array, var: jax.Array
 ) -> list[jax.Array]:
-  """In pieces: n mean (its real parts) above n (mean^2 + var), and n where it is not known."""
+  """In pieces: n mean, in its real parts, and below it n (mean^2 + var); and n if not known."""
   dtype, parts = var.dtype, _real_parts(mean)
   bits = _digits.significand(dtype) - (max(sharing.sizes) - 1).bit_length()
   squares = [sharing.square(_digits.halves(m[None])) for m in parts]
