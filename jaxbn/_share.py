@@ -202,9 +202,9 @@ def share_moments(
     _, mean, var = _combine(sharing, None, mean, var)
     count = _multiply_known(count, *sharing.sizes)
     return count, where(occupied(count), mean, 0), var
-  # The mean of a device without elements is a placeholder: it lies at no distance.
-  mean = where(occupied(count), mean, 0)
   aligned = jnp.reshape(count, (1,) * (mean.ndim - np.ndim(count)) + np.shape(count))
+  # The mean of a device without elements is a placeholder: it lies at no distance.
+  mean = where(occupied(aligned), mean, 0)
   terms, mean, var = _combine(sharing, aligned, mean, var)
   count_of_all = _as_integer(terms) if is_integer(count) else jnp.sum(terms, 0)
   return count_of_all.reshape(np.shape(count)), mean, var

@@ -96,8 +96,12 @@ def test_each_is_a_loop_over_microbatches(mode, by_hand):
 
 
 def compiled(mode, **changes):
-  """The step on 4 devices with 64 examples each: with fewer, XLA wastes a tenth on gaps."""
-  job = helpers.Job(helpers.config(parallelism=mode, batch_size=256, **changes), 4)
+  """The step on 4 devices with 64 examples each: with fewer, XLA wastes a tenth on gaps.
+
+  In larger networks its order of operations keeps an activation more at times.
+  """
+  config = helpers.config(model="vgg", blocks=(2,), parallelism=mode, batch_size=256, **changes)
+  job = helpers.Job(config, 4)
   batch = helpers.batch(256)
   del batch["mask"]
   step = job.parallel.step(job.train_body)
@@ -118,8 +122,8 @@ def test_each_needs_the_memory_of_one_microbatch_and_merged_that_of_all(mode):
   for program in programs:
     text = program.as_text()
     assert not re.search("all-gather|all-to-all", text)  # examples stay where they are
-    if mode != "jit":  # three norms, forward and backward; gradients and losses; counts
-      assert len(re.findall(r" all-reduce(?:-start)?\(", text)) == 2 * 3 + 1 + 1
+    if mode != "jit":  # two norms, forward and backward; gradients and losses; counts
+      assert len(re.findall(r" all-reduce(?:-start)?\(", text)) == 2 * 2 + 1 + 1
 
 
 def test_a_microbatch_does_not_depend_on_the_number_of_devices():
