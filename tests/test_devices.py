@@ -265,7 +265,7 @@ FAR = {
 }
 
 
-@pytest.mark.parametrize(("case", "how"), zip(FAR, 2 * NAMED, strict=True))
+@pytest.mark.parametrize(("case", "how"), [*zip(FAR, 2 * NAMED, strict=True)])
 def test_a_large_mean_with_every_option_and_dtype(case, how):
   dtype, options = FAR[case]
   mean = 1e4 - 3e3j if case == "complex" else 1e2 if "16" in case else 1e4
