@@ -131,10 +131,10 @@ def _jaxbn_nnx(shape: tuple[int, ...], dtype: Any) -> Layer:
   return _nnx_layer(jaxbn.nnx.BatchNorm, shape, dtype)
 
 
-def _flax_linen(shape: tuple[int, ...], dtype: Any) -> Layer:
+def _flax_linen(shape: tuple[int, ...], dtype: Any, axis_name: str | None = None) -> Layer:
   import flax.linen
 
-  return _linen_layer(flax.linen.BatchNorm, shape, dtype)
+  return _linen_layer(flax.linen.BatchNorm, shape, dtype, axis_name=axis_name)
 
 
 def _flax_two_pass(shape: tuple[int, ...], dtype: Any) -> Layer:
@@ -147,12 +147,6 @@ def _flax_nnx(shape: tuple[int, ...], dtype: Any) -> Layer:
   from flax import nnx
 
   return _nnx_layer(nnx.BatchNorm, shape, dtype)
-
-
-def _flax_shared(shape: tuple[int, ...], dtype: Any) -> Layer:
-  import flax.linen
-
-  return _linen_layer(flax.linen.BatchNorm, shape, dtype, axis_name=AXIS)
 
 
 def _linen_layer(module: Any, shape: tuple[int, ...], dtype: Any, **options: Any) -> Layer:
@@ -439,7 +433,7 @@ def _shared(build: Callable[..., Layer]) -> Callable[[tuple[int, ...], Any], Lay
 # With statistics that devices share: the same layers, by the option that each has for it.
 SHARED = {
   "jaxbn": Framework(_shared(_jaxbn), "jaxbn", "jaxbn"),
-  "flax.linen": Framework(_flax_shared, "flax", "flax"),
+  "flax.linen": Framework(_shared(_flax_linen), "flax", "flax"),
   "haiku": Framework(_shared(_haiku), "haiku", "dm-haiku"),
   "equinox": Framework(_shared(_equinox), "equinox", "equinox"),
   "torch SyncBatchNorm": Framework(

@@ -294,7 +294,7 @@ def section(results: dict[str, Any]) -> str:
   absent = [name for name in COMPARED if name not in names and name in FRAMEWORKS]
   left_out = [name for name in absent if not name.startswith("jaxbn")]
   parts = [_INTRODUCTION, "![Errors by mean and batch size](benchmarks-numerics.png)"]
-  every = FRAMEWORKS | {k: v for k, v in SHARED.items() if k not in FRAMEWORKS}
+  every = SHARED | FRAMEWORKS
   notes = " ".join(every[name].note for name in names if every[name].note)
   if notes:
     parts.append(notes)

@@ -49,7 +49,7 @@ from jaxbn._rule import nonzero, promoting
 if TYPE_CHECKING:
   import chex
 
-_LOW_BITS = 12  # of a count, see _Counts
+_LOW_BITS = 12  # of a count, which travels as these and those above
 
 
 def merge(a: Moments, b: Moments) -> Moments:
@@ -85,20 +85,24 @@ def merge(a: Moments, b: Moments) -> Moments:
       f"the moments to merge have channels of shape {jnp.shape(a.mean)} and {jnp.shape(b.mean)}: "
       "only moments of the same channels can be merged."
     )
-  return _merge(a, b)
+  return Moments(*merge_moments(a, b, abs_square))
 
 
 @promoting
-def _merge(a: Moments, b: Moments) -> Moments:
-  real = jnp.promote_types(a.var.dtype, b.var.dtype)
-  n_a, n_b = jnp.asarray(a.count, real), jnp.asarray(b.count, real)
+def merge_moments(
+  a: Sequence[Any], b: Sequence[Any], square: Callable[[jax.Array], jax.Array]
+) -> tuple[chex.Numeric, jax.Array, jax.Array]:
+  """The count, the mean and the variance, or covariance, of two sets of elements together."""
+  (count_a, mean_a, var_a), (count_b, mean_b, var_b) = a, b
+  real = jnp.promote_types(var_a.dtype, var_b.dtype)
+  n_a, n_b = jnp.asarray(count_a, real), jnp.asarray(count_b, real)
   n = divisor(n_a + n_b, real)
   share_a, share_b = n_a / n, n_b / n
   # A side without elements has no mean: it is neither at a distance nor, if huge, 0 times infinity.
-  delta = jnp.where((n_a > 0) & (n_b > 0), b.mean - a.mean, 0)
-  mean = jnp.where(n_a > 0, a.mean, b.mean) + delta * share_b
-  var = a.var * share_a + b.var * share_b + abs_square(delta) * (share_a * share_b)
-  return Moments(add_counts(a.count, b.count), mean, var)
+  delta = jnp.where((n_a > 0) & (n_b > 0), mean_b - mean_a, 0)
+  mean = jnp.where(n_a > 0, mean_a, mean_b) + delta * share_b
+  var = var_a * share_a + var_b * share_b + square(delta) * (share_a * share_b)
+  return _add_counts(count_a, count_b), mean, var
 
 
 def sync(
@@ -251,7 +255,7 @@ def _to_send(
   bits = _digits.significand(dtype) - (max(sharing.sizes) - 1).bit_length()
   squares = [sharing.square(_digits.halves(m[None])) for m in parts]
   terms = _beside(jnp.concatenate(parts)[None], jnp.concatenate(squares))
-  about = jnp.concatenate([*parts, 0.5 * _squared(sharing, mean, mean)])
+  about = jnp.concatenate([*parts, 0.5 * _twice_product(sharing, mean, mean)])
   more = jnp.concatenate([*map(jnp.zeros_like, parts), var])
   if count is None:
     return [_digits.pieces(terms, about, more, bits=bits)]
@@ -280,7 +284,7 @@ def _combine_jvp(sharing: Sharing, primals: Any, tangents: Any) -> tuple[Any, An
   distance = mean - mean_of_all
   both = [jnp.zeros_like(mean), jnp.zeros_like(var)]
   if d_mean is not None:
-    both = [n * d_mean, n * _squared(sharing, distance, d_mean)]
+    both = [n * d_mean, n * _twice_product(sharing, distance, d_mean)]
   if d_var is not None:
     both[1] = both[1] + n * d_var
   if d_count is None:
@@ -288,7 +292,7 @@ def _combine_jvp(sharing: Sharing, primals: Any, tangents: Any) -> tuple[Any, An
     d_counts = jnp.zeros_like(counts)
   else:
     both[0] = both[0] + d_count * distance
-    square = 0.5 * _squared(sharing, distance, distance)
+    square = 0.5 * _twice_product(sharing, distance, distance)
     both[1] = both[1] + d_count * (var + square - var_of_all)
     first, second, d_n = sharing.sum([*both, d_count])
     d_counts = jnp.zeros_like(counts).at[-1].set(d_n)
@@ -296,7 +300,7 @@ def _combine_jvp(sharing: Sharing, primals: Any, tangents: Any) -> tuple[Any, An
   return values, (d_counts, first / n, second / n)
 
 
-def _squared(sharing: Sharing, a: jax.Array, b: jax.Array) -> jax.Array:
+def _twice_product(sharing: Sharing, a: jax.Array, b: jax.Array) -> jax.Array:
   """a b + b a, of the real parts."""
   pairs = zip(_real_parts(a), _real_parts(b), strict=True)
   return functools.reduce(
@@ -345,7 +349,7 @@ def worth(how: How, count: chex.Numeric, squares: jax.Array) -> jax.Array:
   return jnp.square(count) / divisor(squares, squares.dtype)
 
 
-def add_counts(a: chex.Numeric, b: chex.Numeric) -> chex.Numeric:
+def _add_counts(a: chex.Numeric, b: chex.Numeric) -> chex.Numeric:
   """a + b, which stops at the largest int32 rather than wrapping around."""
   if not (is_integer(a) and is_integer(b)):
     return jnp.asarray(a) + jnp.asarray(b)

@@ -20,7 +20,7 @@ from jaxbn._moments import (
   zero_unless,
 )
 from jaxbn._rule import accumulation_dtype, recomputing
-from jaxbn._share import Sharing, add_counts, share_moments
+from jaxbn._share import Sharing, merge_moments, share_moments
 
 if TYPE_CHECKING:
   import chex
@@ -121,15 +121,7 @@ def merge(a: CovarianceMoments, b: CovarianceMoments) -> CovarianceMoments:
       f"the moments to merge have covariances of shape {jnp.shape(a.cov)} and {jnp.shape(b.cov)}: "
       "only moments of the same groups of channels can be merged."
     )
-  dtype = jnp.promote_types(a.cov.dtype, b.cov.dtype)
-  n_a, n_b = jnp.asarray(a.count, dtype), jnp.asarray(b.count, dtype)
-  n = divisor(n_a + n_b, dtype)
-  share_a, share_b = n_a / n, n_b / n
-  # A side without elements has no mean: it is not at a distance.
-  delta = jnp.where((n_a > 0) & (n_b > 0), b.mean - a.mean, 0)
-  mean = jnp.where(n_a > 0, a.mean, b.mean) + delta * share_b
-  cov = a.cov * share_a + b.cov * share_b + _outer(delta, a.cov) * (share_a * share_b)
-  return CovarianceMoments(add_counts(a.count, b.count), mean, cov)
+  return CovarianceMoments(*merge_moments(a, b, lambda delta: _outer(delta, a.cov)))
 
 
 def measure_covariance(

@@ -108,8 +108,7 @@ def moments_of_examples(how: How, elements: Elements) -> Moments:
   axis = examples_axis(x, axes)
   together = tuple(sorted((axis, *axes.features)))
   position, others = together.index(axis), tuple(a for a in axes.reduced if a != axis)
-  alone = how._replace(axes=_checks.Axes(together, others), axis_name=None, axis_index_groups=None)
-  own = measure(alone, elements)
+  own = measure(how._replace(axes=_checks.Axes(together, others)), elements)
   # What all share is shared no more once some of them are left out.
   each = jnp.ones([x.shape[axis] if a == axis else 1 for a in together], jnp.int32)
   own = own._replace(count=jnp.asarray(own.count) * each)
