@@ -3,12 +3,12 @@
 import importlib
 from types import ModuleType
 
+from jaxbn._apply import normalize
 from jaxbn._batch_norm import batch_norm
-from jaxbn._choose import Chosen
-from jaxbn._moments import Moments, empty_moments, moments
-from jaxbn._normalize import normalize
-from jaxbn._running import RunningStats, init, update
+from jaxbn._measure import empty_moments, moments
 from jaxbn._share import merge, sync
+from jaxbn._track import init, update
+from jaxbn._types import Chosen, Moments, RunningStats
 
 __all__ = [
   "Chosen",

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from jaxbn import _checks, _virtual
-from jaxbn._choose import Choose, correct
-from jaxbn._moments import (
-  Elements,
-  How,
-  Moments,
-  are_reliabilities,
-  measure,
-  sum_of_squares,
-  valid_elements,
-)
-from jaxbn._normalize import apply_aligned, arrange, fill, require_mask
-from jaxbn._rule import Form, Given
-from jaxbn._running import RunningStats, require_running_stats, update
+from jaxbn._apply import apply
+from jaxbn._arguments import check_layer, check_state
+from jaxbn._choose import choose as choose_statistics
+from jaxbn._measure import measure
 from jaxbn._share import share, worth
+from jaxbn._track import track
+from jaxbn._types import Choose, Chosen, Inputs, Moments, Plan, RunningStats
+from jaxbn._virtual import in_groups
 
 if TYPE_CHECKING:
   import chex
@@ -128,85 +119,52 @@ def batch_norm(
   >>> jnp.allclose(y.mean(0), 0, atol=1e-6) and jnp.allclose(y.std(0), 1, atol=1e-5)
   Array(True, dtype=bool)
   """
-  x = _checks.inexact(x)
-  _checks.momentum_in_range(momentum, debias)
-  _virtual.require_size(virtual_batch_size, axis_index_groups)
-  state = _checked(x, state, axis)
-  evaluating = _checks.static_bool("use_running_average", use_running_average)
-  mean = state.mean if state is not None and evaluating else None
-  form, given = arrange(x, scale, bias, residual, epsilon, axis, activation, dtype, mean)
-  valid, weight = valid_elements(x, mask, weights)
-  require_mask(masked_value, valid)
-  given = given._replace(valid=valid)
-  if evaluating:
-    if state is None:
-      raise ValueError("use_running_average=True needs the statistics: pass state.")
-    return fill(apply_aligned(form, given, state.mean, state.var), valid, masked_value), state
-
-  _checks.nonempty(x, form.axes)
-  unbiased = _checks.static_bool("unbiased", unbiased)
-  fast = _checks.static_bool("use_fast_variance", use_fast_variance)
-  # bfloat16 cannot tell apart what a sum in float32 around 0 would confuse: see docs/design.md.
-  sample_pivot = state is None or x.dtype != jnp.bfloat16
-  how = How(form.axes, fast, sample_pivot, *_checks.sharing(axis_name, axis_index_groups))
-  step = functools.partial(
-    _normalize_by_batch,
-    _checks.static_bool("detach_stats", detach_stats),
-    choose,
-    unbiased and are_reliabilities(weights),
-  )
-  groups = _virtual.groups(virtual_batch_size, x, how)
-  if groups is not None:
-    # The groups' variances are made unbiased one by one, before their mean.
-    step, unbiased = functools.partial(_virtual.by_group, groups, step, unbiased), False
-  y, batch = step(form, how, given, weight, state)
-  y = fill(y, valid, masked_value)
-  if state is None:
-    return y, None
-  new_state = update(
+  plan, inputs, tracking = check_layer(
+    x,
+    scale,
+    bias,
     state,
-    batch,
+    use_running_average=use_running_average,
+    axis=axis,
     momentum=momentum,
+    epsilon=epsilon,
+    mask=mask,
+    weights=weights,
+    masked_value=masked_value,
+    axis_name=axis_name,
+    axis_index_groups=axis_index_groups,
+    virtual_batch_size=virtual_batch_size,
+    use_fast_variance=use_fast_variance,
     debias=debias,
     unbiased=unbiased,
     skip_nonfinite=skip_nonfinite,
+    detach_stats=detach_stats,
+    activation=activation,
+    residual=residual,
+    dtype=dtype,
   )
-  return y, new_state
+  state = check_state(state, plan, inputs.x, tracking)
+  if plan.use_running_average and state is not None:
+    return apply(plan, inputs, Chosen(state.mean, state.var)), state
 
+  def normalize_by_batch(
+    plan: Plan, inputs: Inputs, state: RunningStats | None
+  ) -> tuple[jax.Array, Moments]:
+    batch = measure(plan, inputs)
+    if plan.axis_name is not None:
+      batch = share(plan, batch)
+    chosen = Chosen(batch.mean, batch.var)
+    if choose is not None or plan.detach_stats:
+      chosen = choose_statistics(plan, inputs.x, choose, batch, state)
+    y = apply(plan, inputs, chosen)
+    return y, worth(plan, inputs, batch) if plan.count_by_worth else batch
 
-def _normalize_by_batch(
-  detach_stats: bool,
-  choose: Choose | None,
-  by_worth: bool,
-  form: Form,
-  how: How,
-  given: Given,
-  weight: Any,
-  state: RunningStats | None,
-) -> tuple[jax.Array, Moments]:
-  """Measure, share, choose, apply: y and the moments of the batch.
-
-  With `by_worth`, their count is not the sum of the weights, but how many elements these are worth.
-  """
-  elements = Elements(given.x, given.wide, given.valid, weight)
-  batch = share(how, measure(how, elements))
-  stats = batch._replace(mean=lax.stop_gradient(batch.mean), var=lax.stop_gradient(batch.var))
-  stats = stats if detach_stats else batch
-  mean, var = stats.mean, stats.var
-  if choose is not None:
-    given, mean, var = correct(choose, stats, state, form, given)
-  y = apply_aligned(form._replace(exact=how.sample_pivot), given, mean, var)
-  if by_worth:
-    batch = batch._replace(count=worth(how, batch.count, sum_of_squares(how, elements)))
-  return y, batch
-
-
-def _checked(
-  x: jax.Array, state: RunningStats | None, axis: int | Sequence[int]
-) -> RunningStats | None:
-  if state is not None:
-    state = require_running_stats(state)
-    axes = _checks.split_axes(x.ndim, axis)
-    _checks.channels("state.mean", state.mean, x, axes)
-    _checks.channels("state.var", state.var, x, axes)
-  return state
+  # bfloat16 cannot tell apart what a sum in float32 around 0 would confuse: see docs/design.md.
+  plan = plan._replace(sample_pivot=state is None or inputs.x.dtype != jnp.bfloat16)
+  if plan.groups is None:
+    y, batch = normalize_by_batch(plan, inputs, state)
+  else:
+    # The groups' variances are made unbiased one by one, before their mean.
+    y, batch = in_groups(normalize_by_batch, tracking.unbiased, plan, inputs, state)
+    tracking = tracking._replace(unbiased=False)
+  return y, None if state is None else track(state, batch, tracking)

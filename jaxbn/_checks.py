@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-
-class Axes(NamedTuple):
-  """How an array's axes divide into those of the channels and those summed over.
-
-  Both are sorted; `features` are the channels' axes, `reduced` all others.
-  """
-
-  features: tuple[int, ...]
-  reduced: tuple[int, ...]
-
-  def shape(self, x: jax.Array) -> tuple[int, ...]:
-    """The shape of one statistic of x: its sizes along the channel axes."""
-    return tuple(x.shape[a] for a in self.features)
-
-  def expand(self, statistic: jax.Array) -> jax.Array:
-    """A statistic with the summed axes put back as ones, so that it broadcasts against x."""
-    return jnp.expand_dims(statistic, self.reduced)
+from jaxbn._types import Axes, Moments, RunningStats
 
 
 def concrete(value: Any) -> bool:
@@ -63,7 +48,7 @@ def split_axes(ndim: int, axis: int | Sequence[int]) -> Axes:
     features.append(a % ndim)
   if len(set(features)) != len(features):
     raise ValueError(f"axis={axis!r} names one axis of x (which has {ndim}) twice: name it once.")
-  return Axes(tuple(sorted(features)), tuple(i for i in range(ndim) if i not in features))
+  return Axes(tuple(sorted(features)), tuple([i for i in range(ndim) if i not in features]))
 
 
 def widen(value: jax.Array, x: jax.Array) -> jax.Array:
@@ -83,35 +68,34 @@ def channel_shape(shape: Any) -> tuple[int, ...]:
 
 def nonempty(x: jax.Array, axes: Axes) -> None:
   """Refuses a batch without elements: it has no statistics."""
-  if any(x.shape[a] == 0 for a in axes.reduced):
+  if 0 in [x.shape[a] for a in axes.reduced]:
     raise ValueError(
       f"x of shape {x.shape} is an empty batch: it has no element to take statistics of. "
       "Skip it, or pad it and mask the padding."
     )
 
 
-def channels(name: str, value: Any, x: jax.Array, axes: Axes) -> jax.Array:
-  """A per-channel value as an array, if its shape is that of x's channels."""
+def channels(
+  name: str, value: Any, x: jax.Array, axes: Axes, or_per_example: bool = False
+) -> jax.Array:
+  """A per-channel value as an array, if its shape is that of x's channels.
+
+  Or one that broadcasts against x with as many axes as x.
+  """
   value, shape = jnp.asarray(value), axes.shape(x)
-  if value.shape != shape:
-    raise ValueError(
-      f"{name} has shape {value.shape}, but x of shape {x.shape} has channels of shape {shape} "
-      f"on axis {axes.features}: pass {name} of that shape, or name the channels' axis."
-    )
-  return value
-
-
-def parameter(name: str, value: Any, x: jax.Array, axes: Axes) -> jax.Array:
-  """One value per channel, or what broadcasts against x with as many axes as x, as an array."""
-  value = jnp.asarray(value)
-  if value.ndim == x.ndim and all(m in (1, n) for m, n in zip(value.shape, x.shape, strict=True)):
+  if value.shape == shape or (or_per_example and fits(value.shape, x)):
     return value
-  try:
-    return channels(name, value, x, axes)
-  except ValueError as error:
-    raise ValueError(
-      f"{error} Where it differs between examples, give it {x.ndim} axes, each 1 or x's."
-    ) from None
+  raise ValueError(
+    f"{name} has shape {value.shape}, but x of shape {x.shape} has channels of shape {shape} "
+    f"on axis {axes.features}: pass {name} of that shape, or name the channels' axis."
+    + f" Where it differs between examples, give it {x.ndim} axes, each 1 or x's."
+    * or_per_example
+  )
+
+
+def fits(shape: tuple[int, ...], x: jax.Array) -> bool:
+  """Whether a shape has as many axes as x, each of size 1 or x's."""
+  return len(shape) == x.ndim and all(m in (1, n) for m, n in zip(shape, x.shape, strict=True))
 
 
 def same_shape(name: str, value: Any, x: jax.Array) -> jax.Array:
@@ -129,7 +113,7 @@ def broadcastable(name: str, value: Any, x: jax.Array) -> jax.Array:
   """A mask or weights as an array with x's number of axes, if it broadcasts against x."""
   value = jnp.asarray(value)
   aligned = (1,) * (x.ndim - value.ndim) + value.shape
-  if value.ndim > x.ndim or any(m not in (1, n) for m, n in zip(aligned, x.shape, strict=True)):
+  if not fits(aligned, x):
     hint = ""
     if value.ndim < x.ndim and value.shape == x.shape[: value.ndim]:
       new_axes = ", None" * (x.ndim - value.ndim)
@@ -179,10 +163,17 @@ def scalar(name: str, value: Any) -> None:
     raise TypeError(f"{name}={value!r} is complex; a real number is needed.")
 
 
+def in_range(name: str, value: Any, most: float) -> bool:
+  """Whether a number, where it can be seen, lies from 0 to the most there is."""
+  if type(value) is not float:
+    scalar(name, value)
+    value = float(value) if concrete(value) else 0.0
+  return 0 <= value <= most
+
+
 def epsilon_in_range(epsilon: Any) -> None:
   """Refuses an epsilon that is negative or not finite."""
-  scalar("epsilon", epsilon)
-  if concrete(epsilon) and not 0 <= float(epsilon) < float("inf"):
+  if not in_range("epsilon", epsilon, sys.float_info.max):
     raise ValueError(
       f"epsilon={epsilon!r} is out of range: it is added to the variance and must be finite and "
       "not negative; 1e-5 is usual, and 0 makes constant channels NaN."
@@ -192,15 +183,12 @@ def epsilon_in_range(epsilon: Any) -> None:
 def momentum_in_range(momentum: Any, debias: bool) -> None:
   """Refuses a momentum outside [0, 1], and what `debias` cannot do."""
   static_bool("debias", debias)
-  if momentum is None:
-    if debias:
-      raise ValueError(
-        "debias=True with momentum=None: a cumulative average has no bias to remove: "
-        "leave debias out, or give a momentum below 1."
-      )
-    return
-  scalar("momentum", momentum)
-  if concrete(momentum) and not 0 <= float(momentum) <= 1:
+  if momentum is None and debias:
+    raise ValueError(
+      "debias=True with momentum=None: a cumulative average has no bias to remove: "
+      "leave debias out, or give a momentum below 1."
+    )
+  if momentum is not None and not in_range("momentum", momentum, 1.0):
     raise ValueError(
       f"momentum={momentum!r} is out of range: it is the share of the old value that is kept, "
       "from 0 to 1 (0.99 is usual; PyTorch's momentum is 1 minus it), or None for a cumulative "
@@ -218,7 +206,9 @@ def static_bool(name: str, value: Any) -> bool:
 
   As a number or an array of any library: that is what a config, or a reduction over flags, gives.
   """
-  if concrete(value) and isinstance(value, bool | int | np.generic | np.ndarray | jax.Array):
+  if value is True or value is False:
+    return value
+  if concrete(value) and isinstance(value, int | np.generic | np.ndarray | jax.Array):
     flag = np.asarray(value)
     if flag.shape == () and flag.dtype.kind in "biu" and flag in (0, 1):
       return bool(flag)
@@ -286,3 +276,72 @@ def partition(axis_index_groups: Any, size: int, axis_name: Any) -> tuple[tuple[
       "for example [[0, 1], [2, 3]] for size 4."
     )
   return groups
+
+
+def result_dtype(dtype: Any, mean: Any = None, **arrays: Any) -> Any:
+  """The dtype of y: as asked for, or what x, scale, bias and residual promote to."""
+  if dtype is None:
+    dtype = jnp.result_type(*[jnp.asarray(a) for a in arrays.values() if a is not None])
+  elif not jnp.issubdtype(dtype, jnp.inexact):
+    raise TypeError(f"dtype={dtype!r} is not a floating-point or complex dtype, as y needs.")
+  if not jnp.issubdtype(dtype, jnp.complexfloating):
+    for name, value in {"mean": mean, **arrays}.items():
+      if jnp.iscomplexobj(value):
+        raise TypeError(
+          f"{name} is {jnp.asarray(value).dtype}, but y has dtype={jnp.dtype(dtype)}, which cannot "
+          "hold complex numbers: pass dtype=jnp.complex64, or take the real part first."
+        )
+  return jnp.dtype(dtype)
+
+
+def masked_value(value: Any, valid: jax.Array | None) -> None:
+  """Refuses a masked_value that is not a number, or that nothing would hold."""
+  if valid is None:
+    raise ValueError(
+      f"masked_value={value!r} is what masked positions hold, but there is no mask: "
+      "pass mask too, or leave masked_value out."
+    )
+  scalar("masked_value", value)
+
+
+def is_moments(value: Any) -> None:
+  """Refuses what is not Moments."""
+  if not isinstance(value, Moments):
+    raise TypeError(
+      f"a {type(value).__name__} was given; jaxbn.Moments are needed, such as jaxbn.moments(x)."
+    )
+
+
+def running_stats(state: Any) -> RunningStats:
+  """The state, with arrays for lists; refuses what is not RunningStats, and integer statistics."""
+  if not isinstance(state, RunningStats):
+    raise TypeError(
+      f"state is a {type(state).__name__}; a jaxbn.RunningStats is needed: make it with "
+      "jaxbn.init(...), or, from Flax's collection, jaxbn.RunningStats(mean=..., var=...)."
+    )
+  leaves = []
+  for name, value in state._asdict().items():
+    try:
+      leaves.append(None if value is None and name == "count" else jnp.asarray(value))
+    except (TypeError, ValueError):
+      raise TypeError(
+        f"state.{name}={value!r} is not an array of one number for each channel: make the state "
+        "with jaxbn.init(...)."
+      ) from None
+  mean, var, count = leaves
+  inexact(mean, "state.mean")
+  inexact(var, "state.var")
+  # The state itself where it can be: evaluation returns it.
+  arrays = [isinstance(v, jax.Array | np.ndarray | None) for v in state]
+  return state if all(arrays) else RunningStats(mean, var, count)
+
+
+def has_count(state: RunningStats, momentum: Any) -> None:
+  """Refuses a state without a count, for debias=True or momentum=None."""
+  if state.count is None:
+    option = "momentum=None" if momentum is None else "debias=True"
+    raise ValueError(
+      f"{option} needs the number of updates so far, which state lacks (state.count is None): make "
+      f"it with jaxbn.init(..., {option}), or add a count to a state that has been trained, for "
+      "instance state._replace(count=jnp.full(state.mean.shape, updates, jnp.float32))."
+    )

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._batch_norm import batch_norm
-from jaxbn._running import RunningStats
+from jaxbn._types import RunningStats
 
 if TYPE_CHECKING:
   import chex
@@ -29,6 +29,7 @@ _OPTIONS = (
   "skip_nonfinite",
   "detach_stats",
   "activation",
+  "choose",
 )
 
 

@@ -30,26 +30,15 @@ import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from jaxbn import _checks, _digits
-from jaxbn._moments import (
-  INT32_MAX,
-  How,
-  Moments,
-  abs_square,
-  divisor,
-  is_integer,
-  is_known,
-  occupied,
-  require_moments,
-  variance,
-  where,
-)
-from jaxbn._rule import nonzero, promoting
+from jaxbn import _checks, _counts, _digits
+from jaxbn._counts import divisor, is_integer, is_known, occupied, where
+from jaxbn._dtypes import promoting
+from jaxbn._measure import abs_square, variance
+from jaxbn._types import Inputs, Moments, Plan
+from jaxbn._xla import nonzero
 
 if TYPE_CHECKING:
   import chex
-
-_LOW_BITS = 12  # of a count, which travels as these and those above
 
 
 def merge(a: Moments, b: Moments) -> Moments:
@@ -78,8 +67,8 @@ def merge(a: Moments, b: Moments) -> Moments:
   >>> int(both.count), both.mean.tolist()
   (3, [3.0])
   """
-  require_moments(a)
-  require_moments(b)
+  _checks.is_moments(a)
+  _checks.is_moments(b)
   if jnp.shape(a.mean) != jnp.shape(b.mean):
     raise ValueError(
       f"the moments to merge have channels of shape {jnp.shape(a.mean)} and {jnp.shape(b.mean)}: "
@@ -102,7 +91,7 @@ def merge_moments(
   delta = jnp.where((n_a > 0) & (n_b > 0), mean_b - mean_a, 0)
   mean = jnp.where(n_a > 0, mean_a, mean_b) + delta * share_b
   var = var_a * share_a + var_b * share_b + square(delta) * (share_a * share_b)
-  return _add_counts(count_a, count_b), mean, var
+  return _counts.add(count_a, count_b), mean, var
 
 
 def sync(
@@ -144,18 +133,16 @@ def sync(
   >>> jax.vmap(share, axis_name="batch")(x).mean.tolist()
   [[3.0], [3.0]]
   """
-  require_moments(moments)
+  _checks.is_moments(moments)
   count, mean, var = moments
   sharing = Sharing.among(axis_name, axis_index_groups)
   count, mean, var = share_moments(sharing, count, mean[None], var[None])
   return Moments(count, mean[0], var[0])
 
 
-def share(how: How, moments: Moments) -> Moments:
-  """`sync`, where there is an axis_name."""
-  if how.axis_name is None:
-    return moments
-  return sync(moments, how.axis_name, how.axis_index_groups)
+def share(plan: Plan, moments: Moments) -> Moments:
+  """`sync`, with the devices of the plan."""
+  return sync(moments, plan.axis_name, plan.axis_index_groups)
 
 
 class Sharing(NamedTuple):
@@ -204,13 +191,13 @@ def share_moments(
   if is_known(count) and len(sharing.sizes) == 1:
     # Every device weighs the same: there are no counts to send.
     _, mean, var = _combine(sharing, None, mean, var)
-    count = _multiply_known(count, *sharing.sizes)
+    count = _counts.multiply_known(count, *sharing.sizes)
     return count, where(occupied(count), mean, 0), var
   aligned = jnp.reshape(count, (1,) * (mean.ndim - np.ndim(count)) + np.shape(count))
   # The mean of a device without elements is a placeholder: it lies at no distance.
   mean = where(occupied(aligned), mean, 0)
   terms, mean, var = _combine(sharing, aligned, mean, var)
-  count_of_all = _as_integer(terms) if is_integer(count) else jnp.sum(terms, 0)
+  count_of_all = _counts.from_high_and_low(terms) if is_integer(count) else jnp.sum(terms, 0)
   return count_of_all.reshape(np.shape(count)), mean, var
 
 
@@ -260,7 +247,7 @@ def _to_send(
   if count is None:
     return [_digits.pieces(terms, about, more, bits=bits)]
   n = count.astype(dtype)
-  weight = _high_and_low(count, dtype) if is_integer(count) else n[None]
+  weight = _counts.high_and_low(count, dtype) if is_integer(count) else n[None]
   terms = _digits.products(_digits.halves(weight), terms)
   return [
     _digits.pieces(terms, n * about, n * more, bits=bits),
@@ -316,47 +303,18 @@ def _complex(parts: jax.Array) -> jax.Array:
   return lax.complex(parts[:1], parts[1:]) if len(parts) == 2 else parts
 
 
-def _high_and_low(count: jax.Array, dtype: Any) -> jax.Array:
-  """An integer as its high and low bits, whose sums in float32 are exact up to 2^36."""
-  high, low = count >> _LOW_BITS << _LOW_BITS, count & (2**_LOW_BITS - 1)
-  return jnp.stack([high.astype(dtype), low.astype(dtype)])
-
-
-def _as_integer(high_and_low: jax.Array) -> jax.Array:
-  """The sum, which stops at the largest int32."""
-  high, low = high_and_low
-  fits = jnp.floor(high / 2**_LOW_BITS) + jnp.floor(low / 2**_LOW_BITS) < 2 ** (31 - _LOW_BITS)
-  return jnp.where(fits, high.astype(jnp.int32) + low.astype(jnp.int32), INT32_MAX)
-
-
-def _multiply_known(count: chex.Numeric, times: int) -> chex.Numeric:
-  if is_integer(count) and int(np.max(count, initial=0)) * times <= INT32_MAX:
-    return np.asarray(count, np.int32) * np.int32(times)
-  return np.asarray(count, np.float32) * np.float32(times)
-
-
 @promoting
-def worth(how: How, count: chex.Numeric, squares: jax.Array) -> jax.Array:
-  """(sum w)^2 / sum w^2: how many elements of equal weight would tell as much (Kish 1965).
+def worth(plan: Plan, inputs: Inputs, batch: Moments) -> Moments:
+  """With (sum w)^2 / sum w^2 for the count: what as many equal weights tell (Kish 1965)."""
+  squares = _counts.count_of(plan.axes, inputs.x, jnp.square(inputs.weight))
+  return batch._replace(count=of_equal_weights(plan, batch.count, squares))
 
-  Args:
-    how: with whom the squares are shared, as the count has been.
-    count: sum w, of all devices.
-    squares: sum w^2, of this one.
-  """
-  if how.axis_name is not None:
-    (squares,) = sum_over_devices([squares], how.axis_name, how.axis_index_groups)
+
+def of_equal_weights(plan: Plan, count: chex.Numeric, squares: jax.Array) -> jax.Array:
+  """(sum w)^2 / sum w^2, of a count that all devices share and this device's sum of squares."""
+  if plan.axis_name is not None:
+    (squares,) = sum_over_devices([squares], plan.axis_name, plan.axis_index_groups)
   return jnp.square(count) / divisor(squares, squares.dtype)
-
-
-def _add_counts(a: chex.Numeric, b: chex.Numeric) -> chex.Numeric:
-  """a + b, which stops at the largest int32 rather than wrapping around."""
-  if not (is_integer(a) and is_integer(b)):
-    return jnp.asarray(a) + jnp.asarray(b)
-  if is_known(a) and is_known(b) and np.max(np.add(a, b, dtype=np.int64), initial=0) <= INT32_MAX:
-    return np.add(a, b, dtype=np.int32)
-  a, b = jnp.asarray(a, jnp.int32), jnp.asarray(b, jnp.int32)
-  return jnp.where(a > INT32_MAX - b, INT32_MAX, a + b)
 
 
 def sum_over_devices(

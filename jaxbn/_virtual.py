@@ -11,153 +11,71 @@ Hubara & Soudry 2017, "Train longer, generalize better" (ghost batch normalizati
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from jaxbn import _checks
-from jaxbn._moments import How, Moments, divisor, is_symbolic
-from jaxbn._rule import Form, Given, promoting
-from jaxbn._running import unbiased_variance
+from jaxbn._counts import divisor
+from jaxbn._dtypes import promoting
+from jaxbn._meshes import by_partitioner
 from jaxbn._share import sum_over_devices
+from jaxbn._track import unbiased_variance
+from jaxbn._types import Axes, Groups, Inputs, Moments, Plan
+
+Step: TypeAlias = Callable[[Plan, Inputs, Any], tuple[jax.Array, Moments]]
 
 
-class Groups(NamedTuple):
-  """How x is grouped, where there is more than one group."""
-
-  axis: int  # of the examples
-  size: int  # examples of x in one group
-  number: int  # of groups that x holds, or holds a part of
-  sharing: tuple[Any, Any]  # axis_name and axis_index_groups of the devices that share a group
-  everyone: Any  # axis_name of all devices
-
-
-def require_size(virtual_batch_size: Any, axis_index_groups: Any) -> None:
-  """Refuses what is no size of a virtual batch, and two ways at once to say who shares."""
-  if virtual_batch_size is None:
-    return
-  given = f"virtual_batch_size={virtual_batch_size!r}"
-  allowed = "pass a number of examples, 'device' for those of each device, or None for all."
-  if isinstance(virtual_batch_size, str):
-    if virtual_batch_size != "device":
-      raise ValueError(f"{given} is no size: {allowed}")
-  else:
-    try:
-      if isinstance(virtual_batch_size, bool) or not _checks.concrete(virtual_batch_size):
-        raise TypeError
-      size = operator.index(virtual_batch_size)
-    except TypeError:
-      raise TypeError(f"{given} is not a Python int: {allowed}") from None
-    if size < 1:
-      raise ValueError(f"{given}: a group holds at least one example: {allowed}")
-  if axis_index_groups is not None:
-    raise ValueError(
-      f"{given} with axis_index_groups={axis_index_groups!r}: both say which examples share their "
-      "statistics: leave one of them out (a virtual batch makes its own groups of devices)."
-    )
-
-
-def groups(virtual_batch_size: Any, x: jax.Array, how: How) -> Groups | None:
-  """The groups of x, of a size that `require_size` has seen; None if one holds everything."""
-  if virtual_batch_size is None:
-    return None
-  if virtual_batch_size == "device" and how.axis_name is None:
-    raise ValueError(
-      "virtual_batch_size='device' without axis_name: x is then one array (under jit also where it "
-      "is sharded), and which device holds which part is not known here: pass the number of "
-      "examples that a device holds, or, under pmap, shard_map or vmap, axis_name."
-    )
-  if not how.axes.reduced:
-    raise ValueError(
-      f"virtual_batch_size={virtual_batch_size!r}, but x of shape {x.shape} has channels on all "
-      "its axes, and no axis of examples to group."
-    )
-  axis = how.axes.reduced[0]
-  share, devices = x.shape[axis], 1 if how.axis_name is None else _checks.axis_size(how.axis_name)
-  size = share if virtual_batch_size == "device" else operator.index(virtual_batch_size)
-  if share % size and (size % share or devices % (size // share)):
-    held = f"x holds {share} examples, along axis {axis}"
-    if how.axis_name is not None:
-      held += f", on each of the {devices} devices of axis_name={how.axis_name!r}"
-      held += f", a global batch of {share * devices}"
-    if is_symbolic(share):
-      raise ValueError(
-        f"virtual_batch_size={size}: {held}, of which it cannot be seen that groups of {size} fit: "
-        f"export with a size that shows it, such as jax.export.symbolic_shape('{size}*b')."
-      )
-    raise ValueError(
-      f"virtual_batch_size={size} does not fit: {held}. All groups have the same size, and each is "
-      "part of a device's examples or all those of some devices: pass one of "
-      f"{', '.join(map(str, _fitting(share, devices)))}."
-    )
-  if size == share * devices:
-    return None
-  if size <= share:
-    return Groups(axis, size, share // size, (None, None), how.axis_name)
-  n = size // share
-  members = tuple(tuple(range(first, first + n)) for first in range(0, devices, n))
-  return Groups(axis, share, 1, (how.axis_name, members), how.axis_name)
-
-
-def _fitting(share: int, devices: int) -> list[int]:
-  """All sizes that a group can have: what divides a share, and shares of what divides devices."""
-  within = [n for n in range(1, share + 1) if share % n == 0]
-  across = [share * n for n in range(2, devices + 1) if devices % n == 0]
-  return within + across
-
-
-def by_group(
-  groups: Groups,
-  step: Callable[..., tuple[jax.Array, Moments]],
-  unbiased: bool,
-  form: Form,
-  how: How,
-  given: Given,
-  weight: Any,
-  state: Any,
+def in_groups(
+  step: Step, unbiased: bool, plan: Plan, inputs: Inputs, state: Any
 ) -> tuple[jax.Array, Moments]:
-  """y, normalized group by group, and the mean over the groups of their moments."""
-  shape, position, axes = given.x.shape, None, form.axes
-  if groups.number != 1:
-    axes = _split_axes(groups, form.axes)
-    position = axes.features.index(groups.axis)
-  sharding = jax.typeof(given.x).sharding
-  activation = _as_given(form.activation, given)  # a new one, which no other layer has
-  within = form._replace(axes=axes, activation=activation, traced_once=activation is None)
-  axis_name, members = groups.sharing
-  how = how._replace(axes=axes, axis_name=axis_name, axis_index_groups=members)
+  """A step group by group: y, and the mean over the groups of their moments."""
+  assert plan.groups is not None
+  groups, sharding = plan.groups, jax.typeof(inputs.x).sharding
+  within, position = _within(groups, plan, inputs)
 
-  def grouped(given: Given, weight: Any, state: Any) -> tuple[jax.Array, Moments]:
+  def split_and_join(inputs: Inputs, state: Any) -> tuple[jax.Array, Moments]:
+    shape = inputs.x.shape
     if position is not None:
-      given, weight = _split(groups, position, given), _split_examples(groups, weight)
+      inputs = _split(groups, position, inputs)
       state = jax.tree.map(lambda v: jnp.expand_dims(v, position), state)
-    y, batch = step(within, how, given, weight, state)
+    y, batch = step(within, inputs, state)
     return y.reshape(shape), _mean(batch, unbiased, position, groups.everyone)
 
-  if sharding.mesh.explicit_axes:
-    # No type says that two axes of an array share one of the mesh: this is for the partitioner.
-    per_channel = jax.P(*(sharding.spec[a] for a in form.axes.features))
-    of_batch = jax.NamedSharding(sharding.mesh, per_channel)
-    grouped = jax.sharding.auto_axes(
-      grouped,
-      axes=sharding.mesh.explicit_axes,
-      out_sharding=(sharding, Moments(of_batch, of_batch, of_batch)),
-    )
-    if sharding.mesh.manual_axes:
-      # Of what is typed in this region, JAX can keep nothing for a shard_map's derivative.
-      grouped = jax.checkpoint(grouped)
-  return grouped(given, weight, state)
+  # No type says that two axes of an array share one of the mesh: this is for the partitioner.
+  of_batch = jax.P(*(sharding.spec[a] for a in plan.axes.features))
+  out = sharding.spec, Moments(of_batch, of_batch, of_batch)
+  placed = by_partitioner(split_and_join, inputs.x, out)
+  if sharding.mesh.explicit_axes and sharding.mesh.manual_axes:
+    # Of what is typed in this region, JAX can keep nothing for a shard_map's derivative.
+    placed = jax.checkpoint(placed)
+  return placed(inputs, state)
 
 
-def _as_given(activation: Any, given: Given) -> Callable[..., jax.Array] | None:
+def _within(groups: Groups, plan: Plan, inputs: Inputs) -> tuple[Plan, int | None]:
+  """The plan of one group, or of several beside each other, along that channels' axis."""
+  axes, position = plan.axes, None
+  if groups.number != 1:
+    axes = _split_axes(groups, axes)
+    position = axes.features.index(groups.axis)
+  activation = _as_given(plan.activation, inputs)  # a new one, which no other layer has
+  plan = plan._replace(
+    axes=axes,
+    activation=activation,
+    activation_lasts=activation is None,
+    axis_name=groups.axis_name,
+    axis_index_groups=groups.axis_index_groups,
+  )
+  return plan, position
+
+
+def _as_given(activation: Any, inputs: Inputs) -> Callable[..., jax.Array] | None:
   """The activation of what has x's own shape and type: it may hold arrays that go with these."""
   if activation is None:
     return None
-  arguments = (given.wide, *given.constants)
-  shape, mesh = given.x.shape, jax.typeof(given.x).sharding.mesh
+  arguments = (inputs.wide_x, *inputs.constants)
+  shape, mesh = inputs.x.shape, jax.typeof(inputs.x).sharding.mesh
   if mesh.explicit_axes:
     activation = jax.sharding.explicit_axes(
       activation,
@@ -167,24 +85,24 @@ def _as_given(activation: Any, given: Given) -> Callable[..., jax.Array] | None:
   return lambda x, *constants: activation(x.reshape(shape), *constants).reshape(x.shape)
 
 
-def _split_axes(groups: Groups, axes: _checks.Axes) -> _checks.Axes:
+def _split_axes(groups: Groups, axes: Axes) -> Axes:
   """The same after the axis of groups, a channels' axis, came before that of the examples."""
   features = (a + (a > groups.axis) for a in axes.features)
   reduced = tuple(a + (a >= groups.axis) for a in axes.reduced)
-  return _checks.Axes(tuple(sorted((*features, groups.axis))), reduced)
+  return Axes(tuple(sorted((*features, groups.axis))), reduced)
 
 
-def _split(groups: Groups, position: int, given: Given) -> Given:
+def _split(groups: Groups, position: int, inputs: Inputs) -> Inputs:
   """The arrays that are aligned with x, split; and the parameters, the same for all groups."""
-  aligned = {name: getattr(given, name) for name in ("x", "wide", "residual", "valid")}
+  aligned = {name: getattr(inputs, name) for name in ("x", "wide_x", "valid", "weight", "residual")}
   split: dict[str, Any] = {name: _split_examples(groups, v) for name, v in aligned.items()}
   for name in ("scale", "bias"):
-    value = getattr(given, name)
-    if value is not None and value.ndim == given.x.ndim:
+    value = getattr(inputs, name)
+    if value is not None and value.ndim == inputs.x.ndim:
       split[name] = _split_examples(groups, value)
     else:
       split[name] = None if value is None else jnp.expand_dims(value, position)
-  return given._replace(**split)
+  return inputs._replace(**split)
 
 
 def _split_examples(groups: Groups, x: jax.Array | None) -> jax.Array | None:

@@ -114,6 +114,12 @@ class Case(NamedTuple):
 MASK = np.random.default_rng(1).uniform(size=(8, 5, 1)) < 0.7
 WEIGHTS = np.random.default_rng(2).uniform(size=(8, 1, 1)).astype(np.float32)
 
+
+def halfway(batch: jaxbn.Moments, state: Any) -> jaxbn.Chosen:
+  """Statistics between the batch's and the running ones."""
+  return jaxbn.Chosen((batch.mean + state.mean) / 2, (batch.var + state.var) / 2)
+
+
 # What Flax has too.
 FLAX_CASES = {
   "default": Case(),
@@ -143,6 +149,7 @@ OUR_CASES = {
   "weights": Case(call={"weights": WEIGHTS}),
   "mask and weights": Case({"masked_value": 0.0}, {"weights": WEIGHTS, "mask": MASK}),
   "virtual batches": Case({"virtual_batch_size": 4}, {"mask": MASK}),
+  "choose": Case({"choose": halfway}),
 }
 CASES = FLAX_CASES | OUR_CASES
 MAKERS = {

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxbn import _moments
+from jaxbn import _measure
 from tests import bounds, fuzz, oracle, rounding
 
 # Draws that have everything at once: devices of which one has nothing, in groups, with derivatives.
@@ -42,17 +42,17 @@ def test_random_options_dtypes_devices_and_modes(case):
 
 @pytest.mark.parametrize("broken", ["a factor", "a mask"])
 def test_what_is_wrong_is_found(monkeypatch, broken):
-  tangents = _moments.d_mean_and_var
+  tangents = _measure.d_mean_and_var
 
-  def wrong(how, elements, count, values, d, d_count):
+  def wrong(plan, inputs, n, values, d, d_n):
     if broken == "a mask":
-      elements = elements._replace(valid=None)
-    d_mean, d_var = tangents(how, elements, count, values, d, d_count)
+      inputs = inputs._replace(valid=None)
+    d_mean, d_var = tangents(plan, inputs, n, values, d, d_n)
     return d_mean, d_var * (1.001 if broken == "a factor" else 1)
 
   assert fuzz.check(FULL) < 1
   jax.clear_caches()
-  monkeypatch.setattr(_moments, "d_mean_and_var", wrong)
+  monkeypatch.setattr(_measure, "d_mean_and_var", wrong)
   with pytest.raises(AssertionError, match="bounds off"):
     fuzz.check(FULL)
   jax.clear_caches()

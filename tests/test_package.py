@@ -14,75 +14,24 @@ import jaxbn.linen
 import jaxbn.nnx
 
 ROOT = pathlib.Path(jaxbn.__file__).parent
-STEPS = {"_moments", "_share", "_running", "_normalize"}
-LAYER = {"_checks", "_layers", "_running"}
-# What each file may import of ours: one way, no circle.
-ALLOWED = {
-  "_checks": set(),
-  "_rule": {"_checks"},
-  "_moments": {"_checks", "_rule"},
-  "_digits": set(),
-  "_share": {"_checks", "_digits", "_moments", "_rule"},
-  "_running": {"_checks", "_moments", "_rule"},
-  "_activation": set(),
-  "_normalize": {"_activation", "_checks", "_rule"},
-  "_virtual": {"_checks", "_moments", "_rule", "_running", "_share"},
-  "_choose": {"_checks", "_rule"} | STEPS,
-  "_batch_norm": {"_checks", "_choose", "_rule", "_virtual"} | STEPS,
-  "_layers": {"_batch_norm", "_running"},
-  "__init__": {"_batch_norm", "_choose"} | STEPS,
-  "linen/_common": {"_activation", "_moments", "_normalize", "_running"},
-  "linen/_batch_norm": LAYER | {"linen/_common"},
-  "linen/_conditional": {"_checks", "linen/_batch_norm", "variants/conditional"},
-  "linen/_domain": {"_checks", "_running", "linen/_batch_norm", "variants/domain"},
-  "linen/_prediction_time": LAYER
-  | {"linen/_batch_norm", "linen/_common", "variants/prediction_time"},
-  "linen/_reference": {"_checks", "_moments", "variants/reference", "linen/_common"},
-  "linen/_renorm": {"_checks", "linen/_batch_norm", "variants/renorm"},
-  "nnx/_common": {"_checks"},
-  "nnx/_batch_norm": LAYER | {"nnx/_common"},
-  "nnx/_conditional": {"_checks", "nnx/_batch_norm", "variants/conditional", "nnx/_common"},
-  "nnx/_domain": {"_checks", "_running", "nnx/_batch_norm", "variants/domain", "nnx/_common"},
-  "nnx/_prediction_time": {"_checks", "_layers", "nnx/_batch_norm", "variants/prediction_time"}
-  | {"nnx/_common"},
-  "nnx/_reference": {"_checks", "_moments", "variants/reference", "nnx/_common"},
-  "nnx/_renorm": {"_checks", "nnx/_batch_norm", "variants/renorm", "nnx/_common"},
-  "linen/_whitening": {"_checks", "variants/whitening"},
-  "nnx/_whitening": {"_checks", "variants/whitening", "nnx/_common"},
-  "variants/recurrent": {"_checks"} | STEPS,
-  "variants/input_norm": {"_batch_norm", "_checks", "variants/recurrent"} | STEPS,
-  "linen/_input_norm": {"_running", "variants", "linen/_common"},
-  "nnx/_input_norm": {"_running", "variants", "nnx/_common"},
-  "linen/_recurrent": {"_running", "variants"},
-  "nnx/_recurrent": {"_running", "variants", "nnx/_common"},
-  "variants/__init__": set(),
-  "variants/_examples": {"_checks", "_moments"},
-  "variants/conditional": {"_batch_norm", "_checks", "_moments", "_running", "variants/_examples"},
-  "variants/domain": {"_checks", "variants/_examples"} | STEPS,
-  "variants/prediction_time": {"_batch_norm", "_checks", "_choose", "_moments", "_running"},
-  "variants/reference": {"_batch_norm", "_checks", "_choose", "variants/_examples"} | STEPS,
-  "variants/renorm": {"_batch_norm", "_checks", "_choose", "_moments", "_running"},
-  "variants/_covariance": {"_checks", "_moments", "_rule", "_share"},
-  "variants/_inverse_root": {"_checks", "_rule", "variants/_covariance"},
-  "variants/whitening": {"_checks", "_normalize", "_rule", "_running"}
-  | {"variants/_covariance", "variants/_inverse_root"},
-  "linen/_natural": {"_checks", "variants"},
-  "linen/_weight_norm": {"_checks", "_running", "variants", "linen/_common"},
-  "nnx/_natural": {"_checks", "variants", "nnx/_common"},
-  "nnx/_weight_norm": {"_checks", "_running", "variants", "nnx/_common"},
-  "variants/gdnp": {"_checks"},
-  "variants/natural": {
-    "_checks",
-    "_rule",
-    "variants/_covariance",
-    "variants/_inverse_root",
-  },
-  "variants/weight_norm": {"_batch_norm", "_checks", "_choose", "_rule"} | STEPS - {"_normalize"},
-  "variants/path_sgd": {"_checks", "_rule"},
-  "variants/normalizer_free": {"_activation", "_batch_norm", "_checks"},
-  "linen/_normalizer_free": {"_checks", "variants/normalizer_free"},
-  "nnx/_normalizer_free": {"_checks", "variants/normalizer_free"},
-}
+# What a file imports of ours is in a line above its own. A folder stands for all others in it.
+ORDER = """
+_types _dtypes _meshes _digits _activation
+_checks _counts _xla
+_groups
+_arguments
+_measure _apply _choose _track
+_share
+_virtual
+_batch_norm
+__init__ _layers variants/__init__ variants/_examples variants/_covariance
+variants/_inverse_root variants/recurrent
+variants
+linen/__init__ linen/_common nnx/__init__ nnx/_common
+linen/_batch_norm nnx/_batch_norm
+linen nnx
+"""
+RANKS = {name: rank for rank, line in enumerate(ORDER.split("\n")) for name in line.split()}
 # What they may import of others', beside these.
 EVERYWHERE = {"jax", "numpy", "chex"}
 ALSO = {"linen": {"flax"}, "nnx": {"flax"}, "variants/path_sgd": {"optax"}}
@@ -93,8 +42,11 @@ def imported(path):
   packages, ours = set(), set()
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.ImportFrom) and node.module.startswith("jaxbn"):
-      rest = node.module.split(".", 1)[1:]
-      ours |= {rest[0].replace(".", "/")} if rest else {a.name for a in node.names}
+      home = node.module.replace(".", "/").removeprefix("jaxbn").removeprefix("/")
+      if (ROOT / f"{home}.py").exists():
+        ours.add(home)
+      else:
+        ours |= {f"{home}/{alias.name}".removeprefix("/") for alias in node.names}
     elif isinstance(node, ast.ImportFrom):
       packages.add(node.module.split(".")[0])
     elif isinstance(node, ast.Import):
@@ -103,9 +55,13 @@ def imported(path):
 
 
 def module(path):
-  """A file's name in ALLOWED, and the folder that it is in, if any."""
+  """A file's name in ORDER, and the folder that it is in, if any."""
   relative = path.relative_to(ROOT).with_suffix("")
   return relative.as_posix(), relative.parts[0] if len(relative.parts) > 1 else ""
+
+
+def rank(name):
+  return RANKS.get(name, RANKS.get(name.split("/")[0]))
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: module(p)[0])
@@ -115,7 +71,9 @@ def test_imports_point_one_way(path):
   if name in ("linen/__init__", "nnx/__init__"):  # the face of what is beside it
     assert all(o.startswith(f"{folder}/_") for o in ours - {"_layers"})
   else:
-    assert ours <= ALLOWED[name]
+    assert all(rank(o) < rank(name) for o in ours), ours
+  other = {"linen": "nnx", "nnx": "linen"}.get(folder)
+  assert not any(o.split("/")[0] == other for o in ours)
   third_party = packages - set(sys.stdlib_module_names)
   assert third_party <= EVERYWHERE | ALSO.get(folder, set()) | ALSO.get(name, set())
 

@@ -1,6 +1,6 @@
 """What is compiled for accelerators where that differs from the CPU's, executed on the CPU.
 
-`lax.platform_dependent` chooses when a program is compiled. Here it chooses as for an accelerator,
+`by_platform` chooses when a program is compiled. Here it chooses as for an accelerator,
 so that the code of both is held to the oracle wherever the tests run.
 """
 
@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
 
 import jaxbn
+from jaxbn import _xla
 from tests import bounds, oracle
 
 
@@ -22,7 +22,7 @@ def compiled_for_an_accelerator(monkeypatch):
     return default(*args)
 
   jax.clear_caches()  # of what was traced for all platforms
-  monkeypatch.setattr(lax, "platform_dependent", choose)
+  monkeypatch.setattr(_xla, "by_platform", choose)
   yield
   jax.clear_caches()
 

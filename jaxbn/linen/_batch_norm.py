@@ -11,12 +11,9 @@ import jax.numpy as jnp
 from flax.typing import Initializer
 
 from jaxbn import _checks, _layers
-from jaxbn._running import RunningStats, init
+from jaxbn._track import init
+from jaxbn._types import Choose, RunningStats
 from jaxbn.linen._common import first_activation, has_count, pure
-
-# What `prediction_time` puts in the place of `_normalize`. A context of JAX's, so that what jit has
-# traced without it is not used within it.
-instead = jax.make_user_context(None)
 
 
 class BatchNorm(nn.BatchNorm):
@@ -47,6 +44,8 @@ class BatchNorm(nn.BatchNorm):
     axis_name: the axis of pmap, shard_map or vmap whose members share statistics. Under jit with
       sharded arrays none is needed.
     axis_index_groups: indices along it in groups, each sharing among itself only.
+    choose: which statistics normalize in training, where not the batch's own: a function of the
+      batch's `jaxbn.Moments` and the running statistics (see `jaxbn.batch_norm`).
     virtual_batch_size: examples of the global batch that are normalized together, by statistics of
       their own (see `jaxbn.batch_norm`); "device": those of each device; None: all.
     use_fast_variance: one pass over the input; False takes two.
@@ -83,6 +82,7 @@ class BatchNorm(nn.BatchNorm):
   masked_value: float | None = None
   activation: Callable[..., Any] | None = None
   virtual_batch_size: int | str | None = None
+  choose: Choose | None = None
 
   @nn.compact
   def __call__(
@@ -125,9 +125,7 @@ class BatchNorm(nn.BatchNorm):
     use_running_average: bool | None,
     **given: Any,
   ) -> jax.Array:
-    """The layer with these parameters; also with a `choose`, for those that are derived of it."""
-    if instead.value is not None and not self.is_initializing():
-      return instead.value(self, x, scale, bias, **given)
+    """The layer with these parameters, and for those that are derived of it with more options."""
     use_running_average = nn.merge_param(
       "use_running_average", self.use_running_average, use_running_average
     )

@@ -9,9 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._activation import hoist
-from jaxbn._moments import valid_elements
-from jaxbn._normalize import fill
-from jaxbn._running import needs_count
+from jaxbn._arguments import valid_elements
 
 
 def has_count(layer: nn.Module, momentum: float | None, debias: bool, evaluating: bool) -> bool:
@@ -20,7 +18,7 @@ def has_count(layer: nn.Module, momentum: float | None, debias: bool, evaluating
   Statistics without one, such as Flax's, will do for evaluation, which does not read it; training
   on would begin to count at 0, and forget them.
   """
-  if not needs_count(momentum, debias):
+  if not (debias or momentum is None):
     return False
   started = layer.has_variable("batch_stats", "mean")
   if not started or layer.has_variable("batch_stats", "count"):
@@ -53,7 +51,10 @@ def first_activation(layer: Any, y: jax.Array, mask: Any, weights: Any) -> jax.A
   if jnp.shape(activated) != y.shape or jnp.result_type(activated, y) != y.dtype:
     hoist("activation", layer.activation, y, y.dtype)  # says what is wrong, if it is
   valid, _ = valid_elements(y, None if mask is None else jnp.asarray(mask, bool), weights)
-  return fill(activated.astype(y.dtype), valid, None if valid is None else layer.masked_value)
+  activated = activated.astype(y.dtype)
+  if valid is None or layer.masked_value is None:
+    return activated
+  return jnp.where(valid, activated, layer.masked_value)
 
 
 def as_function(activation: Any) -> Any:

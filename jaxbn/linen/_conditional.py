@@ -27,7 +27,8 @@ class ConditionalBatchNorm(BatchNorm, kw_only=True):
     scale_init, bias_init: initializers, called with the shape (classes, channels).
     use_running_average, axis, momentum, epsilon, dtype, param_dtype, use_bias, use_scale,
       axis_name, axis_index_groups, use_fast_variance, force_float32_reductions, debias, unbiased,
-      skip_nonfinite, detach_stats, masked_value, activation, virtual_batch_size: as in `BatchNorm`.
+      skip_nonfinite, detach_stats, masked_value, activation, choose,
+      virtual_batch_size: as in `BatchNorm`.
 
   >>> import jax, jax.numpy as jnp, jaxbn.linen
   >>> layer = jaxbn.linen.ConditionalBatchNorm(num_classes=10, use_running_average=False)

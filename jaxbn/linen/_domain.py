@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 
 from jaxbn import _checks
-from jaxbn._running import RunningStats
+from jaxbn._types import RunningStats
 from jaxbn.linen._batch_norm import BatchNorm
 from jaxbn.variants.domain import of_layer
 
@@ -29,7 +29,7 @@ class DomainBatchNorm(BatchNorm, kw_only=True):
       bias_init, scale_init, axis_name, axis_index_groups, use_fast_variance,
       force_float32_reductions, debias, unbiased, skip_nonfinite, detach_stats, masked_value,
       activation: as in `BatchNorm`.
-    keep, virtual_batch_size: not here.
+    choose, virtual_batch_size: not here.
 
   >>> import jax, jax.numpy as jnp, jaxbn.linen
   >>> layer = jaxbn.linen.DomainBatchNorm(num_domains=2, use_running_average=False)

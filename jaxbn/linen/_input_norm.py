@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
 
-from jaxbn._running import RunningStats, init
+from jaxbn._track import init
+from jaxbn._types import RunningStats
 from jaxbn.linen._common import as_function, has_count
 from jaxbn.variants import input_norm
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 
-from jaxbn import _checks, _layers
-from jaxbn._running import RunningStats
-from jaxbn.linen._batch_norm import BatchNorm, instead
-from jaxbn.linen._common import pure
+from jaxbn._types import Chosen, Moments, RunningStats
+from jaxbn.linen._batch_norm import BatchNorm
 from jaxbn.variants.prediction_time import NOT_TRACKED, elements_per_example, interpolate
+
+# A context of JAX's, so that what jit has traced without it is not used within it.
+_predicting = jax.make_user_context(None)
 
 
 def prediction_time(function: Callable[..., Any], prior: float = 0.0) -> Callable[..., Any]:
@@ -43,39 +45,55 @@ def prediction_time(function: Callable[..., Any], prior: float = 0.0) -> Callabl
   [-1.  1.]
   """
   interpolate(prior)  # refuses what is no prior now, not at the first layer
-  predict = functools.partial(_predict, prior)
+  intercept = functools.partial(_predict, prior)
 
   @functools.wraps(function)
   def predicting(*args: Any, **kwargs: Any) -> Any:
-    with instead(predict):
+    with _predicting(intercept), nn.intercept_methods(intercept):
       return function(*args, **kwargs)
 
   return predicting
 
 
+class _Interpolated(NamedTuple):
+  """The `choose` of a layer that predicts, which can be told from a user's."""
+
+  prior: float
+  elements: int
+
+  def __call__(self, batch: Moments, state: RunningStats | None) -> Chosen:
+    return interpolate(self.prior, self.elements)(batch, state)
+
+
 def _predict(
-  prior: float, layer: BatchNorm, x: jax.Array, scale: Any, bias: Any, **given: Any
-) -> jax.Array:
-  if type(layer) is not BatchNorm:
+  prior: float,
+  next_function: Callable[..., Any],
+  args: tuple[Any, ...],
+  kwargs: dict[str, Any],
+  context: nn.module.InterceptorContext,
+) -> Any:
+  layer = context.module
+  called = isinstance(layer, BatchNorm) and context.method_name == "__call__"
+  if not called or layer.is_initializing() or isinstance(layer.choose, _Interpolated):
+    return next_function(*args, **kwargs)
+  if type(layer) is not BatchNorm or layer.choose is not None:
     raise ValueError(
       f"prediction_time knows the layers BatchNorm, not {type(layer).__name__} at "
-      f"{'/'.join(layer.path) or 'the top'}: use jaxbn.variants.prediction_time there."
+      f"{'/'.join(layer.path) or 'the top'}{' with choose' if layer.choose else ''}: use "
+      "jaxbn.variants.prediction_time there."
     )
-  state = layer._running_stats(_checks.split_axes(x.ndim, layer.axis).shape(x), True)
-  y, _ = _layers.call(
-    layer,
-    x,
-    scale,
-    bias,
-    RunningStats(state.mean.value, state.var.value),
-    use_running_average=False,
-    **NOT_TRACKED,
-    axis_name=layer.axis_name,
-    axis_index_groups=layer.axis_index_groups,
-    virtual_batch_size=layer.virtual_batch_size,
-    dtype=layer.dtype,
-    activation=pure(layer),
-    choose=interpolate(prior, elements_per_example(x, layer.axis)),
-    **given,
-  )
-  return y
+
+  def training(x: Any, use_running_average: bool | None = None, **given: Any) -> jax.Array:
+    del use_running_average  # in either mode
+    choose = _Interpolated(prior, elements_per_example(x, layer.axis))
+    streams = [] if layer.scope is None else layer.scope.rngs
+    y, _ = layer.clone(parent=None, use_running_average=False, choose=choose, **NOT_TRACKED).apply(
+      layer.variables,
+      x,
+      rngs={name: layer.make_rng(name) for name in streams},
+      mutable=["batch_stats"],
+      **given,
+    )
+    return y
+
+  return training(*args, **kwargs)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
 
-from jaxbn._running import RunningStats
+from jaxbn._types import RunningStats
 from jaxbn.variants import recurrent
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
 
 from jaxbn import _checks
-from jaxbn._moments import Moments
+from jaxbn._types import Moments
 from jaxbn.linen._common import first_activation, pure
 from jaxbn.variants.reference import of_layer
 

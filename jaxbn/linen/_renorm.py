@@ -13,7 +13,7 @@ from flax.linen import module
 
 from jaxbn import _checks
 from jaxbn.linen._batch_norm import BatchNorm
-from jaxbn.variants.renorm import Limit, correction, is_scheduled, limit_at
+from jaxbn.variants.renorm import Limit, choose_of, is_scheduled
 
 
 class BatchRenorm(BatchNorm):
@@ -39,7 +39,8 @@ class BatchRenorm(BatchNorm):
   The other attributes are those of `jaxbn.linen.BatchNorm`: use_running_average, axis, momentum,
   epsilon, dtype, param_dtype, use_bias, use_scale, bias_init, scale_init, axis_name,
   axis_index_groups, use_fast_variance, force_float32_reductions, debias, unbiased, skip_nonfinite,
-  detach_stats, masked_value, activation, keep (in training only "input"), virtual_batch_size.
+  detach_stats, masked_value, activation,
+  virtual_batch_size; choose is its own.
 
   The paper's schedules, batch normalization for 5,000 steps, then r_max from 1 to 3 by step 40,000
   and d_max from 0 to 5 by step 25,000:
@@ -88,9 +89,7 @@ class BatchRenorm(BatchNorm):
     counting = is_scheduled(self.r_max, self.d_max) and (initializing or not evaluating)
     step = self._step() if counting else None
     if not evaluating:
-      now = None if step is None else step.value
-      r_max, d_max = limit_at(now, self.r_max), limit_at(now, self.d_max)
-      given["choose"] = correction(r_max, d_max, self.epsilon)
+      given["choose"] = choose_of(self, None if step is None else step.value)
     y = super()._normalize(x, scale, bias, use_running_average, **given)
     if step is not None and not initializing:
       step.value += 1

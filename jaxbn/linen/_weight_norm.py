@@ -12,7 +12,8 @@ from flax.core import meta
 from flax.typing import Dtype, Initializer
 
 from jaxbn import _checks
-from jaxbn._running import RunningStats, init
+from jaxbn._track import init
+from jaxbn._types import RunningStats
 from jaxbn.linen._common import has_count
 from jaxbn.variants import weight_norm
 

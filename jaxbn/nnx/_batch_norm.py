@@ -14,7 +14,8 @@ from flax.nnx.nn import dtypes
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 
 from jaxbn import _checks, _layers
-from jaxbn._running import RunningStats, init
+from jaxbn._track import init
+from jaxbn._types import Choose, RunningStats
 from jaxbn.nnx._common import Trackable, as_function, of_shape, parameter, tuples
 
 
@@ -46,6 +47,8 @@ class BatchNorm(Trackable, nnx.BatchNorm):
     axis_name: the axis of pmap, shard_map or vmap whose members share statistics. Under jit with
       sharded arrays none is needed.
     axis_index_groups: indices along it in groups, each sharing among itself only.
+    choose: which statistics normalize in training, where not the batch's own: a function of the
+      batch's `jaxbn.Moments` and the running statistics (see `jaxbn.batch_norm`).
     virtual_batch_size: examples of the global batch that are normalized together, by statistics of
       their own (see `jaxbn.batch_norm`); "device": those of each device; None: all.
     use_fast_variance: one pass over the input; False takes two.
@@ -102,6 +105,7 @@ class BatchNorm(Trackable, nnx.BatchNorm):
     masked_value: float | None = None,
     activation: Callable[[jax.Array], jax.Array] | None = None,
     virtual_batch_size: int | str | None = None,
+    choose: Choose | None = None,
   ):
     shape = (num_features,)
     start = init(shape, momentum=momentum, debias=debias)
@@ -134,6 +138,7 @@ class BatchNorm(Trackable, nnx.BatchNorm):
     self.masked_value = masked_value
     self.activation = activation
     self.virtual_batch_size = virtual_batch_size
+    self.choose = choose
 
   def __call__(
     self,
@@ -163,7 +168,7 @@ class BatchNorm(Trackable, nnx.BatchNorm):
   def _normalize(
     self, x: jax.Array, scale: Any, bias: Any, use_running_average: bool | None, **given: Any
   ) -> jax.Array:
-    """The layer with these parameters; also with a `choose`, for those that are derived of it."""
+    """The layer with these parameters, and for those that are derived of it with more options."""
     use_running_average = self._evaluating(use_running_average)
     x, scale, bias, state, dtype = self._promoted(x, scale, bias, use_running_average)
     y, new_state = _layers.call(

@@ -10,7 +10,7 @@ from flax import nnx
 from flax.typing import Initializer
 
 from jaxbn import _checks
-from jaxbn._running import RunningStats
+from jaxbn._types import RunningStats
 from jaxbn.nnx._batch_norm import BatchNorm
 from jaxbn.nnx._common import of_shape
 from jaxbn.variants.domain import of_layer
@@ -33,7 +33,7 @@ class DomainBatchNorm(BatchNorm):
     scale_init: initializer of scale, called with its shape.
     bias_init: initializer of bias, likewise.
     rngs: rng key.
-    options: as in `BatchNorm`, beside `keep` and `virtual_batch_size`.
+    options: as in `BatchNorm`, except `choose` and `virtual_batch_size`.
 
   >>> import jax.numpy as jnp, jaxbn.nnx
   >>> from flax import nnx

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer
 
-from jaxbn._running import RunningStats, init
+from jaxbn._track import init
+from jaxbn._types import RunningStats
 from jaxbn.nnx._common import Trackable, of_shape, tuples
 from jaxbn.variants import input_norm
 

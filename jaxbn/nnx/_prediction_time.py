@@ -7,9 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jaxbn import _checks, _layers
 from jaxbn.nnx._batch_norm import BatchNorm
-from jaxbn.nnx._common import as_function
 from jaxbn.variants.prediction_time import NOT_TRACKED, elements_per_example, interpolate
 
 
@@ -44,10 +42,11 @@ def prediction_time(model: Any, prior: float = 0.0) -> Any:
   def replaced(path: Any, node: Any) -> Any:
     if not isinstance(node, BatchNorm):
       return node
-    if type(node) is not BatchNorm:
+    if type(node) is not BatchNorm or node.choose is not None:
       raise ValueError(
         f"prediction_time knows the layers BatchNorm, not {type(node).__name__} at "
-        f"{'.'.join(map(str, path)) or 'the top'}: use jaxbn.variants.prediction_time there."
+        f"{'.'.join(map(str, path)) or 'the top'}{' with choose' if node.choose else ''}: use "
+        "jaxbn.variants.prediction_time there."
       )
     return _Predicting(node, prior)
 
@@ -63,24 +62,9 @@ class _Predicting(nnx.Module):
 
   def __call__(self, x: Any, use_running_average: bool | None = None, **given: Any) -> jax.Array:
     del use_running_average  # in either mode
-    layer = self.layer
-    x, scale, bias, state, dtype = layer._promoted(
-      _checks.inexact(x), layer.scale, layer.bias, False
-    )
-    y, _ = _layers.call(
-      layer,
-      x,
-      scale,
-      bias,
-      state,
-      use_running_average=False,
-      **NOT_TRACKED,
-      axis_name=layer.axis_name,
-      axis_index_groups=layer.axis_index_groups,
-      virtual_batch_size=layer.virtual_batch_size,
-      dtype=dtype,
-      activation=as_function(layer.activation, x),
-      choose=interpolate(self.prior, elements_per_example(x, layer.axis)),
-      **given,
-    )
-    return y
+    layer: Any = nnx.clone(self.layer)  # what it tracks goes with it
+    layer.activation = self.layer.activation  # which may count what it draws
+    layer.choose = interpolate(self.prior, elements_per_example(x, layer.axis))
+    for name, value in NOT_TRACKED.items():
+      setattr(layer, name, value)
+    return layer(x, use_running_average=False, **given)

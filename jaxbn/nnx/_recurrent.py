@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer
 
-from jaxbn._running import RunningStats
+from jaxbn._types import RunningStats
 from jaxbn.nnx._common import tuples, write
 from jaxbn.variants import recurrent
 

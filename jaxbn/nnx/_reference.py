@@ -12,7 +12,7 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 
 from jaxbn import _checks
-from jaxbn._moments import Moments
+from jaxbn._types import Moments
 from jaxbn.nnx._common import as_function, of_shape, parameter, put, tuples
 from jaxbn.variants.reference import of_layer
 

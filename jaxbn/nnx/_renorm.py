@@ -11,7 +11,7 @@ from flax import nnx
 from jaxbn import _checks
 from jaxbn.nnx._batch_norm import BatchNorm
 from jaxbn.nnx._common import write
-from jaxbn.variants.renorm import Limit, correction, is_scheduled, limit_at
+from jaxbn.variants.renorm import Limit, choose_of, is_scheduled
 
 
 class BatchRenorm(BatchNorm):
@@ -60,8 +60,7 @@ class BatchRenorm(BatchNorm):
     if evaluating:
       return super()._normalize(x, scale, bias, use_running_average, **given)
     step = self.step[...] if is_scheduled(self.r_max, self.d_max) else None
-    r_max, d_max = limit_at(step, self.r_max), limit_at(step, self.d_max)
-    given["choose"] = correction(r_max, d_max, self.epsilon)
+    given["choose"] = choose_of(self, step)
     y = super()._normalize(x, scale, bias, use_running_average, **given)
     if step is not None:
       write(self, self.step, step + 1)

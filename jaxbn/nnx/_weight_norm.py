@@ -11,7 +11,8 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 
 from jaxbn import _checks
-from jaxbn._running import RunningStats, init
+from jaxbn._track import init
+from jaxbn._types import RunningStats
 from jaxbn.nnx._common import Trackable, of_shape, parameter, tuples, write
 from jaxbn.variants import weight_norm
 

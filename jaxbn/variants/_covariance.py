@@ -11,16 +11,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbn import _checks
-from jaxbn._moments import (
-  Elements,
-  How,
-  divisor,
-  measure,
-  valid_elements,
-  zero_unless,
-)
-from jaxbn._rule import accumulation_dtype, recomputing
+from jaxbn._arguments import valid_elements
+from jaxbn._counts import divisor
+from jaxbn._dtypes import wide
+from jaxbn._measure import measure
+from jaxbn._meshes import by_partitioner
 from jaxbn._share import Sharing, merge_moments, share_moments
+from jaxbn._types import Axes, Inputs, Plan
+from jaxbn._xla import recomputing
 
 if TYPE_CHECKING:
   import chex
@@ -86,8 +84,9 @@ def covariance(
   axes = one_axis(x, axis)
   _checks.nonempty(x, axes)
   group_size = require_group_size(group_size, *axes.shape(x))
-  valid, weight = counted(x, axes, mask, weights)
-  return measure_covariance(axes, group_size, x.astype(accumulation_dtype(x.dtype)), valid, weight)
+  inputs = Inputs(x, wide(x), *valid_elements(x, mask, weights))
+  require_alike(x, axes, mask, weights)
+  return measure_covariance(Plan(axes), inputs, group_size)
 
 
 def merge(a: CovarianceMoments, b: CovarianceMoments) -> CovarianceMoments:
@@ -124,33 +123,34 @@ def merge(a: CovarianceMoments, b: CovarianceMoments) -> CovarianceMoments:
   return CovarianceMoments(*merge_moments(a, b, lambda delta: _outer(delta, a.cov)))
 
 
-def measure_covariance(
-  axes: _checks.Axes, group_size: int, wide: jax.Array, valid: Any, weight: Any
-) -> CovarianceMoments:
-  local = functools.partial(_measure_here, axes, group_size)
-  return by_partitioner(local, wide, CovarianceMoments(jax.P(), jax.P(), jax.P()))(
-    wide, valid, weight
+def measure_covariance(plan: Plan, inputs: Inputs, group_size: int) -> CovarianceMoments:
+  """`covariance` of arguments that have been checked."""
+  local = functools.partial(_measure_here, plan.axes, group_size)
+  everywhere = CovarianceMoments(jax.P(), jax.P(), jax.P())
+  return by_partitioner(local, inputs.wide_x, everywhere)(
+    inputs.wide_x, inputs.valid, inputs.weight
   )
 
 
 def _measure_here(
-  axes: _checks.Axes, group_size: int, wide: jax.Array, valid: Any, weight: Any
+  axes: Axes, group_size: int, x: jax.Array, valid: Any, weight: Any
 ) -> CovarianceMoments:
-  constant = lax.stop_gradient(wide)
-  first = measure(How(axes), Elements(constant, constant, valid, weight))
+  constant = lax.stop_gradient(x)
+  first = measure(Plan(axes), Inputs(constant, constant, valid, weight))
   # A pivot, and so no path for gradients: they go through the moments around it.
   center = lax.stop_gradient(first.mean)
   sums = recomputing(functools.partial(_sums_around, axes, group_size))
-  n = divisor(first.count, wide.dtype)
-  total, products = (s / n for s in sums(wide, center, valid, weight))
+  n = divisor(first.count, x.dtype)
+  total, products = (s / n for s in sums(x, center, valid, weight))
   return CovarianceMoments(first.count, center + total.reshape(-1), _covariance(products, total))
 
 
 def _sums_around(
-  axes: _checks.Axes, group_size: int, wide: jax.Array, center: jax.Array, valid: Any, weight: Any
+  axes: Axes, group_size: int, x: jax.Array, center: jax.Array, valid: Any, weight: Any
 ) -> tuple[jax.Array, jax.Array]:
   """The weighted sums of d and d d^T, d = x - center, of shapes (groups, g) and (groups, g, g)."""
-  d = zero_unless(valid, wide - axes.expand(center))
+  d = x - axes.expand(center)
+  d = d if valid is None else jnp.where(valid, d, 0)
   weighted = d if weight is None else d * weight
   d, weighted = (grouped(v, axes, group_size) for v in (d, weighted))
   elements = tuple(range(1, d.ndim - 1))
@@ -194,19 +194,7 @@ def _outer(mean: jax.Array, like: jax.Array) -> jax.Array:
   return v[:, :, None] * v[:, None, :]
 
 
-def by_partitioner(function: Any, x: jax.Array, out: Any) -> Any:
-  """The function; on an explicit mesh one whose parts are placed by XLA, and its results as `out`.
-
-  A product that sums over a sharded axis, as here and in the derivatives, has no type otherwise.
-  """
-  mesh = jax.typeof(x).sharding.mesh
-  if not mesh.explicit_axes:
-    return function
-  placed = jax.tree.map(functools.partial(jax.NamedSharding, mesh), out)
-  return jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=placed)
-
-
-def grouped(x: jax.Array, axes: _checks.Axes, group_size: int) -> jax.Array:
+def grouped(x: jax.Array, axes: Axes, group_size: int) -> jax.Array:
   """x with the groups on the first axis and the channels of each on the last."""
   (axis,) = axes.features
   x = jnp.moveaxis(x, axis, -1)
@@ -224,7 +212,7 @@ def real(x: Any, name: str = "x") -> jax.Array:
   return x
 
 
-def one_axis(x: jax.Array, axis: Any) -> _checks.Axes:
+def one_axis(x: jax.Array, axis: Any) -> Axes:
   axes = _checks.split_axes(x.ndim, axis)
   if len(axes.features) != 1:
     raise ValueError(
@@ -251,9 +239,8 @@ def require_group_size(group_size: Any, channels: int) -> int:
   return size
 
 
-def counted(x: jax.Array, axes: _checks.Axes, mask: Any, weights: Any) -> tuple[Any, Any]:
-  """`valid_elements`, of a mask and weights that are the same for all channels."""
-  valid, weight = valid_elements(x, mask, weights)
+def require_alike(x: jax.Array, axes: Axes, mask: Any, weights: Any) -> None:
+  """Refuses a mask or weights that are not the same for all channels."""
   (axis,) = axes.features
   for name, value in {"mask": mask, "weights": weights}.items():
     position = axis - x.ndim + jnp.ndim(value) if value is not None else -1
@@ -262,4 +249,3 @@ def counted(x: jax.Array, axes: _checks.Axes, mask: Any, weights: Any) -> tuple[
         f"{name} of shape {jnp.shape(value)} differs between the channels, on axis {axis} of x: a "
         "covariance is of elements that have all their channels: give it size 1 there."
       )
-  return valid, weight

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn import _checks
-from jaxbn._moments import Elements, How, Moments, measure
+from jaxbn._measure import measure
+from jaxbn._types import Axes, Inputs, Moments, Plan
 
 
-def examples_axis(x: jax.Array, axes: _checks.Axes) -> int:
+def examples_axis(x: jax.Array, axes: Axes) -> int:
   """The axis along which the examples lie."""
   if not axes.reduced:
     raise ValueError(
@@ -26,7 +27,7 @@ def examples_axis(x: jax.Array, axes: _checks.Axes) -> int:
 
 
 def indices(
-  name: str, value: Any, rows: int, x: jax.Array, axes: _checks.Axes, valid: jax.Array | None
+  name: str, value: Any, rows: int, x: jax.Array, axes: Axes, valid: jax.Array | None
 ) -> jax.Array:
   """One row of a table for each example: (N,), from that or from one integer for all.
 
@@ -59,7 +60,7 @@ def indices(
   return _as_sharded(index, x, axes)
 
 
-def _as_sharded(index: jax.Array, x: jax.Array, axes: _checks.Axes) -> jax.Array:
+def _as_sharded(index: jax.Array, x: jax.Array, axes: Axes) -> jax.Array:
   """Where types say how arrays are sharded: as x's examples are."""
   sharding = jax.typeof(x).sharding
   if not sharding.mesh.explicit_axes:
@@ -68,7 +69,7 @@ def _as_sharded(index: jax.Array, x: jax.Array, axes: _checks.Axes) -> jax.Array
   return jax.sharding.reshard(index, jax.NamedSharding(sharding.mesh, of_examples))
 
 
-def _existing(x: jax.Array, axes: _checks.Axes, valid: jax.Array | None) -> Any:
+def _existing(x: jax.Array, axes: Axes, valid: jax.Array | None) -> Any:
   """Which examples have a valid element, of shape (N,) or (1,); None: all."""
   if valid is None:
     return None
@@ -76,7 +77,7 @@ def _existing(x: jax.Array, axes: _checks.Axes, valid: jax.Array | None) -> Any:
   return np.any(np.asarray(valid), others) if _checks.concrete(valid) else jnp.any(valid, others)
 
 
-def table(name: str, value: Any, rows: int, x: jax.Array, axes: _checks.Axes) -> jax.Array:
+def table(name: str, value: Any, rows: int, x: jax.Array, axes: Axes) -> jax.Array:
   """A table as an array, if it has that many rows of the channels' shape."""
   value, shape = jnp.asarray(value), (rows, *axes.shape(x))
   if value.shape != shape:
@@ -87,7 +88,7 @@ def table(name: str, value: Any, rows: int, x: jax.Array, axes: _checks.Axes) ->
   return value
 
 
-def row_of_each(value: jax.Array, index: jax.Array, x: jax.Array, axes: _checks.Axes) -> jax.Array:
+def row_of_each(value: jax.Array, index: jax.Array, x: jax.Array, axes: Axes) -> jax.Array:
   """Each example's row of a table, with as many axes as x; NaN where there is no such row."""
   axis = examples_axis(x, axes)
   sharding, out_sharding = jax.typeof(x).sharding, None
@@ -102,13 +103,13 @@ def row_of_each(value: jax.Array, index: jax.Array, x: jax.Array, axes: _checks.
   return jnp.expand_dims(rows, [a for a in range(x.ndim) if a not in together])
 
 
-def moments_of_examples(how: How, elements: Elements) -> Moments:
+def moments_of_examples(plan: Plan, inputs: Inputs) -> Moments:
   """The moments of each example by itself, in one pass: the examples' axis is in front."""
-  x, axes = elements.x, how.axes
+  x, axes = inputs.x, plan.axes
   axis = examples_axis(x, axes)
   together = tuple(sorted((axis, *axes.features)))
   position, others = together.index(axis), tuple(a for a in axes.reduced if a != axis)
-  own = measure(how._replace(axes=_checks.Axes(together, others)), elements)
+  own = measure(plan._replace(axes=Axes(together, others)), inputs)
   # What all share is shared no more once some of them are left out.
   each = jnp.ones([x.shape[axis] if a == axis else 1 for a in together], jnp.int32)
   own = own._replace(count=jnp.asarray(own.count) * each)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbn import _checks
-from jaxbn._rule import accumulation_dtype
+from jaxbn._dtypes import accumulation_dtype
 from jaxbn.variants._covariance import real
 
 if TYPE_CHECKING:

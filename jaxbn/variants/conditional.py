@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn import _checks
+from jaxbn._arguments import valid_elements
 from jaxbn._batch_norm import batch_norm
-from jaxbn._moments import valid_elements
-from jaxbn._running import RunningStats
+from jaxbn._types import RunningStats
 from jaxbn.variants._examples import indices, row_of_each, table
 
 if TYPE_CHECKING:

@@ -9,21 +9,16 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from jaxbn import _checks
-from jaxbn._moments import (
-  Elements,
-  How,
-  Moments,
-  abs_square,
-  are_reliabilities,
-  divisor,
-  valid_elements,
-)
-from jaxbn._normalize import apply_aligned, arrange, fill, require_mask
-from jaxbn._running import RunningStats, require_running_stats, update
-from jaxbn._share import share, worth
+from jaxbn._apply import apply
+from jaxbn._arguments import check_layer, valid_elements
+from jaxbn._choose import choose
+from jaxbn._counts import divisor
+from jaxbn._measure import abs_square
+from jaxbn._share import of_equal_weights, share
+from jaxbn._track import track
+from jaxbn._types import Axes, Chosen, Inputs, Moments, Plan, RunningStats
 from jaxbn.variants._examples import indices, moments_of_examples, row_of_each, table
 
 if TYPE_CHECKING:
@@ -110,51 +105,63 @@ def domain_batch_norm(
   (Array([-1.,  1., -1.,  1.], dtype=float32), Array([ 2., 20.], dtype=float32))
   """
   x = _checks.inexact(x)
-  _checks.momentum_in_range(momentum, debias)
-  evaluating = _checks.static_bool("use_running_average", use_running_average)
   axes = _checks.split_axes(x.ndim, axis)
-  state = require_running_stats(state)
+  state = _checks.running_stats(state)
   rows = _number_of_domains(state, x, axes)
-  valid, weight = valid_elements(x, mask, weights)
-  require_mask(masked_value, valid)
+  valid, _ = valid_elements(x, mask, weights)
   domain = indices("domains", domains, rows, x, axes, valid)
-  scale, bias = (
-    _parameter(name, value, rows, domain, x, axes)
-    for name, value in {"scale": scale, "bias": bias}.items()
+  plan, inputs, tracking = check_layer(
+    x,
+    _parameter("scale", scale, rows, domain, x, axes),
+    _parameter("bias", bias, rows, domain, x, axes),
+    state,
+    use_running_average=use_running_average,
+    axis=axis,
+    momentum=momentum,
+    epsilon=epsilon,
+    mask=mask,
+    weights=weights,
+    masked_value=masked_value,
+    axis_name=axis_name,
+    axis_index_groups=axis_index_groups,
+    use_fast_variance=use_fast_variance,
+    debias=debias,
+    unbiased=unbiased,
+    skip_nonfinite=skip_nonfinite,
+    detach_stats=detach_stats,
+    activation=activation,
+    residual=residual,
+    dtype=dtype,
   )
-  running_mean = state.mean if evaluating else None
-  form, given = arrange(x, scale, bias, residual, epsilon, axis, activation, dtype, running_mean)
+  if tracking.momentum is None or tracking.debias:
+    _checks.has_count(state, tracking.momentum)
 
-  stats: Any = state
-  if not evaluating:
-    _checks.nonempty(x, axes)
-    fast = _checks.static_bool("use_fast_variance", use_fast_variance)
-    how = How(axes, fast, True, *_checks.sharing(axis_name, axis_index_groups))
-    elements = Elements(given.x, given.wide, valid, weight)
-    stats = batch = share(how, _by_domain(how, elements, domain, rows))
-    if _checks.static_bool("detach_stats", detach_stats):
-      stats = batch._replace(mean=lax.stop_gradient(batch.mean), var=lax.stop_gradient(batch.var))
-    if unbiased and weight is not None and are_reliabilities(weights):
-      squared = elements._replace(weight=jnp.square(weight))
-      squares = _by_domain(how, squared, domain, rows).count
-      batch = batch._replace(count=worth(how, batch.count, squares))
-    state = update(
-      state,
-      batch,
-      momentum=momentum,
-      debias=debias,
-      unbiased=unbiased,
-      skip_nonfinite=skip_nonfinite,
-    )
-  mean, var = (row_of_each(jnp.asarray(v), domain, x, axes) for v in (stats.mean, stats.var))
-  y = apply_aligned(form, given._replace(valid=valid), mean, var)
-  return fill(y, valid, masked_value), state
+  def normalize(stats: Any) -> jax.Array:
+    mean, var = (row_of_each(jnp.asarray(v), domain, x, axes) for v in (stats.mean, stats.var))
+    return apply(plan, inputs, Chosen(mean, var))
+
+  if plan.use_running_average:
+    return normalize(state), state
+  batch = _by_domain(plan, inputs, domain, rows)
+  if plan.axis_name is not None:
+    batch = share(plan, batch)
+  y = normalize(choose(plan, x, None, batch, state))
+  if plan.count_by_worth:
+    squared = inputs._replace(weight=jnp.square(inputs.weight))
+    squares = _by_domain(plan, squared, domain, rows).count
+    batch = batch._replace(count=of_equal_weights(plan, batch.count, squares))
+  return y, track(state, batch, tracking)
 
 
 def of_layer(
-  *args: Any, virtual_batch_size: int | str | None, **options: Any
+  *args: Any, virtual_batch_size: int | str | None, choose: Any, **options: Any
 ) -> tuple[jax.Array, RunningStats]:
-  """`domain_batch_norm`, for a layer that has one more option."""
+  """`domain_batch_norm`, for a layer that has two more options."""
+  if choose is not None:
+    raise ValueError(
+      f"choose={choose!r} in a layer with domains: their statistics are what it normalizes by: "
+      "leave it out."
+    )
   if virtual_batch_size is not None:
     raise ValueError(
       f"virtual_batch_size={virtual_batch_size!r} in a layer with domains: both say which examples "
@@ -191,7 +198,7 @@ def split_domains(number: int, parts: int) -> jax.Array:
   return jnp.asarray(np.repeat(np.arange(parts, dtype=np.int32), number // parts))
 
 
-def _number_of_domains(state: Any, x: jax.Array, axes: _checks.Axes) -> int:
+def _number_of_domains(state: Any, x: jax.Array, axes: Axes) -> int:
   shape, channels = jnp.shape(state.mean), axes.shape(x)
   if shape[1:] != channels or not shape or jnp.shape(state.var) != shape:
     raise ValueError(
@@ -203,7 +210,7 @@ def _number_of_domains(state: Any, x: jax.Array, axes: _checks.Axes) -> int:
 
 
 def _parameter(
-  name: str, value: Any, rows: int, domain: jax.Array, x: jax.Array, axes: _checks.Axes
+  name: str, value: Any, rows: int, domain: jax.Array, x: jax.Array, axes: Axes
 ) -> jax.Array | None:
   """A parameter of all domains as it is, or each example's from a table."""
   if value is None or jnp.shape(value) == axes.shape(x):
@@ -211,9 +218,9 @@ def _parameter(
   return row_of_each(table(name, value, rows, x, axes), domain, x, axes)
 
 
-def _by_domain(how: How, elements: Elements, domain: jax.Array, rows: int) -> Moments:
-  """A table of this device's moments, one row for each domain."""
-  own = moments_of_examples(how, elements)
+def _by_domain(plan: Plan, inputs: Inputs, domain: jax.Array, rows: int) -> Moments:
+  """Measure: a table of this device's moments, one row for each domain."""
+  own = moments_of_examples(plan, inputs)
   return jax.vmap(lambda d: _merge_examples(own, domain == d))(jnp.arange(rows))
 
 

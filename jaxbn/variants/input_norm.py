@@ -16,11 +16,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbn import _checks
+from jaxbn._apply import normalize
 from jaxbn._batch_norm import batch_norm
-from jaxbn._moments import Moments, moments
-from jaxbn._normalize import normalize
-from jaxbn._running import RunningStats, require_running_stats, update
+from jaxbn._measure import moments
 from jaxbn._share import sync
+from jaxbn._track import update
+from jaxbn._types import Moments, RunningStats
 from jaxbn.variants.recurrent import (
   Options,
   gru_hidden,
@@ -278,7 +279,7 @@ def _frame_wise(
     return normalize(x, mean, var, s, b, epsilon=how.epsilon, axis=axis, mask=valid)
 
   if state is not None:
-    state = require_running_stats(state)
+    state = _checks.running_stats(state)
     require_shape("state.mean", state.mean, (len(state.mean), features))
   rows = jnp.arange(steps) if state is None else jnp.minimum(jnp.arange(steps), len(state.mean) - 1)
   if _checks.static_bool("use_running_average", how.use_running_average):

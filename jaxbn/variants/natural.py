@@ -39,7 +39,7 @@ import numpy as np
 from jax import lax
 
 from jaxbn import _checks
-from jaxbn._rule import accumulation_dtype
+from jaxbn._dtypes import accumulation_dtype
 from jaxbn.variants._covariance import covariance, real, share
 from jaxbn.variants._inverse_root import whitening_matrix
 

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxbn import _checks
-from jaxbn._rule import accumulation_dtype
+from jaxbn._dtypes import accumulation_dtype
 
 __all__ = ["path_sgd", "scale_by_path"]
 

@@ -11,9 +11,7 @@ import jax.numpy as jnp
 
 from jaxbn import _checks
 from jaxbn._batch_norm import batch_norm
-from jaxbn._choose import Chosen
-from jaxbn._moments import Moments
-from jaxbn._running import RunningStats, require_running_stats
+from jaxbn._types import Chosen, Moments, RunningStats
 
 if TYPE_CHECKING:
   import chex
@@ -69,7 +67,7 @@ def prediction_time_batch_norm(
   >>> y.ravel().round(2)
   Array([-1.,  1.], dtype=float32)
   """
-  state = require_running_stats(state)
+  state = _checks.running_stats(state)
   choose = interpolate(prior, elements_per_example(x, options.get("axis", -1)))
   _checks.momentum_in_range(options.get("momentum", 0.99), options.get("debias", False))
   options |= NOT_TRACKED
@@ -106,7 +104,7 @@ def interpolate(
     )
 
   def choose(batch: Moments, state: RunningStats | None) -> Chosen:
-    state = require_running_stats(state)
+    state = _checks.running_stats(state)
     n = jnp.asarray(batch.count, batch.var.dtype)
     total = n + prior * elements
     share = n / jnp.where(total > 0, total, 1)

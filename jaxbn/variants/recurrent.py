@@ -21,10 +21,11 @@ import numpy as np
 from jax import lax
 
 from jaxbn import _checks
-from jaxbn._moments import Moments, moments
-from jaxbn._normalize import normalize
-from jaxbn._running import RunningStats, init, require_running_stats, update
+from jaxbn._apply import normalize
+from jaxbn._measure import moments
 from jaxbn._share import sync
+from jaxbn._track import init, update
+from jaxbn._types import Moments, RunningStats
 
 if TYPE_CHECKING:
   import chex
@@ -475,7 +476,7 @@ def _statistics(
   valid: jax.Array | None,
 ) -> tuple[list[_Taken], list[RunningStats]]:
   """What normalizes each array, shared by one all-reduce, and the running statistics after it."""
-  stats = [require_running_stats(s) for s in stats]
+  stats = [_checks.running_stats(s) for s in stats]
   row = jnp.minimum(jnp.max(t), len(stats[0].mean) - 1)
   olds: list[RunningStats] = [_row(s, row) for s in stats]
   if _checks.static_bool("use_running_average", how.use_running_average):
@@ -582,7 +583,7 @@ def _check(params: _Params, stats: _Stats, carry: _Carry, x: jax.Array) -> None:
       f"{expected.__name__[:-5].lower()}_stats(...)."
     )
   for name, value in stats._asdict().items():
-    value = require_running_stats(value)
+    value = _checks.running_stats(value)
     channels = features if name == "cell" else gates * features
     require_shape(f"stats.{name}.mean", value.mean, (len(value.mean), channels))
 

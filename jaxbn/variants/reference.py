@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn import _checks
+from jaxbn._apply import apply
+from jaxbn._arguments import check_layer
 from jaxbn._batch_norm import batch_norm
-from jaxbn._choose import Chosen
-from jaxbn._moments import Elements, How, Moments, measure, require_moments, valid_elements
-from jaxbn._normalize import apply_aligned, arrange, fill, require_mask
-from jaxbn._running import RunningStats
+from jaxbn._measure import measure
 from jaxbn._share import merge, share
+from jaxbn._types import Chosen, Moments, RunningStats
 from jaxbn.variants._examples import examples_axis
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def virtual_batch_norm(
   x = _checks.inexact(x)
   axes = _checks.split_axes(x.ndim, axis)
   examples_axis(x, axes)
-  require_moments(reference)
+  _checks.is_moments(reference)
   mean = _checks.channels("reference.mean", reference.mean, x, axes)
   var = _checks.channels("reference.var", reference.var, x, axes)
   # In the place of the state, for its leaves go to each example's choice in the right shape.
@@ -149,16 +149,28 @@ def reference_batch_norm(
   >>> y.ravel().round(2), reference.mean
   (Array([-1.,  1.], dtype=float32), Array([1.], dtype=float32))
   """
-  x = _checks.inexact(x)
-  form, given = arrange(x, scale, bias, residual, epsilon, axis, activation, dtype)
-  _checks.nonempty(x, form.axes)
-  valid, weight = valid_elements(x, mask, weights)
-  require_mask(masked_value, valid)
-  fast = _checks.static_bool("use_fast_variance", use_fast_variance)
-  how = How(form.axes, fast, True, *_checks.sharing(axis_name, axis_index_groups))
-  reference = share(how, measure(how, Elements(given.x, given.wide, valid, weight)))
-  y = apply_aligned(form, given._replace(valid=valid), reference.mean, reference.var)
-  return fill(y, valid, masked_value), reference
+  plan, inputs, _ = check_layer(
+    x,
+    scale,
+    bias,
+    None,
+    use_running_average=False,
+    axis=axis,
+    epsilon=epsilon,
+    mask=mask,
+    weights=weights,
+    masked_value=masked_value,
+    axis_name=axis_name,
+    axis_index_groups=axis_index_groups,
+    use_fast_variance=use_fast_variance,
+    activation=activation,
+    residual=residual,
+    dtype=dtype,
+  )
+  reference = measure(plan, inputs)
+  if plan.axis_name is not None:
+    reference = share(plan, reference)
+  return apply(plan, inputs, Chosen(reference.mean, reference.var)), reference
 
 
 # The fields of a layer that have the name and the meaning of an argument.

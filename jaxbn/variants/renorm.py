@@ -22,9 +22,7 @@ from jax import lax
 
 from jaxbn import _checks
 from jaxbn._batch_norm import batch_norm
-from jaxbn._choose import Choose, Chosen
-from jaxbn._moments import Moments
-from jaxbn._running import RunningStats
+from jaxbn._types import Choose, Chosen, Moments, RunningStats
 
 if TYPE_CHECKING:
   import chex
@@ -166,9 +164,18 @@ def is_scheduled(*limits: Limit) -> bool:
   return any(map(callable, limits))
 
 
-def limit_at(step: Any, limit: Limit) -> Any:
-  """The limit of one step of a layer."""
-  return limit(jnp.asarray(step, jnp.int32)) if callable(limit) else limit
+def choose_of(layer: Any, step: Any) -> Choose:
+  """The `choose` of a layer in one of its steps."""
+  if layer.choose is not None:
+    raise ValueError(
+      f"choose={layer.choose!r} in a {type(layer).__name__}, which chooses by itself: use "
+      "BatchNorm with it, or leave it out."
+    )
+
+  def now(limit: Limit) -> Any:
+    return limit(jnp.asarray(step, jnp.int32)) if callable(limit) else limit
+
+  return correction(now(layer.r_max), now(layer.d_max), layer.epsilon)
 
 
 def _clip_length(d: jax.Array, limit: jax.Array) -> jax.Array:

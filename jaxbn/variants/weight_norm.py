@@ -20,11 +20,10 @@ from jax import lax
 
 from jaxbn import _checks
 from jaxbn._batch_norm import batch_norm
-from jaxbn._choose import Chosen
-from jaxbn._moments import Moments, moments
-from jaxbn._rule import accumulation_dtype
-from jaxbn._running import RunningStats, require_running_stats
+from jaxbn._dtypes import accumulation_dtype
+from jaxbn._measure import moments
 from jaxbn._share import sync
+from jaxbn._types import Chosen, Moments, RunningStats
 
 if TYPE_CHECKING:
   import chex
@@ -193,7 +192,7 @@ def mean_only_batch_norm(
     )
   unit = state
   if isinstance(state, RunningStats):
-    state = require_running_stats(state)
+    state = _checks.running_stats(state)
     unit = state._replace(var=jnp.ones_like(state.var))
   y, new_state = batch_norm(
     x,

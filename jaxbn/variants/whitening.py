@@ -30,19 +30,21 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbn import _checks
-from jaxbn._normalize import align, arrange, fill, is_aligned, require_mask
-from jaxbn._rule import Form, Given, promoting, recomputing
-from jaxbn._running import blend
+from jaxbn._arguments import check_layer
+from jaxbn._dtypes import promoting
+from jaxbn._meshes import by_partitioner
+from jaxbn._track import blend
+from jaxbn._types import Axes, Inputs, Plan, Tracking
+from jaxbn._xla import recomputing
 from jaxbn.variants._covariance import (
   CovarianceMoments,
-  by_partitioner,
-  counted,
   covariance,
   grouped,
   measure_covariance,
   merge,
   one_axis,
   real,
+  require_alike,
   require_group_size,
   share,
 )
@@ -186,54 +188,59 @@ def whitening_norm(
   _require_momentum(momentum)
   require_method(method, iterations)
   _check_state(state, x, axes, group_size)
-  evaluating = _checks.static_bool("use_running_average", use_running_average)
-  mean = state.mean if state is not None else None
-  form, given = arrange(x, scale, bias, None, epsilon, axis, None, dtype, mean)
-  valid, weight = counted(x, axes, mask, weights)
-  require_mask(masked_value, valid)
-  given = given._replace(valid=valid)
-  skip = _checks.static_bool("skip_nonfinite", skip_nonfinite)
-  if evaluating:
-    if state is None:
-      raise ValueError("use_running_average=True needs the statistics: pass state.")
-    return fill(_whiten(form, given, *state), valid, masked_value), state
-
-  _checks.nonempty(x, axes)
-  axis_name, groups = _checks.sharing(axis_name, axis_index_groups)
-  batch = measure_covariance(axes, group_size, given.wide, valid, weight)
-  if axis_name is not None:
-    batch = share(batch, axis_name, groups)
-  matrix = whitening_matrix(batch.cov, method=method, iterations=iterations, epsilon=given.epsilon)
-  y = fill(_whiten(form, given, batch.mean, matrix), valid, masked_value)
-  return y, None if state is None else _track(state, batch, matrix, momentum, skip)
+  plan, inputs, tracking = check_layer(
+    x,
+    scale,
+    bias,
+    state,
+    use_running_average=use_running_average,
+    axis=axis,
+    momentum=momentum,
+    epsilon=epsilon,
+    mask=mask,
+    weights=weights,
+    masked_value=masked_value,
+    axis_name=axis_name,
+    axis_index_groups=axis_index_groups,
+    skip_nonfinite=skip_nonfinite,
+    dtype=dtype,
+  )
+  require_alike(x, axes, mask, weights)
+  if plan.use_running_average and state is not None:
+    return _whiten(plan, inputs, *state), state
+  batch = measure_covariance(plan, inputs, group_size)
+  if plan.axis_name is not None:
+    batch = share(batch, plan.axis_name, plan.axis_index_groups)
+  matrix = whitening_matrix(batch.cov, method=method, iterations=iterations, epsilon=inputs.epsilon)
+  y = _whiten(plan, inputs, batch.mean, matrix)
+  return y, None if state is None else _track(state, batch, matrix, tracking)
 
 
 @promoting
-def _whiten(form: Form, given: Given, mean: jax.Array, matrix: jax.Array) -> jax.Array:
+def _whiten(plan: Plan, inputs: Inputs, mean: jax.Array, matrix: jax.Array) -> jax.Array:
   """y = scale * (W (x - mean)) + bias, rounded once, at the end."""
-  axes, parameters = form.axes, (given.scale, given.bias)
+  axes, x = plan.axes, inputs.wide_x
   # Half-precision running statistics too are applied in single precision.
   matrix = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
-  if by_example := is_aligned(axes, given.x, *parameters):
-    parameters = align(axes, given.x, *parameters)
-  scale, bias = parameters
+  parameters = inputs.scale, inputs.bias
+  by_example = bool(axes.reduced) and any(v is not None and v.ndim == x.ndim for v in parameters)
+  scale, bias = (v if v is None or v.ndim == x.ndim else axes.expand(v) for v in parameters)
   if scale is not None and not by_example:
     matrix = matrix * scale.reshape(*matrix.shape[:2], 1)  # one product less of x's size
   product = recomputing(functools.partial(_product, axes))
-  product = by_partitioner(product, given.wide, jax.typeof(given.wide).sharding.spec)
-  y = product(given.wide, mean, matrix, given.valid)
+  product = by_partitioner(product, x, jax.typeof(x).sharding.spec)
+  y = product(x, mean, matrix, inputs.valid)
   if scale is not None and by_example:
     y = y * scale
   if bias is not None:
-    y = y + (bias if by_example else axes.expand(bias))
-  return y.astype(form.dtype)
+    y = y + bias
+  y = y.astype(plan.dtype)
+  return y if inputs.masked_value is None else jnp.where(inputs.valid, y, inputs.masked_value)
 
 
-def _product(
-  axes: _checks.Axes, wide: jax.Array, mean: jax.Array, matrix: jax.Array, valid: Any
-) -> jax.Array:
+def _product(axes: Axes, x: jax.Array, mean: jax.Array, matrix: jax.Array, valid: Any) -> jax.Array:
   """W (x - mean), in x's shape."""
-  d = wide - axes.expand(mean)
+  d = x - axes.expand(mean)
   if valid is not None:
     # The gradient of the matrix sums over masked positions too, and 0 * NaN is NaN.
     d = jnp.where(valid | jnp.isfinite(lax.stop_gradient(d)), d, 0)
@@ -241,23 +248,23 @@ def _product(
   y = jnp.einsum("n...j,nij->n...i", d, matrix, precision=lax.Precision.HIGHEST)
   (axis,) = axes.features
   y = jnp.moveaxis(y, 0, -2)
-  return jnp.moveaxis(y.reshape(*y.shape[:-2], wide.shape[axis]), -1, axis)
+  return jnp.moveaxis(y.reshape(*y.shape[:-2], x.shape[axis]), -1, axis)
 
 
 def _track(
   state: WhiteningStats,
   batch: CovarianceMoments,
   matrix: jax.Array,
-  momentum: chex.Numeric,
-  skip_nonfinite: bool,
+  tracking: Tracking,
 ) -> WhiteningStats:
   """`jaxbn.update`, for a matrix: all of a group, or nothing of it."""
   groups, size, _ = matrix.shape
   usable = jnp.broadcast_to(jnp.asarray(batch.count) > 0, (groups,))
-  if skip_nonfinite:
+  if tracking.skip_nonfinite:
     usable &= jnp.isfinite(batch.mean).reshape(groups, size).all(-1)
     usable &= jnp.isfinite(matrix).all((-2, -1))
   # A NumPy number would impose its own precision.
+  momentum: Any = tracking.momentum
   keep = momentum if isinstance(momentum, jax.Array) else float(momentum)
 
   mean = blend(keep, 1 - keep, jnp.repeat(usable, size), state.mean, batch.mean)
@@ -274,7 +281,7 @@ def _require_momentum(momentum: Any) -> None:
   _checks.momentum_in_range(momentum, False)
 
 
-def _check_state(state: Any, x: jax.Array, axes: _checks.Axes, group_size: int) -> None:
+def _check_state(state: Any, x: jax.Array, axes: Axes, group_size: int) -> None:
   if state is None:
     return
   if not isinstance(state, WhiteningStats):

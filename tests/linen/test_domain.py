@@ -75,9 +75,10 @@ def test_synchronized():
 
 def test_what_a_layer_with_domains_cannot_is_refused():
   variables = make(use_running_average=False).init(KEY, X, DOMAINS)
-  layer = make(use_running_average=False, virtual_batch_size=4)
-  with pytest.raises(ValueError, match="virtual_batch_size=4 in a layer with domains"):
-    layer.apply(variables, X, DOMAINS, mutable=["batch_stats"])
+  for options in ({"virtual_batch_size": 4}, {"choose": layers.halfway}):
+    layer = make(use_running_average=False, **options)
+    with pytest.raises(ValueError, match=f"{next(iter(options))}=.* in a layer with domains"):
+      layer.apply(variables, X, DOMAINS, mutable=["batch_stats"])
 
 
 def test_errors_reach_the_caller():

@@ -135,6 +135,9 @@ def test_what_it_does_not_know_is_refused():
   variables = layer.init(KEY, X, 0)
   with pytest.raises(ValueError, match=r"not DomainBatchNorm at the top: use jaxbn\.variants"):
     jaxbn.linen.prediction_time(layer.apply)(variables, X, 0)
+  layer = jaxbn.linen.BatchNorm(use_running_average=True, choose=layers.halfway)
+  with pytest.raises(ValueError, match="not BatchNorm at the top with choose"):
+    jaxbn.linen.prediction_time(layer.apply)(layer.init(KEY, X), X)
 
 
 @pytest.fixture(scope="module")

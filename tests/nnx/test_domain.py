@@ -76,7 +76,8 @@ def test_under_jit_and_grad_statistics_are_tracked():
 
 
 def test_what_a_layer_with_domains_cannot_is_refused():
-  with pytest.raises(ValueError, match="virtual_batch_size=4 in a layer with domains"):
-    make(virtual_batch_size=4)(X, DOMAINS)
+  for options in ({"virtual_batch_size": 4}, {"choose": layers.halfway}):
+    with pytest.raises(ValueError, match=f"{next(iter(options))}=.* in a layer with domains"):
+      make(**options)(X, DOMAINS)
   with pytest.raises(ValueError, match="domains hold 3"):
     make()(X, DOMAINS + 1)

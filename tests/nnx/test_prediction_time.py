@@ -71,3 +71,5 @@ def test_what_it_does_not_know_is_refused():
   derived = nnx.Sequential(jaxbn.nnx.DomainBatchNorm(3, 2, rngs=nnx.Rngs(0)))
   with pytest.raises(ValueError, match=r"not DomainBatchNorm at layers\.0: use jaxbn.variants"):
     jaxbn.nnx.prediction_time(derived)
+  with pytest.raises(ValueError, match="not BatchNorm at the top with choose"):
+    jaxbn.nnx.prediction_time(make(choose=layers.halfway))

@@ -77,6 +77,7 @@ def test_training_in_nnx_jit_traces_once():
   ("options", "call", "error", "match"),
   [
     ({"r_max": 0.5}, {}, ValueError, r"r_max=0\.5 is out of range"),
+    ({"choose": layers.halfway}, {}, ValueError, "in a BatchRenorm, which chooses by itself"),
     ({"d_max": lambda step: -1.0}, {}, ValueError, r"d_max=-1\.0 is out of range"),
     ({}, {"use_running_average": 2}, TypeError, "use_running_average=2: a Python bool"),
     ({"use_running_average": None}, {}, ValueError, "neither to the constructor nor to the call"),

@@ -5,34 +5,18 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxbn import _checks
-from jaxbn._moments import Moments, occupied, require_moments, where
-from jaxbn._rule import promoting
+from jaxbn._counts import occupied, where
+from jaxbn._dtypes import promoting
+from jaxbn._types import Moments, RunningStats, Tracking
 
 if TYPE_CHECKING:
   import chex
-
-
-class RunningStats(NamedTuple):
-  """The state of one layer: what evaluation normalizes by.
-
-  Attributes:
-    mean: running mean, of the channels' shape.
-    var: running variance, real, of the same shape.
-    count: how many updates each channel has had, of the same shape; only where `debias` or a
-      cumulative average needs it, else None, so that the leaves are those of Flax. float32, so that
-      it stays what it is where all statistics are averaged over devices; integers will do.
-  """
-
-  mean: chex.Array
-  var: chex.Array
-  count: chex.Array | None = None  # type: ignore[assignment]  # tuple's method gives way
 
 
 def init(
@@ -63,7 +47,7 @@ def init(
   """
   _checks.momentum_in_range(momentum, debias)
   mean = jnp.zeros(_checks.channel_shape(shape), dtype)
-  count = jnp.zeros_like(mean, jnp.float32) if needs_count(momentum, debias) else None
+  count = jnp.zeros_like(mean, jnp.float32) if debias or momentum is None else None
   return RunningStats(mean, jnp.ones_like(mean.real), count)
 
 
@@ -116,16 +100,30 @@ def update(
   >>> jaxbn.update(jaxbn.init(1), batch, momentum=0.75).mean.tolist()
   [0.5]
   """
-  for name, flag in {"unbiased": unbiased, "skip_nonfinite": skip_nonfinite}.items():
-    _checks.static_bool(name, flag)
-  state = _check_state(state, moments, momentum, debias)
+  state = _checks.running_stats(state)
+  _checks.is_moments(moments)
+  _checks.momentum_in_range(momentum, debias)
+  if jnp.shape(state.mean) != jnp.shape(moments.mean):
+    raise ValueError(
+      f"state has channels of shape {jnp.shape(state.mean)}, but the batch's moments "
+      f"{jnp.shape(moments.mean)}: make the state with jaxbn.init{jnp.shape(moments.mean)}."
+    )
+  if momentum is None or debias:
+    _checks.has_count(state, momentum)
+  unbiased = _checks.static_bool("unbiased", unbiased)
+  skip_nonfinite = _checks.static_bool("skip_nonfinite", skip_nonfinite)
+  return track(state, moments, Tracking(momentum, debias, unbiased, skip_nonfinite))
+
+
+def track(state: RunningStats, moments: Moments, tracking: Tracking) -> RunningStats:
+  """`update` of arguments that have been checked."""
   # In float32 it stops at 2^24, where one more batch is below the last place of any average.
   old_count = None if state.count is None else jax.lax.stop_gradient(jnp.asarray(state.count))
   count = None if old_count is None else old_count + 1
-  keep, gain = _shares(count, momentum, debias, moments.var.dtype)
-  mean, var = moments.mean, unbiased_variance(moments) if unbiased else moments.var
+  keep, gain = shares(tracking, count, moments.var.dtype)
+  mean, var = moments.mean, unbiased_variance(moments) if tracking.unbiased else moments.var
   usable = occupied(moments.count)
-  if skip_nonfinite:
+  if tracking.skip_nonfinite:
     usable = usable & jnp.isfinite(mean) & jnp.isfinite(var)
 
   new_count = None if count is None else where(usable, count, old_count)
@@ -133,64 +131,29 @@ def update(
   return RunningStats(both(state.mean, mean), both(state.var, var), new_count)
 
 
-@promoting
 def blend(
   keep: chex.Numeric, gain: chex.Numeric, usable: Any, old: jax.Array, batch: jax.Array
 ) -> jax.Array:
   """keep * old + gain * batch where that is usable, else old."""
-  # Selected twice: an unusable value must reach neither the result nor a gradient.
-  # And in float32 at least: in bfloat16 0.99 is 0.988, and what is added is soon rounded away.
-  wide = old.astype(jnp.promote_types(jnp.promote_types(old.dtype, jnp.float32), batch.dtype))
-  new = keep * wide + gain * where(usable, batch, 0)
-  return where(usable, new, wide)
+  with jax.numpy_dtype_promotion("standard"):
+    # In float32 at least: in bfloat16 0.99 is 0.988, and what is added is soon rounded away.
+    wide = old.astype(jnp.promote_types(jnp.promote_types(old.dtype, jnp.float32), batch.dtype))
+    if usable is True:
+      return keep * wide + gain * batch
+    # Selected twice: an unusable value must reach neither the result nor a gradient.
+    return where(usable, keep * wide + gain * where(usable, batch, 0), wide)
 
 
-@promoting
-def unbiased_variance(moments: Moments) -> jax.Array:
-  """var n / (n - 1); with n <= 1 var itself, up to the rounding of what one weight is worth."""
-  n = jnp.asarray(moments.count, moments.var.dtype)
-  several = n > 1 + 4 * jnp.finfo(n.dtype).eps
-  return moments.var * jnp.where(several, n / jnp.where(several, n - 1, 1), 1)
-
-
-def require_running_stats(state: Any) -> RunningStats:
-  """The state, with arrays for lists; refuses what is not RunningStats, and integer statistics."""
-  if not isinstance(state, RunningStats):
-    raise TypeError(
-      f"state is a {type(state).__name__}; a jaxbn.RunningStats is needed: make it with "
-      "jaxbn.init(...), or, from Flax's collection, jaxbn.RunningStats(mean=..., var=...)."
-    )
-  arrays = {}
-  for name, value in state._asdict().items():
-    try:
-      arrays[name] = None if value is None and name == "count" else jnp.asarray(value)
-    except (TypeError, ValueError):
-      raise TypeError(
-        f"state.{name}={value!r} is not an array of one number for each channel: make the state "
-        "with jaxbn.init(...)."
-      ) from None
-    if name != "count":
-      _checks.inexact(arrays[name], f"state.{name}")
-  # The state itself where it can be: evaluation returns it.
-  return state if all(isinstance(v, _ARRAYS) for v in state) else RunningStats(**arrays)
-
-
-_ARRAYS = (jax.Array, np.ndarray, type(None))
-
-
-def needs_count(momentum: chex.Numeric | None, debias: bool) -> bool:
-  """Whether these options need the leaf `count`."""
-  return debias or momentum is None
-
-
-def _shares(
-  count: jax.Array | None, momentum: Any, debias: bool, dtype: Any
+def shares(
+  tracking: Tracking, count: jax.Array | None, dtype: Any
 ) -> tuple[chex.Numeric, chex.Numeric]:
   """How much of the old value is kept, and how much of the batch's is added: they sum to one."""
+  momentum = tracking.momentum
   if momentum is not None and not isinstance(momentum, jax.Array):
     momentum = float(momentum)  # a NumPy number would impose its own precision
-  if count is None or not needs_count(momentum, debias):
+  if momentum is not None and not tracking.debias:
     return momentum, 1 - momentum
+  assert count is not None
   t = count.astype(dtype)
   if momentum is None:
     return 1 - 1 / t, 1 / t
@@ -204,22 +167,9 @@ def _log(momentum: float) -> float:
   return math.log(momentum) if momentum > 0 else -math.inf
 
 
-def _check_state(
-  state: RunningStats, moments: Moments, momentum: chex.Numeric | None, debias: bool
-) -> RunningStats:
-  state = require_running_stats(state)
-  require_moments(moments)
-  _checks.momentum_in_range(momentum, debias)
-  if jnp.shape(state.mean) != jnp.shape(moments.mean):
-    raise ValueError(
-      f"state has channels of shape {jnp.shape(state.mean)}, but the batch's moments "
-      f"{jnp.shape(moments.mean)}: make the state with jaxbn.init{jnp.shape(moments.mean)}."
-    )
-  if needs_count(momentum, debias) and state.count is None:
-    option = "momentum=None" if momentum is None else "debias=True"
-    raise ValueError(
-      f"{option} needs the number of updates so far, which state lacks (state.count is None): make "
-      f"it with jaxbn.init(..., {option}), or add a count to a state that has been trained, for "
-      "instance state._replace(count=jnp.full(state.mean.shape, updates, jnp.float32))."
-    )
-  return state
+@promoting
+def unbiased_variance(moments: Moments) -> jax.Array:
+  """var n / (n - 1); with n <= 1 var itself, up to the rounding of what one weight is worth."""
+  n = jnp.asarray(moments.count, moments.var.dtype)
+  several = n > 1 + 4 * jnp.finfo(n.dtype).eps
+  return moments.var * jnp.where(several, n / jnp.where(several, n - 1, 1), 1)
