@@ -13,7 +13,7 @@ if TYPE_CHECKING:
   from jaxbn.linen._normalizer_free import SkipInit, WSConv, WSDense
   from jaxbn.linen._prediction_time import prediction_time
   from jaxbn.linen._recurrent import GRUCell, LSTMCell
-  from jaxbn.linen._reference import VirtualBatchNorm
+  from jaxbn.linen._reference import ReferenceBatchNorm
   from jaxbn.linen._renorm import BatchRenorm
   from jaxbn.linen._weight_norm import MeanOnlyBatchNorm, WeightNorm
   from jaxbn.linen._whitening import WhiteningNorm
@@ -27,8 +27,8 @@ __all__ = [
   "InputNormRNN",
   "LSTMCell",
   "MeanOnlyBatchNorm",
+  "ReferenceBatchNorm",
   "SkipInit",
-  "VirtualBatchNorm",
   "WSConv",
   "WSDense",
   "WeightNorm",
@@ -47,8 +47,8 @@ _HOMES = {
   "InputNormRNN": "_input_norm",
   "LSTMCell": "_recurrent",
   "MeanOnlyBatchNorm": "_weight_norm",
+  "ReferenceBatchNorm": "_reference",
   "SkipInit": "_normalizer_free",
-  "VirtualBatchNorm": "_reference",
   "WSConv": "_normalizer_free",
   "WSDense": "_normalizer_free",
   "WeightNorm": "_weight_norm",

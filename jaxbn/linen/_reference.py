@@ -1,4 +1,4 @@
-"""Virtual batch normalization for Flax Linen: a layer that remembers a reference batch."""
+"""Reference batch normalization for Flax Linen: a layer that remembers a reference batch."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from jaxbn.linen._common import first_activation, pure
 from jaxbn.variants.reference import of_layer
 
 
-class VirtualBatchNorm(nn.Module):
-  r"""Virtual batch normalization (Salimans et al. 2016, section 3.5).
+class ReferenceBatchNorm(nn.Module):
+  r"""Normalizes each example by the statistics of a reference batch and of itself.
 
-  Each example is normalized by the statistics of a reference batch and of itself: see
-  `jaxbn.variants.reference`. (Not `BatchNorm(virtual_batch_size=)`, which cuts a batch in groups.)
+  "Virtual batch normalization" of Salimans et al. 2016, section 3.5: see
+  `jaxbn.variants.reference`. (`BatchNorm(virtual_batch_size=)` cuts a batch in groups instead.)
 
   Apply the network twice with the same parameters: to the reference batch with is_reference=True,
   which normalizes it by its own statistics and writes their moments to the collection `reference`;
@@ -46,7 +46,7 @@ class VirtualBatchNorm(nn.Module):
       such as `nn.PReLU()`, or None.
 
   >>> import jax, jax.numpy as jnp, jaxbn.linen
-  >>> layer = jaxbn.linen.VirtualBatchNorm()
+  >>> layer = jaxbn.linen.ReferenceBatchNorm()
   >>> reference_batch, x = jnp.array([[0.0], [2.0], [4.0]]), jnp.array([[2.0], [6.0]])
   >>> params = layer.init(jax.random.key(0), x)
   >>> _, reference = layer.apply(params, reference_batch, is_reference=True, mutable=["reference"])

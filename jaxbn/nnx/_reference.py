@@ -1,4 +1,4 @@
-"""Virtual batch normalization for Flax NNX: a layer that remembers a reference batch."""
+"""Reference batch normalization for Flax NNX: a layer that remembers a reference batch."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from jaxbn.nnx._common import as_function, of_shape, parameter, put, tuples
 from jaxbn.variants.reference import of_layer
 
 
-class VirtualBatchNorm(nnx.Module):
-  r"""Virtual batch normalization (Salimans et al. 2016, section 3.5).
+class ReferenceBatchNorm(nnx.Module):
+  r"""Normalizes each example by the statistics of a reference batch and of itself.
 
-  Each example is normalized by the statistics of a reference batch and of itself: see
-  `jaxbn.variants.reference`. (Not `BatchNorm(virtual_batch_size=)`, which cuts a batch in groups.)
+  "Virtual batch normalization" of Salimans et al. 2016, section 3.5: see
+  `jaxbn.variants.reference`. (`BatchNorm(virtual_batch_size=)` cuts a batch in groups instead.)
 
   At every step call the network with the reference batch and is_reference=True, which normalizes it
   by its own statistics and keeps their moments in `mean`, `var` and `count` (BatchStat); then with
@@ -48,7 +48,7 @@ class VirtualBatchNorm(nnx.Module):
 
   >>> import jax.numpy as jnp, jaxbn.nnx
   >>> from flax import nnx
-  >>> layer = jaxbn.nnx.VirtualBatchNorm(1, rngs=nnx.Rngs(0))
+  >>> layer = jaxbn.nnx.ReferenceBatchNorm(1, rngs=nnx.Rngs(0))
   >>> _ = layer(jnp.array([[0.0], [2.0], [4.0]]), is_reference=True)
   >>> print(layer(jnp.array([[2.0], [6.0]])).ravel().round(3))
   [0.    1.342]
