@@ -55,6 +55,7 @@ ALLOWED = {
   "nnx/_input_norm": {"_running", "variants", "nnx/_common"},
   "linen/_recurrent": {"_running", "variants"},
   "nnx/_recurrent": {"_running", "variants", "nnx/_common"},
+  "alternatives/__init__": set(),
   "variants/__init__": set(),
   "variants/_examples": {"_checks", "_moments"},
   "variants/conditional": {"_batch_norm", "_checks", "_moments", "_running", "variants/_examples"},
@@ -66,26 +67,28 @@ ALLOWED = {
   "variants/_inverse_root": {"_checks", "_rule", "variants/_covariance"},
   "variants/whitening": {"_checks", "_normalize", "_rule", "_running"}
   | {"variants/_covariance", "variants/_inverse_root"},
-  "linen/_natural": {"_checks", "variants"},
-  "linen/_weight_norm": {"_checks", "_running", "variants", "linen/_common"},
-  "nnx/_natural": {"_checks", "variants", "nnx/_common"},
-  "nnx/_weight_norm": {"_checks", "_running", "variants", "nnx/_common"},
-  "variants/gdnp": {"_checks"},
-  "variants/natural": {
+  "linen/_rewhitening": {"_checks", "alternatives"},
+  "linen/_weight_norm": {"_checks", "_running", "alternatives", "linen/_common"},
+  "nnx/_rewhitening": {"_checks", "alternatives", "nnx/_common"},
+  "nnx/_weight_norm": {"_checks", "_running", "alternatives", "nnx/_common"},
+  "alternatives/gdnp": {"_checks"},
+  "alternatives/rewhitening": {
     "_checks",
     "_rule",
     "variants/_covariance",
     "variants/_inverse_root",
   },
-  "variants/weight_norm": {"_batch_norm", "_checks", "_choose", "_rule"} | STEPS - {"_normalize"},
-  "variants/path_sgd": {"_checks", "_rule"},
-  "variants/normalizer_free": {"_activation", "_batch_norm", "_checks"},
-  "linen/_normalizer_free": {"_checks", "variants/normalizer_free"},
-  "nnx/_normalizer_free": {"_checks", "variants/normalizer_free"},
+  "alternatives/rewhitening_optimizer": {"_checks", "_rule", "alternatives/rewhitening"},
+  "alternatives/weight_norm": {"_batch_norm", "_checks", "_choose", "_rule"}
+  | STEPS - {"_normalize"},
+  "alternatives/path_sgd": {"_checks", "_rule"},
+  "alternatives/normalizer_free": {"_activation", "_batch_norm", "_checks"},
+  "linen/_normalizer_free": {"_checks", "alternatives/normalizer_free"},
+  "nnx/_normalizer_free": {"_checks", "alternatives/normalizer_free"},
 }
 # What they may import of others', beside these.
 EVERYWHERE = {"jax", "numpy", "chex"}
-ALSO = {"linen": {"flax"}, "nnx": {"flax"}, "variants/path_sgd": {"optax"}}
+ALSO = {"linen": {"flax"}, "nnx": {"flax"}, "alternatives/path_sgd": {"optax"}}
 
 
 def imported(path):
@@ -126,7 +129,7 @@ def test_importing_jaxbn_imports_neither_flax_nor_chex():
 
 
 def test_the_layers_come_on_first_use():
-  code = "import jaxbn; jaxbn.linen.BatchNorm; jaxbn.nnx.BatchNorm; jaxbn.variants"
+  code = "from jaxbn import alternatives, linen, nnx, variants; linen.BatchNorm; nnx.BatchNorm"
   subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -155,13 +158,14 @@ def test_an_unknown_name_is_an_attribute_error(package):
     _ = package.batchnorm
 
 
-VARIANTS = [
-  importlib.import_module(f"jaxbn.variants.{path.stem}")
-  for path in sorted((ROOT / "variants").glob("[a-z]*.py"))
+FAMILY = [
+  importlib.import_module(f"jaxbn.{folder}.{path.stem}")
+  for folder in ("variants", "alternatives")
+  for path in sorted((ROOT / folder).glob("[a-z]*.py"))
 ]
 PUBLIC = [
   getattr(where, name)
-  for where in (jaxbn, jaxbn.linen, jaxbn.nnx, *VARIANTS)
+  for where in (jaxbn, jaxbn.linen, jaxbn.nnx, *FAMILY)
   for name in where.__all__
 ]
 

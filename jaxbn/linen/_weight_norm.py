@@ -1,4 +1,4 @@
-"""Weight normalization for Flax Linen: parameters and state for `jaxbn.variants.weight_norm`."""
+"""Weight normalization for Linen: parameters and state for `jaxbn.alternatives.weight_norm`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from flax.typing import Dtype, Initializer
 
 from jaxbn import _checks
 from jaxbn._running import RunningStats, init
+from jaxbn.alternatives import weight_norm
 from jaxbn.linen._common import has_count
-from jaxbn.variants import weight_norm
 
 
 class WeightNorm(nn.Module):
@@ -30,7 +30,7 @@ class WeightNorm(nn.Module):
     layer: an `nn.Dense`, an `nn.Conv`, or another with a parameter `kernel` and perhaps a `bias`,
       whose output features are the last axis of both kernel and output.
     data_dependent_init: False starts with the scale that gives the layer's own initial kernel.
-    epsilon: as in `jaxbn.variants.weight_norm.weight_norm`.
+    epsilon: as in `jaxbn.alternatives.weight_norm.weight_norm`.
 
   >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxbn.linen
   >>> x = 3 + 2 * jax.random.normal(jax.random.key(0), (64, 5))

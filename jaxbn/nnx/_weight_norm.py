@@ -1,4 +1,4 @@
-"""Weight normalization for Flax NNX: parameters and state for `jaxbn.variants.weight_norm`."""
+"""Weight normalization for NNX: parameters and state for `jaxbn.alternatives.weight_norm`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from flax.typing import Dtype, Initializer
 
 from jaxbn import _checks
 from jaxbn._running import RunningStats, init
+from jaxbn.alternatives import weight_norm
 from jaxbn.nnx._common import Trackable, of_shape, parameter, tuples, write
-from jaxbn.variants import weight_norm
 
 
 class WeightNorm(nnx.Module):
@@ -33,7 +33,7 @@ class WeightNorm(nnx.Module):
   Args:
     layer: an `nnx.Linear`, an `nnx.Conv`, or another with a `kernel` and perhaps a `bias`, whose
       output features are the last axis of both kernel and output.
-    epsilon: as in `jaxbn.variants.weight_norm.weight_norm`.
+    epsilon: as in `jaxbn.alternatives.weight_norm.weight_norm`.
     initializing: whether calls choose scale and bias by the x that they are given.
 
   >>> import jax, jax.numpy as jnp, jaxbn.nnx

@@ -58,7 +58,7 @@ def weight_norm(
     ValueError: a scale of another shape; an axis out of range or twice; epsilon out of range.
 
   >>> import jax.numpy as jnp
-  >>> from jaxbn.variants import weight_norm
+  >>> from jaxbn.alternatives import weight_norm
   >>> kernel = jnp.array([[3.0, 0.0], [4.0, 1.0]])
   >>> print(weight_norm.weight_norm(kernel, jnp.array([10.0, 1.0])))
   [[6. 0.]
@@ -91,7 +91,7 @@ def lengths(kernel: chex.Array, *, axis: int | Sequence[int] = -1) -> jax.Array:
     ValueError: an axis out of range or twice.
 
   >>> import jax.numpy as jnp
-  >>> from jaxbn.variants import weight_norm
+  >>> from jaxbn.alternatives import weight_norm
   >>> weight_norm.lengths(jnp.array([[3.0, 0.0], [4.0, 1.0]])).tolist()
   [5.0, 1.0]
   """
@@ -133,7 +133,7 @@ def data_dependent_init(
       axis_name.
 
   >>> import jax.numpy as jnp
-  >>> from jaxbn.variants import weight_norm
+  >>> from jaxbn.alternatives import weight_norm
   >>> t = jnp.array([[1.0], [5.0]])
   >>> scale, bias = weight_norm.data_dependent_init(t)
   >>> scale.item(), bias.item()
@@ -178,7 +178,7 @@ def mean_only_batch_norm(
     TypeError, ValueError: as `jaxbn.batch_norm`; another option.
 
   >>> import jax.numpy as jnp, jaxbn
-  >>> from jaxbn.variants import weight_norm
+  >>> from jaxbn.alternatives import weight_norm
   >>> x = jnp.array([[1.0], [5.0]])
   >>> y, state = weight_norm.mean_only_batch_norm(
   ...   x, state=jaxbn.init(1), use_running_average=False, momentum=0.0
