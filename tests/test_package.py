@@ -15,6 +15,7 @@ import jaxbn.nnx
 
 ROOT = pathlib.Path(jaxbn.__file__).parent
 STEPS = {"_moments", "_share", "_running", "_normalize"}
+FACE = set(jaxbn.__all__)
 LAYER = {"_checks", "_layers", "_running"}
 # What each file may import of ours: one way, no circle.
 ALLOWED = {
@@ -49,12 +50,12 @@ ALLOWED = {
   "nnx/_renorm": {"_checks", "nnx/_batch_norm", "variants/renorm", "nnx/_common"},
   "linen/_whitening": {"_checks", "variants/whitening"},
   "nnx/_whitening": {"_checks", "variants/whitening", "nnx/_common"},
-  "variants/recurrent": {"_checks"} | STEPS,
-  "variants/input_norm": {"_batch_norm", "_checks", "variants/recurrent"} | STEPS,
+  "variants/recurrent": {"_checks", "_running"} | FACE,
+  "variants/input_norm": {"_checks", "_running", "variants/recurrent"} | FACE,
   "linen/_input_norm": {"_running", "variants", "linen/_common"},
   "nnx/_input_norm": {"_running", "variants", "nnx/_common"},
-  "linen/_recurrent": {"_running", "variants"},
-  "nnx/_recurrent": {"_running", "variants", "nnx/_common"},
+  "linen/_recurrent": {"variants"} | FACE,
+  "nnx/_recurrent": {"variants", "nnx/_common"} | FACE,
   "alternatives/__init__": set(),
   "variants/__init__": set(),
   "variants/_examples": {"_checks", "_moments"},

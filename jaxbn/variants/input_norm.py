@@ -15,17 +15,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn import _checks
-from jaxbn._batch_norm import batch_norm
-from jaxbn._moments import Moments, moments
-from jaxbn._normalize import normalize
-from jaxbn._running import RunningStats, require_running_stats, update
-from jaxbn._share import sync
+from jaxbn import Moments, RunningStats, _checks, batch_norm, moments, normalize, sync, update
+from jaxbn._running import require_running_stats
 from jaxbn.variants.recurrent import (
+  GRU,
+  LSTM,
   Options,
-  gru_hidden,
-  lengths,
-  lstm_cell,
+  options,
+  require_lengths,
   require_shape,
   where_valid,
 )
@@ -35,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["InputNormParams", "input_norm_rnn", "sequence_norm"]
 
-GATES = {"simple": 1, "lstm": 4, "gru": 3}
+GATES = {"simple": 1, "lstm": LSTM.gates, "gru": GRU.gates}
 
 
 def sequence_norm(
@@ -106,8 +103,7 @@ def sequence_norm(
   tracking: dict[str, Any] = {"unbiased": unbiased, "skip_nonfinite": skip_nonfinite}
   tracking |= {"momentum": momentum, "debias": debias}
   if _checks.static_bool("frame_wise", frame_wise):
-    shared = _checks.sharing(axis_name, axis_index_groups)
-    how = Options(use_running_average, epsilon, *shared, tracking)
+    how = options(use_running_average, epsilon, axis_name, axis_index_groups, **tracking)
     return _frame_wise(how, x, scale, bias, state, valid)
   return batch_norm(
     x,
@@ -212,7 +208,7 @@ def input_norm_rnn(
   width = channels(kind, features)
   require_shape("params.input_kernel", params.input_kernel, (x.shape[-1], width))
   require_shape("params.hidden_kernel", params.hidden_kernel, (features, width))
-  ends = lengths(seq_lengths, x.shape[:1])
+  ends = require_lengths(seq_lengths, x.shape[:1])
   mask = None if ends is None else jnp.arange(x.shape[1])[None] < ends[:, None]
   x = x if mask is None else jnp.where(mask[..., None], x, 0)
   products, state = sequence_norm(
@@ -232,25 +228,24 @@ def input_norm_rnn(
     skip_nonfinite=skip_nonfinite,
   )
 
-  def step(carry: Any, inputs: Any) -> tuple[Any, jax.Array]:
-    c, h = carry
-    from_input, valid = inputs
-    from_hidden = h @ params.hidden_kernel
-    if kind == "simple":
-      new_c, new_h = c, activation(from_input + from_hidden)
-    elif kind == "gru":
-      new_c, new_h = c, gru_hidden(h, from_hidden, from_input)
-    else:
-      new_c, o = lstm_cell(c, from_input + from_hidden)
-      new_h = o * jnp.tanh(new_c)
-    h = where_valid(valid, new_h, h)
-    return (where_valid(valid, new_c, c), h), h
+  def simple(h: jax.Array, hidden: jax.Array, given: jax.Array) -> tuple[jax.Array, None]:
+    return activation(given + hidden), None
+
+  recur = {"simple": simple, "lstm": LSTM.recur, "gru": GRU.recur}[kind]
+
+  def step(states: Any, inputs: Any) -> tuple[Any, jax.Array]:
+    given, valid = inputs
+    state, gate = recur(states[0], states[-1] @ params.hidden_kernel, given)
+    new = [state] if gate is None else [state, gate * jnp.tanh(state)]
+    states = [where_valid(valid, *pair) for pair in zip(new, states, strict=True)]
+    return states, states[-1]
 
   # From x, so that under shard_map the carry varies over devices from the start.
   zeros = jnp.zeros_like(products[:, 0, :features])
+  start = [zeros, zeros] if kind == "lstm" else [zeros]
   there = None if mask is None else jnp.moveaxis(mask, 1, 0)[..., None]
   inputs = jnp.moveaxis(products, 1, 0), there
-  _, ys = lax.scan(step, (zeros, zeros), inputs, reverse=reverse)
+  _, ys = lax.scan(step, start, inputs, reverse=reverse)
   return jnp.moveaxis(ys, 0, 1), state
 
 
@@ -281,7 +276,7 @@ def _frame_wise(
     state = require_running_stats(state)
     require_shape("state.mean", state.mean, (len(state.mean), features))
   rows = jnp.arange(steps) if state is None else jnp.minimum(jnp.arange(steps), len(state.mean) - 1)
-  if _checks.static_bool("use_running_average", how.use_running_average):
+  if how.use_running_average:
     if state is None:
       raise ValueError("use_running_average=True needs the statistics: pass state.")
     return apply(state.mean[rows], state.var[rows]), state
