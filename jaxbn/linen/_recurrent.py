@@ -11,6 +11,7 @@ from flax.typing import Dtype, Initializer
 
 from jaxbn import RunningStats
 from jaxbn.variants import recurrent
+from jaxbn.variants._cells import Cell, options, step
 
 
 class _Cell(nn.RNNCellBase):
@@ -33,7 +34,7 @@ class _Cell(nn.RNNCellBase):
   skip_nonfinite: bool = False
   carry_init: Initializer = nn.initializers.zeros
 
-  _cell: ClassVar[recurrent.Cell]
+  _cell: ClassVar[Cell]
 
   def setup(self) -> None:
     """Makes the statistics: what the scan of `nn.RNN` carries must be there before it."""
@@ -69,7 +70,7 @@ class _Cell(nn.RNNCellBase):
       )
     # Initialization never changes the statistics, and needs no bound axis.
     initializing = self.is_initializing()
-    how = recurrent.options(
+    how = options(
       initializing or self.use_running_average,
       self.epsilon,
       None if initializing else self.axis_name,
@@ -81,9 +82,7 @@ class _Cell(nn.RNNCellBase):
     )
     params = self._params(inputs.shape[-1])
     stats = {name: RunningStats(**variable.value) for name, variable in self._stats.items()}
-    carry, y, new = recurrent.step(
-      self._cell, params, self._cell.stats(**stats), carry, inputs, None, how
-    )
+    carry, y, new = step(self._cell, params, self._cell.stats(**stats), carry, inputs, None, how)
     if not how.use_running_average:
       for name, rows in new._asdict().items():
         self._stats[name].value = _leaves(rows)

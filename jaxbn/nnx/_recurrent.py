@@ -10,8 +10,9 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 
 from jaxbn import RunningStats
-from jaxbn.nnx._common import tuples, write
+from jaxbn.nnx._common import Trackable, tuples, write
 from jaxbn.variants import recurrent
+from jaxbn.variants._cells import Cell, options, step
 
 _SCALE_INIT = nnx.initializers.constant(0.1)
 _KERNEL_INIT = nnx.initializers.lecun_normal()
@@ -37,10 +38,10 @@ class _Rows(nnx.Module):
         write(self, getattr(self, name), value)
 
 
-class _Cell(nnx.RNNCellBase):
+class _Cell(Trackable, nnx.RNNCellBase):
   """Any cell of `jaxbn.variants.recurrent`."""
 
-  _cell: ClassVar[recurrent.Cell]
+  _cell: ClassVar[Cell]
   _bias_init: ClassVar[Any]
 
   def __init__(
@@ -105,7 +106,7 @@ class _Cell(nnx.RNNCellBase):
         "use_running_average was not given: pass it to the constructor, or choose with train() "
         "and eval()."
       )
-    how = recurrent.options(
+    how = options(
       self.use_running_average,
       self.epsilon,
       self.axis_name,
@@ -119,7 +120,7 @@ class _Cell(nnx.RNNCellBase):
     params = cell.params(*(getattr(self, name)[...] for name in cell.params._fields))
     rows = [getattr(self, name) for name in cell.stats._fields]
     stats = cell.stats(*(r.read() for r in rows))
-    carry, y, new = recurrent.step(cell, params, stats, carry, inputs, None, how)
+    carry, y, new = step(cell, params, stats, carry, inputs, None, how)
     if not self.use_running_average:
       for r, value in zip(rows, new, strict=True):
         r.follow(value)
@@ -152,15 +153,6 @@ class _Cell(nnx.RNNCellBase):
     if stream is None:
       raise ValueError("carry_init needs keys: pass rngs, such as nnx.Rngs(carry=0).")
     return carry._replace(**{n: carry_init(stream(), carry.h.shape, dtype) for n in cell.states})
-
-  def set_view(self, use_running_average: bool | None = None) -> None:
-    """What `nnx.view` calls to make a view with another mode.
-
-    Args:
-      use_running_average: True in evaluation, False in training, None to leave it.
-    """
-    if use_running_average is not None:
-      self.use_running_average = use_running_average
 
   @property
   def num_feature_axes(self) -> int:

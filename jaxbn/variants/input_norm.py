@@ -17,15 +17,8 @@ from jax import lax
 
 from jaxbn import Moments, RunningStats, _checks, batch_norm, moments, normalize, sync, update
 from jaxbn._running import require_running_stats
-from jaxbn.variants.recurrent import (
-  GRU,
-  LSTM,
-  Options,
-  options,
-  require_lengths,
-  require_shape,
-  where_valid,
-)
+from jaxbn.variants._cells import Options, options, require_lengths, require_shape, where_valid
+from jaxbn.variants.recurrent import GRU, LSTM
 
 if TYPE_CHECKING:
   import chex
