@@ -46,7 +46,8 @@ class WSConv(nn.Conv):
 
   @nn.nowrap
   def param(self, name: str, *args: Any, **kwargs: Any) -> Any:
-    # Flax's layer asks for its parameters here: for the kernel it is given the standardized one.
+    # Flax's layer asks for its parameters here, and is given the standardized kernel. With
+    # `nn.map_variables` one call would be two to whoever captures or tabulates calls.
     value = super().param(name, *args, **kwargs)
     if name != "kernel":
       return value

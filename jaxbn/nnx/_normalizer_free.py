@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType, SimpleNamespace
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -135,9 +135,11 @@ def _gain(layer: Any, rngs: nnx.Rngs, init: Initializer, metadata: Mapping[str, 
 
 
 def _standardized(layer: Any) -> Any:
-  """What stands in for the layer in Flax's own call: its fields, with the standardized kernel."""
+  """A copy of the layer for Flax's own call, with the standardized kernel."""
+  copy: Any = nnx.clone(layer)
   kernel = scaled_weight_standardization(layer.kernel[...], layer.gain[...], epsilon=layer.epsilon)
-  return SimpleNamespace(**(vars(layer) | {"kernel": kernel}))
+  copy.kernel = nnx.Param(kernel)
+  return copy
 
 
 class SkipInit(nnx.Module):
