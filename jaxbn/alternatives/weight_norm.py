@@ -122,8 +122,7 @@ def data_dependent_init(
     axis: the axis or axes of the features in t.
     epsilon: added to the variance.
     mask: boolean, broadcasts against t: which elements exist.
-    axis_name: name (or names) of the axis of pmap, shard_map or vmap whose members share the batch.
-    axis_index_groups: as in `jaxbn.sync`.
+    axis_name, axis_index_groups: as in `jaxbn.sync`.
 
   Returns:
     (scale, bias), of the shape of t's features, float32 at least.

@@ -99,17 +99,8 @@ class MeanOnlyBatchNorm(nn.Module):
   evaluation. The layer before it needs no bias of its own.
 
   Attributes:
-    use_running_average: True in evaluation, False in training; here or at the call.
-    axis: the axis or axes of the channels.
-    momentum: share of the old running value that is kept; None for a cumulative average.
-    dtype: of the result (default: what input and parameters promote to).
-    param_dtype: of the bias.
-    use_bias: whether there is a bias.
-    bias_init: initializer of the bias.
-    axis_name: the axis of pmap, shard_map or vmap whose members share statistics.
-    axis_index_groups: indices along it in groups, each sharing among itself only.
-    debias: running mean without the weight of its initial value. Adds the leaf `count`.
-    masked_value: what the output holds where the mask is False; None: the formula's value.
+    use_running_average, axis, momentum, dtype, param_dtype, use_bias, bias_init, axis_name,
+      axis_index_groups, debias, masked_value: as in `BatchNorm`.
 
   >>> import jax, jax.numpy as jnp, jaxbn.linen
   >>> layer = jaxbn.linen.MeanOnlyBatchNorm(use_running_average=False)

@@ -30,21 +30,10 @@ class ReferenceBatchNorm(nnx.Module):
 
   Args:
     num_features: number of channels (with several axes, the product).
-    axis: the axis or axes of the channels.
-    epsilon: added to the variance.
-    dtype: of the result (default: what input and parameters promote to).
-    param_dtype: of scale and bias.
-    use_bias: whether there is a bias.
-    use_scale: whether there is a scale.
-    bias_init: initializer of bias.
-    scale_init: initializer of scale.
-    axis_name: the axis of pmap, shard_map or vmap whose members hold parts of the reference batch;
-      None where each has all of it.
-    axis_index_groups: indices along it in groups, each sharing among itself only.
-    use_fast_variance: one pass over the input; False takes two.
-    masked_value: what the output holds where the mask is False; None: the formula's value.
-    activation: elementwise function applied to the result, such as `nnx.relu`, or None.
-    rngs: rng key.
+    axis, epsilon, dtype, param_dtype, use_bias, use_scale, bias_init, scale_init,
+      use_fast_variance, masked_value, activation, rngs: as in `BatchNorm`.
+    axis_name, axis_index_groups: as in `BatchNorm`, where members hold parts of the reference
+      batch; None where each has all of it.
 
   >>> import jax.numpy as jnp, jaxbn.nnx
   >>> from flax import nnx

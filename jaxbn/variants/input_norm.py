@@ -64,13 +64,9 @@ def sequence_norm(
     frame_wise: whether every time step has statistics of its own.
     mask: boolean, (batch, time): which frames exist; for seq_lengths,
       jnp.arange(time) < seq_lengths[:, None].
-    momentum: as in `update`.
     epsilon: added to the variances.
-    axis_name: the axis of pmap, shard_map or vmap whose members share statistics.
-    axis_index_groups: as in `sync`.
-    debias: as in `update`.
-    unbiased: as in `update`.
-    skip_nonfinite: as in `update`.
+    momentum, debias, unbiased, skip_nonfinite: as in `jaxbn.update`.
+    axis_name, axis_index_groups: as in `jaxbn.sync`.
 
   Returns:
     (y, new_state): y of x's shape; new_state with the leaves of state.
@@ -168,13 +164,9 @@ def input_norm_rnn(
     seq_lengths: integers, (batch,): how many steps of each sequence exist; what follows is padding:
       it enters no statistic, may be NaN, and the state stays as it was.
     reverse: from the last step that exists to the first; y is in x's order.
-    momentum: as in `update`.
     epsilon: added to the variances.
-    axis_name: the axis of pmap, shard_map or vmap whose members share statistics.
-    axis_index_groups: as in `sync`.
-    debias: as in `update`.
-    unbiased: as in `update`.
-    skip_nonfinite: as in `update`.
+    momentum, debias, unbiased, skip_nonfinite: as in `jaxbn.update`.
+    axis_name, axis_index_groups: as in `jaxbn.sync`.
 
   Returns:
     (y, new_state): y of shape (batch, time, H).
