@@ -38,7 +38,7 @@ ALLOWED = {
   "linen/_domain": {"_checks", "_running", "linen/_batch_norm", "variants/domain"},
   "linen/_prediction_time": LAYER
   | {"linen/_batch_norm", "linen/_common", "variants/prediction_time"},
-  "linen/_reference": {"_checks", "_moments", "variants/reference", "linen/_common"},
+  "linen/_reference": {"_checks", "variants/reference", "linen/_common"} | FACE,
   "linen/_renorm": {"_checks", "linen/_batch_norm", "variants/renorm"},
   "nnx/_common": {"_checks"},
   "nnx/_batch_norm": LAYER | {"nnx/_common"},
@@ -46,15 +46,15 @@ ALLOWED = {
   "nnx/_domain": {"_checks", "_running", "nnx/_batch_norm", "variants/domain", "nnx/_common"},
   "nnx/_prediction_time": {"_checks", "_layers", "nnx/_batch_norm", "variants/prediction_time"}
   | {"nnx/_common"},
-  "nnx/_reference": {"_checks", "_moments", "variants/reference", "nnx/_common"},
+  "nnx/_reference": {"_checks", "variants/reference", "nnx/_common"} | FACE,
   "nnx/_renorm": {"_checks", "nnx/_batch_norm", "variants/renorm", "nnx/_common"},
   "linen/_whitening": {"_checks", "variants/whitening"},
   "nnx/_whitening": {"_checks", "variants/whitening", "nnx/_common"},
   "variants/_cells": {"_checks", "_running"} | FACE,
   "variants/recurrent": {"variants/_cells"} | FACE,
   "variants/input_norm": {"_checks", "_running", "variants/_cells", "variants/recurrent"} | FACE,
-  "linen/_input_norm": {"_running", "variants", "linen/_common"},
-  "nnx/_input_norm": {"_running", "variants", "nnx/_common"},
+  "linen/_input_norm": {"variants", "linen/_common"} | FACE,
+  "nnx/_input_norm": {"variants", "nnx/_common"} | FACE,
   "linen/_recurrent": {"variants", "variants/_cells"} | FACE,
   "nnx/_recurrent": {"variants", "variants/_cells", "nnx/_common"} | FACE,
   "alternatives/__init__": set(),
@@ -70,9 +70,9 @@ ALLOWED = {
   "variants/whitening": {"_checks", "_normalize", "_rule", "_running"}
   | {"variants/_covariance", "variants/_inverse_root"},
   "linen/_rewhitening": {"_checks", "alternatives"},
-  "linen/_weight_norm": {"_checks", "_running", "alternatives", "linen/_common"},
+  "linen/_weight_norm": {"_checks", "alternatives", "linen/_common"} | FACE,
   "nnx/_rewhitening": {"_checks", "alternatives", "nnx/_common"},
-  "nnx/_weight_norm": {"_checks", "_running", "alternatives", "nnx/_common"},
+  "nnx/_weight_norm": {"_checks", "alternatives", "nnx/_common"} | FACE,
   "alternatives/gdnp": {"_checks"},
   "alternatives/rewhitening": {
     "_checks",
@@ -81,10 +81,9 @@ ALLOWED = {
     "variants/_inverse_root",
   },
   "alternatives/rewhitening_optimizer": {"_checks", "_rule", "alternatives/rewhitening"},
-  "alternatives/weight_norm": {"_batch_norm", "_checks", "_choose", "_rule"}
-  | STEPS - {"_normalize"},
+  "alternatives/weight_norm": {"_checks", "_rule", "_running"} | FACE,
   "alternatives/path_sgd": {"_checks", "_rule"},
-  "alternatives/normalizer_free": {"_activation", "_batch_norm", "_checks"},
+  "alternatives/normalizer_free": {"_activation", "_checks"} | FACE,
   "linen/_normalizer_free": {"_checks", "alternatives/normalizer_free"},
   "nnx/_normalizer_free": {"_checks", "alternatives/normalizer_free"},
 }

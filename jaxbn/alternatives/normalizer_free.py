@@ -30,9 +30,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn import _checks
+from jaxbn import _checks, batch_norm
 from jaxbn._activation import hoist
-from jaxbn._batch_norm import batch_norm
 
 if TYPE_CHECKING:
   import chex

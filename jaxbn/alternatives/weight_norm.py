@@ -18,13 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn import _checks
-from jaxbn._batch_norm import batch_norm
-from jaxbn._choose import Chosen
-from jaxbn._moments import Moments, moments
+from jaxbn import Chosen, Moments, RunningStats, _checks, batch_norm, moments, sync
 from jaxbn._rule import accumulation_dtype
-from jaxbn._running import RunningStats, require_running_stats
-from jaxbn._share import sync
+from jaxbn._running import require_running_stats
 
 if TYPE_CHECKING:
   import chex

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
 
-from jaxbn._running import RunningStats, init
+from jaxbn import RunningStats, init
 from jaxbn.linen._common import as_function, has_count
 from jaxbn.variants import input_norm
 

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
 
-from jaxbn import _checks
-from jaxbn._moments import Moments
+from jaxbn import Moments, _checks
 from jaxbn.linen._common import first_activation, pure
 from jaxbn.variants.reference import of_layer
 

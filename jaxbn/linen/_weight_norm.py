@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from flax.core import meta
 from flax.typing import Dtype, Initializer
 
-from jaxbn import _checks
-from jaxbn._running import RunningStats, init
+from jaxbn import RunningStats, _checks, init
 from jaxbn.alternatives import weight_norm
 from jaxbn.linen._common import has_count
 

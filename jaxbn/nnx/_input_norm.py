@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer
 
-from jaxbn._running import RunningStats, init
+from jaxbn import RunningStats, init
 from jaxbn.nnx._common import Trackable, of_shape, tuples
 from jaxbn.variants import input_norm
 

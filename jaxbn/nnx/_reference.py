@@ -11,8 +11,7 @@ import numpy as np
 from flax import nnx
 from flax.typing import Dtype, Initializer
 
-from jaxbn import _checks
-from jaxbn._moments import Moments
+from jaxbn import Moments, _checks
 from jaxbn.nnx._common import as_function, of_shape, parameter, put, tuples
 from jaxbn.variants.reference import of_layer
 

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer
 
-from jaxbn import _checks
-from jaxbn._running import RunningStats, init
+from jaxbn import RunningStats, _checks, init
 from jaxbn.alternatives import weight_norm
 from jaxbn.nnx._common import Trackable, of_shape, parameter, tuples, write
 
