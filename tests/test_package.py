@@ -130,7 +130,8 @@ def test_importing_jaxbn_imports_neither_flax_nor_chex():
 
 
 def test_the_layers_come_on_first_use():
-  code = "from jaxbn import alternatives, linen, nnx, variants; linen.BatchNorm; nnx.BatchNorm"
+  code = "import jaxbn; jaxbn.linen.BatchNorm; jaxbn.nnx.BatchNorm; "
+  code += "jaxbn.variants; jaxbn.alternatives"
   subprocess.run([sys.executable, "-c", code], check=True)
 
 
