@@ -20,7 +20,7 @@ from examples import norms
 from examples.norms import Layer
 from examples.settings import UserError, lookup
 from jaxbn import linen as bn
-from jaxbn.variants import normalizer_free
+from jaxbn.alternatives import normalizer_free
 
 
 def space_to_depth(x: jax.Array, size: int) -> jax.Array:

@@ -24,9 +24,11 @@ _measure _apply _choose _track
 _share
 _virtual
 _batch_norm
-__init__ _layers variants/__init__ variants/_examples variants/_covariance
-variants/_inverse_root variants/recurrent
-variants
+__init__ _layers variants/__init__ variants/_examples variants/_covariance alternatives/__init__
+variants/_inverse_root variants/_cells
+variants/recurrent
+variants alternatives/rewhitening
+alternatives
 linen/__init__ linen/_common nnx/__init__ nnx/_common
 linen/_batch_norm nnx/_batch_norm
 linen nnx
@@ -34,7 +36,7 @@ linen nnx
 RANKS = {name: rank for rank, line in enumerate(ORDER.split("\n")) for name in line.split()}
 # What they may import of others', beside these.
 EVERYWHERE = {"jax", "numpy", "chex"}
-ALSO = {"linen": {"flax"}, "nnx": {"flax"}, "variants/path_sgd": {"optax"}}
+ALSO = {"linen": {"flax"}, "nnx": {"flax"}, "alternatives/path_sgd": {"optax"}}
 
 
 def imported(path):
@@ -43,10 +45,11 @@ def imported(path):
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.ImportFrom) and node.module.startswith("jaxbn"):
       home = node.module.replace(".", "/").removeprefix("jaxbn").removeprefix("/")
-      if (ROOT / f"{home}.py").exists():
-        ours.add(home)
-      else:
-        ours |= {f"{home}/{alias.name}".removeprefix("/") for alias in node.names}
+      names = {f"{home}/{alias.name}".removeprefix("/") for alias in node.names}
+      modules = {name for name in names if (ROOT / f"{name}.py").exists()}
+      ours |= modules
+      if modules != names:  # the names of a file, or of a folder's face
+        ours.add(home if (ROOT / f"{home}.py").exists() else f"{home}/__init__".removeprefix("/"))
     elif isinstance(node, ast.ImportFrom):
       packages.add(node.module.split(".")[0])
     elif isinstance(node, ast.Import):
@@ -84,7 +87,8 @@ def test_importing_jaxbn_imports_neither_flax_nor_chex():
 
 
 def test_the_layers_come_on_first_use():
-  code = "import jaxbn; jaxbn.linen.BatchNorm; jaxbn.nnx.BatchNorm; jaxbn.variants"
+  code = "import jaxbn; jaxbn.linen.BatchNorm; jaxbn.nnx.BatchNorm; "
+  code += "jaxbn.variants; jaxbn.alternatives"
   subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -113,13 +117,14 @@ def test_an_unknown_name_is_an_attribute_error(package):
     _ = package.batchnorm
 
 
-VARIANTS = [
-  importlib.import_module(f"jaxbn.variants.{path.stem}")
-  for path in sorted((ROOT / "variants").glob("[a-z]*.py"))
+FAMILY = [
+  importlib.import_module(f"jaxbn.{folder}.{path.stem}")
+  for folder in ("variants", "alternatives")
+  for path in sorted((ROOT / folder).glob("[a-z]*.py"))
 ]
 PUBLIC = [
   getattr(where, name)
-  for where in (jaxbn, jaxbn.linen, jaxbn.nnx, *VARIANTS)
+  for where in (jaxbn, jaxbn.linen, jaxbn.nnx, *FAMILY)
   for name in where.__all__
 ]
 

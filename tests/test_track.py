@@ -12,6 +12,7 @@ from absl.testing import parameterized
 
 import jaxbn
 from jaxbn import Moments, RunningStats
+from jaxbn.alternatives import weight_norm
 from jaxbn.variants import (
   conditional,
   domain,
@@ -19,7 +20,6 @@ from jaxbn.variants import (
   prediction_time,
   recurrent,
   renorm,
-  weight_norm,
 )
 from tests import oracle
 

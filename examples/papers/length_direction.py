@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from sklearn.datasets import load_diabetes
 
-from jaxbn.variants import gdnp
+from jaxbn.alternatives import gdnp
 
 PICTURE = Path("docs/length_direction.png")
 STEPS = 2000

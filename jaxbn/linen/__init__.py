@@ -9,12 +9,12 @@ if TYPE_CHECKING:
   from jaxbn.linen._conditional import ConditionalBatchNorm
   from jaxbn.linen._domain import DomainBatchNorm
   from jaxbn.linen._input_norm import InputNormRNN
-  from jaxbn.linen._natural import WhitenedConv, WhitenedDense
   from jaxbn.linen._normalizer_free import SkipInit, WSConv, WSDense
   from jaxbn.linen._prediction_time import prediction_time
   from jaxbn.linen._recurrent import GRUCell, LSTMCell
-  from jaxbn.linen._reference import VirtualBatchNorm
+  from jaxbn.linen._reference import ReferenceBatchNorm
   from jaxbn.linen._renorm import BatchRenorm
+  from jaxbn.linen._rewhitening import WhitenedConv, WhitenedDense
   from jaxbn.linen._weight_norm import MeanOnlyBatchNorm, WeightNorm
   from jaxbn.linen._whitening import WhiteningNorm
 
@@ -27,8 +27,8 @@ __all__ = [
   "InputNormRNN",
   "LSTMCell",
   "MeanOnlyBatchNorm",
+  "ReferenceBatchNorm",
   "SkipInit",
-  "VirtualBatchNorm",
   "WSConv",
   "WSDense",
   "WeightNorm",
@@ -47,13 +47,13 @@ _HOMES = {
   "InputNormRNN": "_input_norm",
   "LSTMCell": "_recurrent",
   "MeanOnlyBatchNorm": "_weight_norm",
+  "ReferenceBatchNorm": "_reference",
   "SkipInit": "_normalizer_free",
-  "VirtualBatchNorm": "_reference",
   "WSConv": "_normalizer_free",
   "WSDense": "_normalizer_free",
   "WeightNorm": "_weight_norm",
-  "WhitenedConv": "_natural",
-  "WhitenedDense": "_natural",
+  "WhitenedConv": "_rewhitening",
+  "WhitenedDense": "_rewhitening",
   "WhiteningNorm": "_whitening",
   "prediction_time": "_prediction_time",
 }

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
 
-from jaxbn._track import init
-from jaxbn._types import RunningStats
+from jaxbn import RunningStats, init
 from jaxbn.linen._common import as_function, has_count
 from jaxbn.variants import input_norm
 
@@ -28,24 +27,17 @@ class InputNormRNN(nn.Module):
   Attributes:
     features: number of units.
     kind: "simple", "lstm" or "gru".
-    use_running_average: True in evaluation, False in training; here or at the call.
     activation: of the simple kind, a function or a module.
     max_length: None: statistics over all frames of all sequences (sequence-wise). A number: of each
       time step (frame-wise), up to it; those of the last serve all later ones.
     reverse: from the last step to the first; the output stays in the input's order.
-    momentum: share of the old running values that is kept; None for a cumulative average.
-    epsilon: added to the variance.
     scale_init: initializer of input_scale.
     kernel_init: initializer of input_kernel.
     recurrent_kernel_init: initializer of hidden_kernel.
     bias_init: initializer of bias.
     param_dtype: of the parameters.
-    axis_name: the axis of pmap, shard_map or vmap whose members share statistics. Under jit with
-      sharded arrays none is needed.
-    axis_index_groups: indices along it in groups, each sharing among itself only.
-    debias: running statistics without the weight of their initial values. Adds the leaf `count`.
-    unbiased: track the variance times n / (n - 1), as PyTorch does.
-    skip_nonfinite: statistics that are not finite leave the running ones as they were.
+    use_running_average, momentum, epsilon, axis_name, axis_index_groups, debias, unbiased,
+      skip_nonfinite: as in `BatchNorm`.
 
   >>> import jax, jax.numpy as jnp, jaxbn.linen
   >>> layer = jaxbn.linen.InputNormRNN(4, kind="simple", activation=jax.nn.relu)

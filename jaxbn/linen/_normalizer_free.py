@@ -1,4 +1,4 @@
-"""The layers of normalizer-free networks for Flax Linen; see `jaxbn.variants.normalizer_free`."""
+"""The layers of normalizer-free networks for Linen: see `jaxbn.alternatives.normalizer_free`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
 
 from jaxbn import _checks
-from jaxbn.variants.normalizer_free import scaled_weight_standardization
+from jaxbn.alternatives.normalizer_free import scaled_weight_standardization
 
 
 class WSConv(nn.Conv):
@@ -18,9 +18,9 @@ class WSConv(nn.Conv):
 
       kernel' = (kernel - mean) / sqrt(fan_in · var + epsilon) · gain
 
-  in place of its kernel, per output channel (see
-  `jaxbn.variants.normalizer_free.scaled_weight_standardization`). What is learned is the kernel, as
-  Flax's layer has it, and `gain`, which weight decay should leave alone as it does scales.
+  in place of its kernel, per output channel: see
+  `jaxbn.alternatives.normalizer_free.scaled_weight_standardization`. What is learned is the kernel,
+  as Flax's layer has it, and `gain`, which weight decay should leave alone as it does scales.
 
   Attributes:
     features: number of outputs.
@@ -46,7 +46,8 @@ class WSConv(nn.Conv):
 
   @nn.nowrap
   def param(self, name: str, *args: Any, **kwargs: Any) -> Any:
-    # Flax's layer asks for its parameters here: for the kernel it is given the standardized one.
+    # Flax's layer asks for its parameters here, and is given the standardized kernel. With
+    # `nn.map_variables` one call would be two to whoever captures or tabulates calls.
     value = super().param(name, *args, **kwargs)
     if name != "kernel":
       return value

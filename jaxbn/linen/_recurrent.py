@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
 
-from jaxbn._types import RunningStats
+from jaxbn import RunningStats
 from jaxbn.variants import recurrent
+from jaxbn.variants._cells import Cell, options, step
 
 
 class _Cell(nn.RNNCellBase):
-  """What LSTMCell and GRUCell do alike; the class variables say which functions."""
+  """Any cell of `jaxbn.variants.recurrent`."""
 
   features: int
   max_length: int
@@ -33,28 +34,22 @@ class _Cell(nn.RNNCellBase):
   skip_nonfinite: bool = False
   carry_init: Initializer = nn.initializers.zeros
 
-  _stats_type: ClassVar[Any]
-  _step: ClassVar[Any]
-  _start: ClassVar[Any]
-  _carry: ClassVar[Any]
+  _cell: ClassVar[Cell]
 
   def setup(self) -> None:
     """Makes the statistics: what the scan of `nn.RNN` carries must be there before it."""
-
-    def start(name: str) -> dict[str, jax.Array]:
-      options = {"momentum": self.momentum, "debias": self.debias}
-      return _leaves(getattr(type(self)._start(self.features, self.max_length, **options), name))
-
-    for name in type(self)._stats_type._fields:
-      mutable = self.is_mutable_collection("batch_stats")
-      if not mutable and not self.has_variable("batch_stats", name):
-        raise ValueError(
-          "this cell finds no running statistics in the collection batch_stats: pass those that "
-          "init made, and tell nn.RNN to hand them on, with variable_carry='batch_stats'."
-        )
+    start = self._cell.start_stats(
+      self.features, self.max_length, momentum=self.momentum, debias=self.debias
+    )
+    mutable = self.is_mutable_collection("batch_stats")
+    if not mutable and not self.has_variable("batch_stats", "hidden"):
+      raise ValueError(
+        "this cell finds no running statistics in the collection batch_stats: pass those that init "
+        "made, and tell nn.RNN to hand them on, with variable_carry='batch_stats'."
+      )
     self._stats = {
-      name: self.variable("batch_stats", name, start, name)
-      for name in type(self)._stats_type._fields
+      name: self.variable("batch_stats", name, lambda rows=rows: _leaves(rows))
+      for name, rows in start._asdict().items()
     }
 
   @nn.compact
@@ -73,25 +68,22 @@ class _Cell(nn.RNNCellBase):
         "use_running_average was not given: make the cell with use_running_average=False in "
         "training and True in evaluation."
       )
-    params = self._params(inputs.shape[-1])
-    stats = {name: RunningStats(**variable.value) for name, variable in self._stats.items()}
     # Initialization never changes the statistics, and needs no bound axis.
     initializing = self.is_initializing()
-    carry, y, new = type(self)._step(
-      params,
-      type(self)._stats_type(**stats),
-      carry,
-      inputs,
-      use_running_average=initializing or self.use_running_average,
+    how = options(
+      initializing or self.use_running_average,
+      self.epsilon,
+      None if initializing else self.axis_name,
+      None if initializing else self.axis_index_groups,
       momentum=self.momentum,
-      epsilon=self.epsilon,
-      axis_name=None if initializing else self.axis_name,
-      axis_index_groups=None if initializing else self.axis_index_groups,
       debias=self.debias,
       unbiased=self.unbiased,
       skip_nonfinite=self.skip_nonfinite,
     )
-    if not (initializing or self.use_running_average):
+    params = self._params(inputs.shape[-1])
+    stats = {name: RunningStats(**variable.value) for name, variable in self._stats.items()}
+    carry, y, new = step(self._cell, params, self._cell.stats(**stats), carry, inputs, None, how)
+    if not how.use_running_average:
       for name, rows in new._asdict().items():
         self._stats[name].value = _leaves(rows)
     return carry, y
@@ -110,13 +102,10 @@ class _Cell(nn.RNNCellBase):
     Returns:
       The carry.
     """
-    carry = type(self)._carry(input_shape[:-1], self.features, seq_lengths, self.param_dtype)
-    names = [name for name in ("c", "h") if hasattr(carry, name)]
-    keys = jax.random.split(rng, len(names))
-    states = {
-      name: self.carry_init(key, carry.h.shape, self.param_dtype)
-      for name, key in zip(names, keys, strict=True)
-    }
+    cell, dtype = self._cell, self.param_dtype
+    carry = cell.start_carry(input_shape[:-1], self.features, seq_lengths, dtype)
+    keys = zip(cell.states, jax.random.split(rng, len(cell.states)), strict=True)
+    states = {name: self.carry_init(key, carry.h.shape, dtype) for name, key in keys}
     return carry._replace(**states)
 
   @property
@@ -128,18 +117,18 @@ class _Cell(nn.RNNCellBase):
 
   @nn.nowrap
   def _params(self, in_features: int) -> Any:
-    raise NotImplementedError
-
-  @nn.nowrap
-  def _gate_params(self, in_features: int, channels: int) -> dict[str, jax.Array]:
     initial = {
-      "input_kernel": (self.kernel_init, (in_features, channels)),
-      "hidden_kernel": (self.recurrent_kernel_init, (self.features, channels)),
-      "bias": (self.bias_init, (channels,)),
-      "input_scale": (self.scale_init, (channels,)),
-      "hidden_scale": (self.scale_init, (channels,)),
+      "input_kernel": self.kernel_init,
+      "hidden_kernel": self.recurrent_kernel_init,
+      "bias": self.bias_init,
+      "cell_bias": nn.initializers.zeros,
     }
-    return {name: self.param(name, *start, self.param_dtype) for name, start in initial.items()}
+    shapes = self._cell.parameter_shapes(in_features, self.features)
+    params = (
+      self.param(name, initial.get(name, self.scale_init), shape, self.param_dtype)
+      for name, shape in shapes.items()
+    )
+    return self._cell.params(*params)
 
 
 class LSTMCell(_Cell):
@@ -168,19 +157,13 @@ class LSTMCell(_Cell):
     max_length: how many steps have statistics of their own, usually the length of the longest
       training sequence; those of the last serve all later ones.
     use_running_average: True in evaluation, False in training.
-    momentum: share of the old running values that is kept; None for a cumulative average.
-    epsilon: added to the variances.
+    momentum, epsilon, axis_name, axis_index_groups, debias, unbiased, skip_nonfinite: as in
+      `BatchNorm`.
     scale_init: initializer of all scales; 0.1 keeps the gates away from saturation.
     kernel_init: initializer of input_kernel.
     recurrent_kernel_init: initializer of hidden_kernel.
     bias_init: initializer of bias; default, 1 for forget gates and 0 for the others.
     param_dtype: of the parameters, and of the carry.
-    axis_name: the axis of pmap, shard_map or vmap whose members share statistics. Under jit with
-      sharded arrays none is needed.
-    axis_index_groups: indices along it in groups, each sharing among itself only.
-    debias: running statistics without the weight of their initial values. Adds leaves `count`.
-    unbiased: track the variance times n / (n - 1), as PyTorch does.
-    skip_nonfinite: statistics that are not finite leave the running ones as they were.
     carry_init: initializer of c and h.
 
   >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxbn.linen
@@ -195,19 +178,7 @@ class LSTMCell(_Cell):
 
   bias_init: Initializer = recurrent.forget_gates_at_one
 
-  _stats_type = recurrent.LSTMStats
-  _step = staticmethod(recurrent.lstm_step)
-  _start = staticmethod(recurrent.lstm_stats)
-  _carry = staticmethod(recurrent.lstm_carry)
-
-  @nn.nowrap
-  def _params(self, in_features: int) -> recurrent.LSTMParams:
-    shape = (self.features,)
-    return recurrent.LSTMParams(
-      **self._gate_params(in_features, 4 * self.features),
-      cell_scale=self.param("cell_scale", self.scale_init, shape, self.param_dtype),
-      cell_bias=self.param("cell_bias", nn.initializers.zeros, shape, self.param_dtype),
-    )
+  _cell = recurrent.LSTM
 
 
 class GRUCell(_Cell):
@@ -221,24 +192,9 @@ class GRUCell(_Cell):
   which is told of the statistics, as the carry of padding, as in `LSTMCell`.
 
   Attributes:
-    features: number of units.
-    max_length: how many steps have statistics of their own, usually the length of the longest
-      training sequence; those of the last serve all later ones.
-    use_running_average: True in evaluation, False in training.
-    momentum: share of the old running values that is kept; None for a cumulative average.
-    epsilon: added to the variances.
-    scale_init: initializer of all scales; 0.1 keeps the gates away from saturation.
-    kernel_init: initializer of input_kernel.
-    recurrent_kernel_init: initializer of hidden_kernel.
-    bias_init: initializer of bias.
-    param_dtype: of the parameters, and of the carry.
-    axis_name: the axis of pmap, shard_map or vmap whose members share statistics. Under jit with
-      sharded arrays none is needed.
-    axis_index_groups: indices along it in groups, each sharing among itself only.
-    debias: running statistics without the weight of their initial values. Adds leaves `count`.
-    unbiased: track the variance times n / (n - 1), as PyTorch does.
-    skip_nonfinite: statistics that are not finite leave the running ones as they were.
-    carry_init: initializer of h.
+    features, max_length, use_running_average, momentum, epsilon, scale_init, kernel_init,
+      recurrent_kernel_init, bias_init, param_dtype, axis_name, axis_index_groups, debias, unbiased,
+      skip_nonfinite, carry_init: as in `LSTMCell`, but the bias starts at 0.
 
   >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxbn.linen
   >>> cell = jaxbn.linen.GRUCell(4, max_length=5, use_running_average=False)
@@ -250,14 +206,7 @@ class GRUCell(_Cell):
   ((8, 5, 4), (5, 12))
   """
 
-  _stats_type = recurrent.GRUStats
-  _step = staticmethod(recurrent.gru_step)
-  _start = staticmethod(recurrent.gru_stats)
-  _carry = staticmethod(recurrent.gru_carry)
-
-  @nn.nowrap
-  def _params(self, in_features: int) -> recurrent.GRUParams:
-    return recurrent.GRUParams(**self._gate_params(in_features, 3 * self.features))
+  _cell = recurrent.GRU
 
 
 def _leaves(stats: RunningStats) -> dict[str, jax.Array]:

@@ -1,4 +1,4 @@
-"""Virtual batch normalization for Flax Linen: a layer that remembers a reference batch."""
+"""Reference batch normalization for Flax Linen: a layer that remembers a reference batch."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
 
-from jaxbn import _checks
-from jaxbn._types import Moments
+from jaxbn import Moments, _checks
 from jaxbn.linen._common import first_activation, pure
 from jaxbn.variants.reference import of_layer
 
 
-class VirtualBatchNorm(nn.Module):
-  r"""Virtual batch normalization (Salimans et al. 2016, section 3.5).
+class ReferenceBatchNorm(nn.Module):
+  r"""Normalizes each example by the statistics of a reference batch and of itself.
 
-  Each example is normalized by the statistics of a reference batch and of itself: see
-  `jaxbn.variants.reference`. (Not `BatchNorm(virtual_batch_size=)`, which cuts a batch in groups.)
+  "Virtual batch normalization" of Salimans et al. 2016, section 3.5: see
+  `jaxbn.variants.reference`. (`BatchNorm(virtual_batch_size=)` cuts a batch in groups instead.)
 
   Apply the network twice with the same parameters: to the reference batch with is_reference=True,
   which normalizes it by its own statistics and writes their moments to the collection `reference`;
@@ -29,24 +28,13 @@ class VirtualBatchNorm(nn.Module):
   Initialization takes any batch for the reference, and creates parameters only.
 
   Attributes:
-    axis: the axis or axes of the channels.
-    epsilon: added to the variance.
-    dtype: of the result (default: what input and parameters promote to).
-    param_dtype: of scale and bias.
-    use_bias: whether there is a bias.
-    use_scale: whether there is a scale.
-    bias_init: initializer of bias.
-    scale_init: initializer of scale.
-    axis_name: the axis of pmap, shard_map or vmap whose members hold parts of the reference batch;
-      None where each has all of it.
-    axis_index_groups: indices along it in groups, each sharing among itself only.
-    use_fast_variance: one pass over the input; False takes two.
-    masked_value: what the output holds where the mask is False; None: the formula's value.
-    activation: elementwise function applied to the result, such as `nn.relu`, or a module,
-      such as `nn.PReLU()`, or None.
+    axis, epsilon, dtype, param_dtype, use_bias, use_scale, bias_init, scale_init,
+      use_fast_variance, masked_value, activation: as in `BatchNorm`.
+    axis_name, axis_index_groups: as in `BatchNorm`, where members hold parts of the reference
+      batch; None where each has all of it.
 
   >>> import jax, jax.numpy as jnp, jaxbn.linen
-  >>> layer = jaxbn.linen.VirtualBatchNorm()
+  >>> layer = jaxbn.linen.ReferenceBatchNorm()
   >>> reference_batch, x = jnp.array([[0.0], [2.0], [4.0]]), jnp.array([[2.0], [6.0]])
   >>> params = layer.init(jax.random.key(0), x)
   >>> _, reference = layer.apply(params, reference_batch, is_reference=True, mutable=["reference"])

@@ -1,4 +1,4 @@
-"""Weight normalization for Flax Linen: parameters and state for `jaxbn.variants.weight_norm`."""
+"""Weight normalization for Linen: parameters and state for `jaxbn.alternatives.weight_norm`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ import jax.numpy as jnp
 from flax.core import meta
 from flax.typing import Dtype, Initializer
 
-from jaxbn import _checks
-from jaxbn._track import init
-from jaxbn._types import RunningStats
+from jaxbn import RunningStats, _checks, init
+from jaxbn.alternatives import weight_norm
 from jaxbn.linen._common import has_count
-from jaxbn.variants import weight_norm
 
 
 class WeightNorm(nn.Module):
@@ -31,7 +29,7 @@ class WeightNorm(nn.Module):
     layer: an `nn.Dense`, an `nn.Conv`, or another with a parameter `kernel` and perhaps a `bias`,
       whose output features are the last axis of both kernel and output.
     data_dependent_init: False starts with the scale that gives the layer's own initial kernel.
-    epsilon: as in `jaxbn.variants.weight_norm.weight_norm`.
+    epsilon: as in `jaxbn.alternatives.weight_norm.weight_norm`.
 
   >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxbn.linen
   >>> x = 3 + 2 * jax.random.normal(jax.random.key(0), (64, 5))
@@ -100,17 +98,8 @@ class MeanOnlyBatchNorm(nn.Module):
   evaluation. The layer before it needs no bias of its own.
 
   Attributes:
-    use_running_average: True in evaluation, False in training; here or at the call.
-    axis: the axis or axes of the channels.
-    momentum: share of the old running value that is kept; None for a cumulative average.
-    dtype: of the result (default: what input and parameters promote to).
-    param_dtype: of the bias.
-    use_bias: whether there is a bias.
-    bias_init: initializer of the bias.
-    axis_name: the axis of pmap, shard_map or vmap whose members share statistics.
-    axis_index_groups: indices along it in groups, each sharing among itself only.
-    debias: running mean without the weight of its initial value. Adds the leaf `count`.
-    masked_value: what the output holds where the mask is False; None: the formula's value.
+    use_running_average, axis, momentum, dtype, param_dtype, use_bias, bias_init, axis_name,
+      axis_index_groups, debias, masked_value: as in `BatchNorm`.
 
   >>> import jax, jax.numpy as jnp, jaxbn.linen
   >>> layer = jaxbn.linen.MeanOnlyBatchNorm(use_running_average=False)

@@ -9,12 +9,12 @@ if TYPE_CHECKING:
   from jaxbn.nnx._conditional import ConditionalBatchNorm
   from jaxbn.nnx._domain import DomainBatchNorm
   from jaxbn.nnx._input_norm import InputNormRNN
-  from jaxbn.nnx._natural import WhitenedConv, WhitenedLinear, Whitening
   from jaxbn.nnx._normalizer_free import SkipInit, WSConv, WSLinear
   from jaxbn.nnx._prediction_time import prediction_time
   from jaxbn.nnx._recurrent import GRUCell, LSTMCell
-  from jaxbn.nnx._reference import VirtualBatchNorm
+  from jaxbn.nnx._reference import ReferenceBatchNorm
   from jaxbn.nnx._renorm import BatchRenorm
+  from jaxbn.nnx._rewhitening import WhitenedConv, WhitenedLinear, Whitening
   from jaxbn.nnx._weight_norm import MeanOnlyBatchNorm, WeightNorm
   from jaxbn.nnx._whitening import WhiteningNorm
 
@@ -27,8 +27,8 @@ __all__ = [
   "InputNormRNN",
   "LSTMCell",
   "MeanOnlyBatchNorm",
+  "ReferenceBatchNorm",
   "SkipInit",
-  "VirtualBatchNorm",
   "WSConv",
   "WSLinear",
   "WeightNorm",
@@ -48,14 +48,14 @@ _HOMES = {
   "InputNormRNN": "_input_norm",
   "LSTMCell": "_recurrent",
   "MeanOnlyBatchNorm": "_weight_norm",
+  "ReferenceBatchNorm": "_reference",
   "SkipInit": "_normalizer_free",
-  "VirtualBatchNorm": "_reference",
   "WSConv": "_normalizer_free",
   "WSLinear": "_normalizer_free",
   "WeightNorm": "_weight_norm",
-  "WhitenedConv": "_natural",
-  "WhitenedLinear": "_natural",
-  "Whitening": "_natural",
+  "WhitenedConv": "_rewhitening",
+  "WhitenedLinear": "_rewhitening",
+  "Whitening": "_rewhitening",
   "WhiteningNorm": "_whitening",
   "prediction_time": "_prediction_time",
 }

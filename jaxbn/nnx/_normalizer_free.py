@@ -1,9 +1,9 @@
-"""The layers of normalizer-free networks for Flax NNX; see `jaxbn.variants.normalizer_free`."""
+"""The layers of normalizer-free networks for NNX: see `jaxbn.alternatives.normalizer_free`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType, SimpleNamespace
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from flax.nnx.nn import dtypes
 from flax.typing import Dtype, Initializer
 
 from jaxbn import _checks
-from jaxbn.variants.normalizer_free import scaled_weight_standardization
+from jaxbn.alternatives.normalizer_free import scaled_weight_standardization
 
 
 class WSConv(nnx.Conv):
@@ -21,9 +21,9 @@ class WSConv(nnx.Conv):
 
       kernel' = (kernel - mean) / sqrt(fan_in · var + epsilon) · gain
 
-  in place of its kernel, per output channel (see
-  `jaxbn.variants.normalizer_free.scaled_weight_standardization`). What is learned is the kernel, as
-  Flax's layer has it, and `gain`, which weight decay should leave alone as it does scales.
+  in place of its kernel, per output channel: see
+  `jaxbn.alternatives.normalizer_free.scaled_weight_standardization`. What is learned is the kernel,
+  as Flax's layer has it, and `gain`, which weight decay should leave alone as it does scales.
 
   Args:
     in_features: number of inputs.
@@ -135,9 +135,11 @@ def _gain(layer: Any, rngs: nnx.Rngs, init: Initializer, metadata: Mapping[str, 
 
 
 def _standardized(layer: Any) -> Any:
-  """What stands in for the layer in Flax's own call: its fields, with the standardized kernel."""
+  """A copy of the layer for Flax's own call, with the standardized kernel."""
+  copy: Any = nnx.clone(layer)
   kernel = scaled_weight_standardization(layer.kernel[...], layer.gain[...], epsilon=layer.epsilon)
-  return SimpleNamespace(**(vars(layer) | {"kernel": kernel}))
+  copy.kernel = nnx.Param(kernel)
+  return copy
 
 
 class SkipInit(nnx.Module):

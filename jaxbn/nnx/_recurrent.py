@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer
 
-from jaxbn._types import RunningStats
-from jaxbn.nnx._common import tuples, write
+from jaxbn import RunningStats
+from jaxbn.nnx._common import Trackable, tuples, write
 from jaxbn.variants import recurrent
+from jaxbn.variants._cells import Cell, options, step
 
 _SCALE_INIT = nnx.initializers.constant(0.1)
 _KERNEL_INIT = nnx.initializers.lecun_normal()
@@ -37,14 +38,10 @@ class _Rows(nnx.Module):
         write(self, getattr(self, name), value)
 
 
-class _Cell(nnx.RNNCellBase):
-  """What LSTMCell and GRUCell do alike; the class variables say with which functions."""
+class _Cell(Trackable, nnx.RNNCellBase):
+  """Any cell of `jaxbn.variants.recurrent`."""
 
-  _params_type: ClassVar[Any]
-  _stats_type: ClassVar[Any]
-  _start: ClassVar[Any]
-  _carry: ClassVar[Any]
-  _step: ClassVar[Any]
+  _cell: ClassVar[Cell]
   _bias_init: ClassVar[Any]
 
   def __init__(
@@ -81,22 +78,18 @@ class _Cell(nnx.RNNCellBase):
     self.unbiased = unbiased
     self.skip_nonfinite = skip_nonfinite
 
-    stats = self._start(hidden_features, max_length, momentum=momentum, debias=debias)
+    stats = self._cell.start_stats(hidden_features, max_length, momentum=momentum, debias=debias)
     for name, rows in stats._asdict().items():
       setattr(self, name, _Rows(rows))
-    channels = stats.hidden.mean.shape[-1]
-    shapes: dict[str, tuple[Initializer, tuple[int, ...]]] = {
-      "input_kernel": (kernel_init, (in_features, channels)),
-      "hidden_kernel": (recurrent_kernel_init, (hidden_features, channels)),
-      "bias": (bias_init or self._bias_init, (channels,)),
-      "input_scale": (scale_init, (channels,)),
-      "hidden_scale": (scale_init, (channels,)),
-      "cell_scale": (scale_init, (hidden_features,)),
-      "cell_bias": (nnx.initializers.zeros, (hidden_features,)),
+    initial: dict[str, Initializer] = {
+      "input_kernel": kernel_init,
+      "hidden_kernel": recurrent_kernel_init,
+      "bias": bias_init or self._bias_init,
+      "cell_bias": nnx.initializers.zeros,
     }
-    for name in self._params_type._fields:
-      initializer, shape = shapes[name]
-      setattr(self, name, nnx.Param(initializer(rngs.params(), shape, param_dtype)))
+    for name, shape in self._cell.parameter_shapes(in_features, hidden_features).items():
+      value = initial.get(name, scale_init)(rngs.params(), shape, param_dtype)
+      setattr(self, name, nnx.Param(value))
 
   def __call__(self, carry: Any, inputs: jax.Array) -> tuple[Any, jax.Array]:
     """One time step.
@@ -113,24 +106,24 @@ class _Cell(nnx.RNNCellBase):
         "use_running_average was not given: pass it to the constructor, or choose with train() "
         "and eval()."
       )
-    rows = {name: getattr(self, name) for name in self._stats_type._fields}
-    carry, y, new = self._step(
-      self._params_type(*(getattr(self, name)[...] for name in self._params_type._fields)),
-      self._stats_type(**{name: r.read() for name, r in rows.items()}),
-      carry,
-      inputs,
-      use_running_average=self.use_running_average,
+    how = options(
+      self.use_running_average,
+      self.epsilon,
+      self.axis_name,
+      self.axis_index_groups,
       momentum=self.momentum,
-      epsilon=self.epsilon,
-      axis_name=self.axis_name,
-      axis_index_groups=self.axis_index_groups,
       debias=self.debias,
       unbiased=self.unbiased,
       skip_nonfinite=self.skip_nonfinite,
     )
+    cell = self._cell
+    params = cell.params(*(getattr(self, name)[...] for name in cell.params._fields))
+    rows = [getattr(self, name) for name in cell.stats._fields]
+    stats = cell.stats(*(r.read() for r in rows))
+    carry, y, new = step(cell, params, stats, carry, inputs, None, how)
     if not self.use_running_average:
-      for name, r in rows.items():
-        r.follow(getattr(new, name))
+      for r, value in zip(rows, new, strict=True):
+        r.follow(value)
     return carry, y
 
   def initialize_carry(
@@ -152,24 +145,14 @@ class _Cell(nnx.RNNCellBase):
     Returns:
       The carry.
     """
-    carry = self._carry(input_shape[:-1], self.hidden_features, seq_lengths, self.param_dtype)
+    cell, dtype = self._cell, self.param_dtype
+    carry = cell.start_carry(input_shape[:-1], self.hidden_features, seq_lengths, dtype)
     if carry_init is None:
       return carry
     stream = rngs.carry if isinstance(rngs, nnx.Rngs) else rngs
     if stream is None:
       raise ValueError("carry_init needs keys: pass rngs, such as nnx.Rngs(carry=0).")
-    names = [name for name in ("c", "h") if hasattr(carry, name)]
-    shape = carry.h.shape
-    return carry._replace(**{n: carry_init(stream(), shape, self.param_dtype) for n in names})
-
-  def set_view(self, use_running_average: bool | None = None) -> None:
-    """What `nnx.view` calls to make a view with another mode.
-
-    Args:
-      use_running_average: True in evaluation, False in training, None to leave it.
-    """
-    if use_running_average is not None:
-      self.use_running_average = use_running_average
+    return carry._replace(**{n: carry_init(stream(), carry.h.shape, dtype) for n in cell.states})
 
   @property
   def num_feature_axes(self) -> int:
@@ -200,19 +183,13 @@ class LSTMCell(_Cell):
     max_length: how many steps have statistics of their own, usually the length of the longest
       training sequence; those of the last serve all later ones.
     use_running_average: True in evaluation, False in training.
-    momentum: share of the old running values that is kept; None for a cumulative average.
-    epsilon: added to the variances.
+    momentum, epsilon, axis_name, axis_index_groups, debias, unbiased, skip_nonfinite: as in
+      `BatchNorm`.
     scale_init: initializer of all scales; 0.1 keeps the gates away from saturation.
     kernel_init: initializer of input_kernel.
     recurrent_kernel_init: initializer of hidden_kernel.
     bias_init: initializer of bias; default, 1 for forget gates and 0 for the others.
     param_dtype: of the parameters, and of the carry.
-    axis_name: the axis of pmap, shard_map or vmap whose members share statistics. Under jit with
-      sharded arrays none is needed.
-    axis_index_groups: indices along it in groups, each sharing among itself only.
-    debias: running statistics without the weight of their initial values. Adds BatchStats `count`.
-    unbiased: track the variance times n / (n - 1), as PyTorch does.
-    skip_nonfinite: statistics that are not finite leave the running ones as they were.
     rngs: rng key.
 
   >>> import jax, jaxbn.nnx
@@ -224,11 +201,7 @@ class LSTMCell(_Cell):
   >>> rnn.eval()
   """
 
-  _params_type = recurrent.LSTMParams
-  _stats_type = recurrent.LSTMStats
-  _start = staticmethod(recurrent.lstm_stats)
-  _carry = staticmethod(recurrent.lstm_carry)
-  _step = staticmethod(recurrent.lstm_step)
+  _cell = recurrent.LSTM
   _bias_init = staticmethod(recurrent.forget_gates_at_one)
 
 
@@ -243,25 +216,9 @@ class GRUCell(_Cell):
   Padding is told to the carry, as in `LSTMCell`.
 
   Args:
-    in_features: number of input features.
-    hidden_features: number of units.
-    max_length: how many steps have statistics of their own, usually the length of the longest
-      training sequence; those of the last serve all later ones.
-    use_running_average: True in evaluation, False in training.
-    momentum: share of the old running values that is kept; None for a cumulative average.
-    epsilon: added to the variances.
-    scale_init: initializer of all scales; 0.1 keeps the gates away from saturation.
-    kernel_init: initializer of input_kernel.
-    recurrent_kernel_init: initializer of hidden_kernel.
-    bias_init: initializer of bias; default, zeros.
-    param_dtype: of the parameters, and of the carry.
-    axis_name: the axis of pmap, shard_map or vmap whose members share statistics. Under jit with
-      sharded arrays none is needed.
-    axis_index_groups: indices along it in groups, each sharing among itself only.
-    debias: running statistics without the weight of their initial values. Adds BatchStats `count`.
-    unbiased: track the variance times n / (n - 1), as PyTorch does.
-    skip_nonfinite: statistics that are not finite leave the running ones as they were.
-    rngs: rng key.
+    in_features, hidden_features, max_length, use_running_average, momentum, epsilon, scale_init,
+      kernel_init, recurrent_kernel_init, bias_init, param_dtype, axis_name, axis_index_groups,
+      debias, unbiased, skip_nonfinite, rngs: as in `LSTMCell`, but the bias starts at 0.
 
   >>> import jax, jaxbn.nnx
   >>> from flax import nnx
@@ -270,9 +227,5 @@ class GRUCell(_Cell):
   (8, 5, 4)
   """
 
-  _params_type = recurrent.GRUParams
-  _stats_type = recurrent.GRUStats
-  _start = staticmethod(recurrent.gru_stats)
-  _carry = staticmethod(recurrent.gru_carry)
-  _step = staticmethod(recurrent.gru_step)
+  _cell = recurrent.GRU
   _bias_init = staticmethod(nnx.initializers.zeros)

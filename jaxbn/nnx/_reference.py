@@ -1,4 +1,4 @@
-"""Virtual batch normalization for Flax NNX: a layer that remembers a reference batch."""
+"""Reference batch normalization for Flax NNX: a layer that remembers a reference batch."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ import numpy as np
 from flax import nnx
 from flax.typing import Dtype, Initializer
 
-from jaxbn import _checks
-from jaxbn._types import Moments
+from jaxbn import Moments, _checks
 from jaxbn.nnx._common import as_function, of_shape, parameter, put, tuples
 from jaxbn.variants.reference import of_layer
 
 
-class VirtualBatchNorm(nnx.Module):
-  r"""Virtual batch normalization (Salimans et al. 2016, section 3.5).
+class ReferenceBatchNorm(nnx.Module):
+  r"""Normalizes each example by the statistics of a reference batch and of itself.
 
-  Each example is normalized by the statistics of a reference batch and of itself: see
-  `jaxbn.variants.reference`. (Not `BatchNorm(virtual_batch_size=)`, which cuts a batch in groups.)
+  "Virtual batch normalization" of Salimans et al. 2016, section 3.5: see
+  `jaxbn.variants.reference`. (`BatchNorm(virtual_batch_size=)` cuts a batch in groups instead.)
 
   At every step call the network with the reference batch and is_reference=True, which normalizes it
   by its own statistics and keeps their moments in `mean`, `var` and `count` (BatchStat); then with
@@ -30,25 +29,14 @@ class VirtualBatchNorm(nnx.Module):
 
   Args:
     num_features: number of channels (with several axes, the product).
-    axis: the axis or axes of the channels.
-    epsilon: added to the variance.
-    dtype: of the result (default: what input and parameters promote to).
-    param_dtype: of scale and bias.
-    use_bias: whether there is a bias.
-    use_scale: whether there is a scale.
-    bias_init: initializer of bias.
-    scale_init: initializer of scale.
-    axis_name: the axis of pmap, shard_map or vmap whose members hold parts of the reference batch;
-      None where each has all of it.
-    axis_index_groups: indices along it in groups, each sharing among itself only.
-    use_fast_variance: one pass over the input; False takes two.
-    masked_value: what the output holds where the mask is False; None: the formula's value.
-    activation: elementwise function applied to the result, such as `nnx.relu`, or None.
-    rngs: rng key.
+    axis, epsilon, dtype, param_dtype, use_bias, use_scale, bias_init, scale_init,
+      use_fast_variance, masked_value, activation, rngs: as in `BatchNorm`.
+    axis_name, axis_index_groups: as in `BatchNorm`, where members hold parts of the reference
+      batch; None where each has all of it.
 
   >>> import jax.numpy as jnp, jaxbn.nnx
   >>> from flax import nnx
-  >>> layer = jaxbn.nnx.VirtualBatchNorm(1, rngs=nnx.Rngs(0))
+  >>> layer = jaxbn.nnx.ReferenceBatchNorm(1, rngs=nnx.Rngs(0))
   >>> _ = layer(jnp.array([[0.0], [2.0], [4.0]]), is_reference=True)
   >>> print(layer(jnp.array([[2.0], [6.0]])).ravel().round(3))
   [0.    1.342]

@@ -1,4 +1,4 @@
-"""Weight normalization for Flax NNX: parameters and state for `jaxbn.variants.weight_norm`."""
+"""Weight normalization for NNX: parameters and state for `jaxbn.alternatives.weight_norm`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer
 
-from jaxbn import _checks
-from jaxbn._track import init
-from jaxbn._types import RunningStats
+from jaxbn import RunningStats, _checks, init
+from jaxbn.alternatives import weight_norm
 from jaxbn.nnx._common import Trackable, of_shape, parameter, tuples, write
-from jaxbn.variants import weight_norm
 
 
 class WeightNorm(nnx.Module):
@@ -34,7 +32,7 @@ class WeightNorm(nnx.Module):
   Args:
     layer: an `nnx.Linear`, an `nnx.Conv`, or another with a `kernel` and perhaps a `bias`, whose
       output features are the last axis of both kernel and output.
-    epsilon: as in `jaxbn.variants.weight_norm.weight_norm`.
+    epsilon: as in `jaxbn.alternatives.weight_norm.weight_norm`.
     initializing: whether calls choose scale and bias by the x that they are given.
 
   >>> import jax, jax.numpy as jnp, jaxbn.nnx
@@ -105,18 +103,8 @@ class MeanOnlyBatchNorm(Trackable):
 
   Args:
     num_features: number of channels.
-    use_running_average: True in evaluation, False in training; the call's comes first.
-    axis: the axis of the channels.
-    momentum: share of the old running value that is kept; None for a cumulative average.
-    dtype: of the result (default: what input and parameters promote to).
-    param_dtype: of the bias.
-    use_bias: whether there is a bias.
-    bias_init: initializer of the bias.
-    axis_name: the axis of pmap, shard_map or vmap whose members share statistics.
-    axis_index_groups: indices along it in groups, each sharing among itself only.
-    debias: running mean without the weight of its initial value. Adds the BatchStat `count`.
-    masked_value: what the output holds where the mask is False; None: the formula's value.
-    rngs: rng key.
+    use_running_average, axis, momentum, dtype, param_dtype, use_bias, bias_init, axis_name,
+      axis_index_groups, debias, masked_value, rngs: as in `BatchNorm`.
 
   >>> import jax.numpy as jnp, jaxbn.nnx
   >>> from flax import nnx

@@ -30,24 +30,11 @@ class WhiteningNorm(Trackable):
 
   Args:
     num_features: number of channels.
-    use_running_average: True in evaluation, False in training; the call's comes first.
     axis: the channels' axis, one.
-    momentum: share of the old running values that is kept.
     epsilon: added to the diagonal of the covariance.
-    dtype: of the result (default: what input and parameters promote to).
-    param_dtype: of scale and bias.
-    use_bias: whether there is a bias (beta).
-    use_scale: whether there is a scale (gamma).
-    bias_init: initializer of bias.
-    scale_init: initializer of scale.
-    axis_name: the axis of pmap, shard_map or vmap whose members share statistics. Under jit with
-      sharded arrays none is needed.
-    axis_index_groups: indices along it in groups, each sharing among itself only.
-    rngs: rng key.
-    bias_metadata: metadata of bias.
-    scale_metadata: metadata of scale.
-    skip_nonfinite: a batch whose statistics are not finite leaves the running ones as they were.
-    masked_value: what the output holds where the mask is False; None: the formula's value.
+    use_running_average, momentum, dtype, param_dtype, use_bias, use_scale, bias_init, scale_init,
+      axis_name, axis_index_groups, skip_nonfinite, masked_value, bias_metadata, scale_metadata,
+      rngs: as in `BatchNorm`; momentum is not None.
     group_size: how many consecutive channels are whitened together; it divides their number.
     method: "zca" (DBN) or "newton" (IterNorm).
     iterations: of Newton's method.

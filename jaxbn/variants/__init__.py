@@ -1,1 +1,1 @@
-"""What grew out of batch normalization: one module for each member of the family."""
+"""Variations of one step of batch normalization: a module for each."""

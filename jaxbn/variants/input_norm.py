@@ -15,28 +15,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn import _checks
-from jaxbn._apply import normalize
-from jaxbn._batch_norm import batch_norm
-from jaxbn._measure import moments
-from jaxbn._share import sync
-from jaxbn._track import update
-from jaxbn._types import Moments, RunningStats
-from jaxbn.variants.recurrent import (
-  Options,
-  gru_hidden,
-  lengths,
-  lstm_cell,
-  require_shape,
-  where_valid,
-)
+from jaxbn import Moments, RunningStats, _checks, batch_norm, moments, normalize, sync, update
+from jaxbn.variants._cells import Options, options, require_lengths, require_shape, where_valid
+from jaxbn.variants.recurrent import GRU, LSTM
 
 if TYPE_CHECKING:
   import chex
 
 __all__ = ["InputNormParams", "input_norm_rnn", "sequence_norm"]
 
-GATES = {"simple": 1, "lstm": 4, "gru": 3}
+GATES = {"simple": 1, "lstm": LSTM.gates, "gru": GRU.gates}
 
 
 def sequence_norm(
@@ -75,13 +63,9 @@ def sequence_norm(
     frame_wise: whether every time step has statistics of its own.
     mask: boolean, (batch, time): which frames exist; for seq_lengths,
       jnp.arange(time) < seq_lengths[:, None].
-    momentum: as in `update`.
     epsilon: added to the variances.
-    axis_name: the axis of pmap, shard_map or vmap whose members share statistics.
-    axis_index_groups: as in `sync`.
-    debias: as in `update`.
-    unbiased: as in `update`.
-    skip_nonfinite: as in `update`.
+    momentum, debias, unbiased, skip_nonfinite: as in `jaxbn.update`.
+    axis_name, axis_index_groups: as in `jaxbn.sync`.
 
   Returns:
     (y, new_state): y of x's shape; new_state with the leaves of state.
@@ -107,8 +91,7 @@ def sequence_norm(
   tracking: dict[str, Any] = {"unbiased": unbiased, "skip_nonfinite": skip_nonfinite}
   tracking |= {"momentum": momentum, "debias": debias}
   if _checks.static_bool("frame_wise", frame_wise):
-    shared = _checks.sharing(axis_name, axis_index_groups)
-    how = Options(use_running_average, epsilon, *shared, tracking)
+    how = options(use_running_average, epsilon, axis_name, axis_index_groups, **tracking)
     return _frame_wise(how, x, scale, bias, state, valid)
   return batch_norm(
     x,
@@ -180,13 +163,9 @@ def input_norm_rnn(
     seq_lengths: integers, (batch,): how many steps of each sequence exist; what follows is padding:
       it enters no statistic, may be NaN, and the state stays as it was.
     reverse: from the last step that exists to the first; y is in x's order.
-    momentum: as in `update`.
     epsilon: added to the variances.
-    axis_name: the axis of pmap, shard_map or vmap whose members share statistics.
-    axis_index_groups: as in `sync`.
-    debias: as in `update`.
-    unbiased: as in `update`.
-    skip_nonfinite: as in `update`.
+    momentum, debias, unbiased, skip_nonfinite: as in `jaxbn.update`.
+    axis_name, axis_index_groups: as in `jaxbn.sync`.
 
   Returns:
     (y, new_state): y of shape (batch, time, H).
@@ -213,7 +192,7 @@ def input_norm_rnn(
   width = channels(kind, features)
   require_shape("params.input_kernel", params.input_kernel, (x.shape[-1], width))
   require_shape("params.hidden_kernel", params.hidden_kernel, (features, width))
-  ends = lengths(seq_lengths, x.shape[:1])
+  ends = require_lengths(seq_lengths, x.shape[:1])
   mask = None if ends is None else jnp.arange(x.shape[1])[None] < ends[:, None]
   x = x if mask is None else jnp.where(mask[..., None], x, 0)
   products, state = sequence_norm(
@@ -233,25 +212,24 @@ def input_norm_rnn(
     skip_nonfinite=skip_nonfinite,
   )
 
-  def step(carry: Any, inputs: Any) -> tuple[Any, jax.Array]:
-    c, h = carry
-    from_input, valid = inputs
-    from_hidden = h @ params.hidden_kernel
-    if kind == "simple":
-      new_c, new_h = c, activation(from_input + from_hidden)
-    elif kind == "gru":
-      new_c, new_h = c, gru_hidden(h, from_hidden, from_input)
-    else:
-      new_c, o = lstm_cell(c, from_input + from_hidden)
-      new_h = o * jnp.tanh(new_c)
-    h = where_valid(valid, new_h, h)
-    return (where_valid(valid, new_c, c), h), h
+  def simple(h: jax.Array, hidden: jax.Array, given: jax.Array) -> tuple[jax.Array, None]:
+    return activation(given + hidden), None
+
+  recur = {"simple": simple, "lstm": LSTM.recur, "gru": GRU.recur}[kind]
+
+  def step(states: Any, inputs: Any) -> tuple[Any, jax.Array]:
+    given, valid = inputs
+    state, gate = recur(states[0], states[-1] @ params.hidden_kernel, given)
+    new = [state] if gate is None else [state, gate * jnp.tanh(state)]
+    states = [where_valid(valid, *pair) for pair in zip(new, states, strict=True)]
+    return states, states[-1]
 
   # From x, so that under shard_map the carry varies over devices from the start.
   zeros = jnp.zeros_like(products[:, 0, :features])
+  start = [zeros, zeros] if kind == "lstm" else [zeros]
   there = None if mask is None else jnp.moveaxis(mask, 1, 0)[..., None]
   inputs = jnp.moveaxis(products, 1, 0), there
-  _, ys = lax.scan(step, (zeros, zeros), inputs, reverse=reverse)
+  _, ys = lax.scan(step, start, inputs, reverse=reverse)
   return jnp.moveaxis(ys, 0, 1), state
 
 
@@ -282,7 +260,7 @@ def _frame_wise(
     state = _checks.running_stats(state)
     require_shape("state.mean", state.mean, (len(state.mean), features))
   rows = jnp.arange(steps) if state is None else jnp.minimum(jnp.arange(steps), len(state.mean) - 1)
-  if _checks.static_bool("use_running_average", how.use_running_average):
+  if how.use_running_average:
     if state is None:
       raise ValueError("use_running_average=True needs the statistics: pass state.")
     return apply(state.mean[rows], state.var[rows]), state

@@ -4,28 +4,18 @@ r"""Recurrent batch normalization: between time steps (Cooijmans et al. 2016).
 the hidden state separately, and the LSTM's cell ("Recurrent Batch Normalization", section 3).
 Statistics are of one time step: they have a leading axis of time. To normalize the input's part
 only, of whole sequences, is in `jaxbn.variants.input_norm`.
-
-What decides the time of a step is how much the backward pass finds stored, for a scan copies it all
-once more. So a step keeps what it normalizes, before and not after, and computes the gates again.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
-from jaxbn import _checks
-from jaxbn._apply import normalize
-from jaxbn._measure import moments
-from jaxbn._share import sync
-from jaxbn._track import init, update
-from jaxbn._types import Moments, RunningStats
+from jaxbn import RunningStats
+from jaxbn.variants._cells import Cell, options, step
 
 if TYPE_CHECKING:
   import chex
@@ -44,8 +34,6 @@ __all__ = [
   "lstm_stats",
   "lstm_step",
 ]
-
-Tree = TypeVar("Tree")
 
 
 class LSTMParams(NamedTuple):
@@ -76,12 +64,8 @@ class LSTMParams(NamedTuple):
 class GRUParams(NamedTuple):
   """The parameters of a GRU of H units: the gates r, z and the candidate n beside each other.
 
-  Attributes:
-    input_kernel: of shape (features of x, 3 H).
-    hidden_kernel: of shape (H, 3 H).
-    bias: (3 H,).
-    input_scale: gamma_x, (3 H,).
-    hidden_scale: gamma_h, (3 H,).
+  `input_kernel`, `hidden_kernel`, `bias`, `input_scale` and `hidden_scale` are those of
+  `LSTMParams`, with 3 H for 4 H.
   """
 
   input_kernel: chex.Array
@@ -106,12 +90,7 @@ class LSTMStats(NamedTuple):
 
 
 class GRUStats(NamedTuple):
-  """Running statistics of a GRU, each with a leading axis of time.
-
-  Attributes:
-    input: of W_x x_t, (max_length, 3 H).
-    hidden: of W_h h_{t-1}, (max_length, 3 H).
-  """
+  """Running statistics of a GRU: `input` and `hidden` of `LSTMStats`, with 3 H for 4 H."""
 
   input: RunningStats
   hidden: RunningStats
@@ -134,61 +113,66 @@ class LSTMCarry(NamedTuple):
 
 
 class GRUCarry(NamedTuple):
-  """What a GRU hands to its next step.
-
-  Attributes:
-    h: the hidden state, (*batch, H).
-    t: how many steps there were, int32, (*batch,); the same for all examples.
-    seq_lengths: how many steps each example has, (*batch,); None: all of them.
-  """
+  """What a GRU hands to its next step: `h`, `t` and `seq_lengths` of `LSTMCarry`."""
 
   h: chex.Array
   t: chex.Array
   seq_lengths: chex.Array | None = None
 
 
+def _lstm(c: jax.Array, hidden: jax.Array, given: jax.Array) -> tuple[jax.Array, jax.Array]:
+  i, f, g, o = jnp.split(hidden + given, 4, -1)
+  return jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g), jax.nn.sigmoid(o)
+
+
+def _gru(h: jax.Array, hidden: jax.Array, given: jax.Array) -> tuple[jax.Array, None]:
+  a_r, a_z, a_n = jnp.split(hidden, 3, -1)
+  b_r, b_z, b_n = jnp.split(given, 3, -1)
+  n, z = jnp.tanh(jax.nn.sigmoid(a_r + b_r) * a_n + b_n), jax.nn.sigmoid(a_z + b_z)
+  return (1 - z) * n + z * h, None
+
+
+LSTM = Cell(4, _lstm, LSTMParams, LSTMStats, LSTMCarry)
+GRU = Cell(3, _gru, GRUParams, GRUStats, GRUCarry)
+
+
+def forget_gates_at_one(key: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+  """The initial bias of an LSTM: 1 for forget gates, as in the code of Cooijmans et al., else 0."""
+  del key  # what every initializer is given
+  i, f, g, o = jnp.split(jnp.zeros(shape, dtype), 4, -1)
+  return jnp.concatenate([i, f + 1, g, o], -1)
+
+
 def lstm_stats(
   features: int, max_length: int, *, momentum: float | None = 0.99, debias: bool = False
 ) -> LSTMStats:
-  """Running statistics of an LSTM before the first batch: mean 0, variance 1.
+  """The LSTMStats before the first batch: mean 0, variance 1.
 
   Args:
     features: H, the number of units.
     max_length: how many steps have statistics of their own; those of the last serve all later ones.
-    momentum: as it will be given to `lstm_step`.
-    debias: likewise.
-
-  Returns:
-    LSTMStats.
+    momentum, debias: as they will be given to `lstm_step`.
 
   >>> from jaxbn.variants import recurrent
   >>> recurrent.lstm_stats(8, max_length=5).hidden.mean.shape
   (5, 32)
   """
-  make = functools.partial(_rows, max_length, momentum=momentum, debias=debias)
-  return LSTMStats(make(4 * features), make(4 * features), make(features))
+  return LSTM.start_stats(features, max_length, momentum=momentum, debias=debias)
 
 
 def gru_stats(
   features: int, max_length: int, *, momentum: float | None = 0.99, debias: bool = False
 ) -> GRUStats:
-  """Running statistics of a GRU before the first batch: mean 0, variance 1.
+  """The GRUStats before the first batch: mean 0, variance 1.
 
   Args:
-    features: H, the number of units.
-    max_length: how many steps have statistics of their own; those of the last serve all later ones.
-    momentum: as it will be given to `gru_step`.
-    debias: likewise.
-
-  Returns:
-    GRUStats.
+    features, max_length, momentum, debias: as of `lstm_stats`.
 
   >>> from jaxbn.variants import recurrent
   >>> recurrent.gru_stats(8, max_length=5).hidden.mean.shape
   (5, 24)
   """
-  make = functools.partial(_rows, max_length, momentum=momentum, debias=debias)
-  return GRUStats(make(3 * features), make(3 * features))
+  return GRU.start_stats(features, max_length, momentum=momentum, debias=debias)
 
 
 def lstm_carry(
@@ -197,7 +181,7 @@ def lstm_carry(
   seq_lengths: chex.Array | None = None,
   dtype: Any = jnp.float32,
 ) -> LSTMCarry:
-  """The carry before the first step: zeros.
+  """The LSTMCarry before the first step: zeros.
 
   Args:
     batch_shape: the shape of the batch; an integer n means (n,).
@@ -206,16 +190,11 @@ def lstm_carry(
       padding, at the end.
     dtype: of c and h.
 
-  Returns:
-    LSTMCarry.
-
   >>> from jaxbn.variants import recurrent
   >>> recurrent.lstm_carry(2, 3).h.shape
   (2, 3)
   """
-  batch = _checks.channel_shape(batch_shape)
-  zeros = jnp.zeros((*batch, features), dtype)
-  return LSTMCarry(zeros, zeros, jnp.zeros(batch, jnp.int32), lengths(seq_lengths, batch))
+  return LSTM.start_carry(batch_shape, features, seq_lengths, dtype)
 
 
 def gru_carry(
@@ -224,25 +203,16 @@ def gru_carry(
   seq_lengths: chex.Array | None = None,
   dtype: Any = jnp.float32,
 ) -> GRUCarry:
-  """The carry before the first step: zeros.
+  """The GRUCarry before the first step: zeros.
 
   Args:
-    batch_shape: the shape of the batch; an integer n means (n,).
-    features: H, the number of units.
-    seq_lengths: integers of the batch's shape: how many steps of each example exist. The others are
-      padding, at the end.
-    dtype: of h.
-
-  Returns:
-    GRUCarry.
+    batch_shape, features, seq_lengths, dtype: as of `lstm_carry`.
 
   >>> from jaxbn.variants import recurrent
   >>> recurrent.gru_carry(2, 3).h.shape
   (2, 3)
   """
-  batch = _checks.channel_shape(batch_shape)
-  zeros = jnp.zeros((*batch, features), dtype)
-  return GRUCarry(zeros, jnp.zeros(batch, jnp.int32), lengths(seq_lengths, batch))
+  return GRU.start_carry(batch_shape, features, seq_lengths, dtype)
 
 
 def lstm_step(
@@ -289,21 +259,17 @@ def lstm_step(
     mask: boolean, (*batch,): which examples exist in this step; beside carry.seq_lengths. One that
       does not enters no statistic and no gradient, its x may be NaN, and its c and h stay as they
       were.
-    momentum: share of the old running values that is kept; None for a cumulative average.
     epsilon: added to the variances.
-    axis_name: the axis of pmap, shard_map or vmap whose members share statistics, by two
-      all-reduces in a step: of the gates' products, and of the cell.
-    axis_index_groups: as in `sync`.
-    debias: as in `update`.
-    unbiased: as in `update`.
-    skip_nonfinite: as in `update`.
+    axis_name, axis_index_groups: as in `jaxbn.sync`. There are two all-reduces in a step: of the
+      gates' products, and of the cell.
+    momentum, debias, unbiased, skip_nonfinite: as in `jaxbn.update`.
 
   Returns:
     (carry, y, stats): y is the new h; stats in evaluation as they were.
 
   Raises:
     TypeError, ValueError: shapes that do not fit each other; a mask that is not boolean; what
-      `moments`, `sync` and `update` refuse.
+      `jaxbn.moments`, `sync` and `update` refuse.
 
   >>> import jax, jax.numpy as jnp
   >>> from jaxbn.variants import recurrent
@@ -321,30 +287,11 @@ def lstm_step(
   >>> y.shape
   (5, 8, 3)
   """
-  tracking: dict[str, Any] = {"unbiased": unbiased, "skip_nonfinite": skip_nonfinite}
-  tracking |= {"momentum": momentum, "debias": debias}
-  shared = _checks.sharing(axis_name, axis_index_groups)
-  how = Options(use_running_average, epsilon, *shared, tracking)
-  valid, products = _products(params, stats, carry, x, mask)
-  of_gates = [stats.input, stats.hidden]
-  taken, of_gates = _statistics(how, carry.t, products, of_gates, valid)
-
-  @_recomputing
-  def cell(p: LSTMParams, c: jax.Array, products: Any, taken: Any) -> tuple[jax.Array, jax.Array]:
-    from_input, from_hidden = _normalized(how, p, products, taken)
-    return lstm_cell(c, from_input + from_hidden + _checks.widen(p.bias, from_input))
-
-  @_recomputing
-  def output(p: LSTMParams, c: jax.Array, o: jax.Array, taken: _Taken) -> jax.Array:
-    mean, var = taken
-    return o * jnp.tanh(normalize(c, mean, var, p.cell_scale, p.cell_bias, epsilon=how.epsilon))
-
-  c, o = cell(params, carry.c, products, taken)
-  c = where_valid(valid, c, carry.c)
-  (cell_taken,), of_cell = _statistics(how, carry.t, [c], [stats.cell], valid)
-  h = where_valid(valid, output(params, c, o, cell_taken), carry.h)
-  stats = LSTMStats(*of_gates, *of_cell)
-  return carry._replace(c=c, h=h, t=carry.t + 1), h, stats
+  tracking = {"debias": debias, "unbiased": unbiased, "skip_nonfinite": skip_nonfinite}
+  how = options(
+    use_running_average, epsilon, axis_name, axis_index_groups, momentum=momentum, **tracking
+  )
+  return step(LSTM, params, stats, carry, x, mask, how)
 
 
 def gru_step(
@@ -376,24 +323,12 @@ def gru_step(
   Args:
     params: GRUParams.
     stats: GRUStats, as from `gru_stats`. They are no path for gradients in training.
-    carry: GRUCarry, as from `gru_carry` or the last step. All examples are at the same time: the
-      latest of carry.t.
-    x: the input of this step, (*batch, features).
-    use_running_average: False in training, True in evaluation; a Python bool.
-    mask: as in `lstm_step`.
-    momentum: as in `lstm_step`.
-    epsilon: added to the variances.
-    axis_name: as in `lstm_step`; here one all-reduce in a step.
-    axis_index_groups: as in `sync`.
-    debias: as in `update`.
-    unbiased: as in `update`.
-    skip_nonfinite: as in `update`.
+    carry: GRUCarry, as from `gru_carry` or the last step.
+    x, use_running_average, mask, momentum, epsilon, axis_name, axis_index_groups, debias, unbiased,
+      skip_nonfinite: as in `lstm_step`; here there is one all-reduce in a step.
 
   Returns:
-    (carry, y, stats): y is the new h; stats in evaluation as they were.
-
-  Raises:
-    TypeError, ValueError: as in `lstm_step`.
+    (carry, y, stats), and raises errors, as `lstm_step`.
 
   >>> import jax, jax.numpy as jnp
   >>> from jaxbn.variants import recurrent
@@ -406,191 +341,8 @@ def gru_step(
   >>> y.shape
   (8, 3)
   """
-  tracking: dict[str, Any] = {"unbiased": unbiased, "skip_nonfinite": skip_nonfinite}
-  tracking |= {"momentum": momentum, "debias": debias}
-  shared = _checks.sharing(axis_name, axis_index_groups)
-  how = Options(use_running_average, epsilon, *shared, tracking)
-  valid, products = _products(params, stats, carry, x, mask)
-  of_gates = [stats.input, stats.hidden]
-  taken, of_gates = _statistics(how, carry.t, products, of_gates, valid)
-
-  @_recomputing
-  def hidden(p: GRUParams, h: jax.Array, products: Any, taken: Any) -> jax.Array:
-    from_input, from_hidden = _normalized(how, p, products, taken)
-    return gru_hidden(h, from_hidden, from_input + _checks.widen(p.bias, from_input))
-
-  h = where_valid(valid, hidden(params, carry.h, products, taken), carry.h)
-  return carry._replace(h=h, t=carry.t + 1), h, GRUStats(*of_gates)
-
-
-def lstm_cell(c: jax.Array, gates: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The new cell, and the output gate."""
-  i, f, g, o = jnp.split(gates, 4, -1)
-  return jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g), jax.nn.sigmoid(o)
-
-
-def gru_hidden(h: jax.Array, from_hidden: jax.Array, from_input: jax.Array) -> jax.Array:
-  """The new hidden state."""
-  a_r, a_z, a_n = jnp.split(from_hidden, 3, -1)
-  b_r, b_z, b_n = jnp.split(from_input, 3, -1)
-  n, z = jnp.tanh(jax.nn.sigmoid(a_r + b_r) * a_n + b_n), jax.nn.sigmoid(a_z + b_z)
-  return (1 - z) * n + z * h
-
-
-class Options(NamedTuple):
-  """How it is normalized; `tracking` goes to `update`."""
-
-  use_running_average: bool
-  epsilon: float
-  axis_name: Any
-  axis_index_groups: Any
-  tracking: dict[str, Any]
-
-
-_Stats = LSTMStats | GRUStats
-_Carry = LSTMCarry | GRUCarry
-_Params = LSTMParams | GRUParams
-_Taken = tuple[jax.Array, jax.Array]  # the mean and variance that normalize
-
-
-def _products(
-  params: _Params, stats: _Stats, carry: _Carry, x: chex.Array, mask: chex.Array | None
-) -> tuple[jax.Array | None, list[jax.Array]]:
-  """Which examples exist, (*batch, 1), and W_x x_t and W_h h_{t-1}."""
-  x = _checks.inexact(x)
-  _check(params, stats, carry, x)
-  valid = None if mask is None else _checks.boolean_mask(mask, carry.h[..., 0])[..., None]
-  if carry.seq_lengths is not None:
-    there = (carry.t < carry.seq_lengths)[..., None]
-    valid = there if valid is None else valid & there
-  # What does not exist may be NaN, which in the kernels' gradients even a zero would not stop.
-  x = x if valid is None else jnp.where(valid, x, 0)
-  return valid, [x @ params.input_kernel, carry.h @ params.hidden_kernel]
-
-
-def _statistics(
-  how: Options,
-  t: jax.Array,
-  arrays: list[jax.Array],
-  stats: list[RunningStats],
-  valid: jax.Array | None,
-) -> tuple[list[_Taken], list[RunningStats]]:
-  """What normalizes each array, shared by one all-reduce, and the running statistics after it."""
-  stats = [_checks.running_stats(s) for s in stats]
-  row = jnp.minimum(jnp.max(t), len(stats[0].mean) - 1)
-  olds: list[RunningStats] = [_row(s, row) for s in stats]
-  if _checks.static_bool("use_running_average", how.use_running_average):
-    return [(old.mean, old.var) for old in olds], stats
-  olds = lax.stop_gradient(olds)
-  batches = [moments(a, mask=valid) for a in arrays]
-  if how.axis_name is not None:
-    batches = _shared(how, batches)
-  after = []
-  for rows, old, batch in zip(stats, olds, batches, strict=True):
-    new = update(old, lax.stop_gradient(batch), **how.tracking)
-    after.append(_with_row(rows, row, new))
-  return [(batch.mean, batch.var) for batch in batches], after
-
-
-def _shared(how: Options, batches: list[Moments]) -> list[Moments]:
-  """The moments of all devices: of several arrays with the same examples, by one all-reduce."""
-  together = Moments(
-    batches[0].count,
-    jnp.concatenate([b.mean for b in batches]),
-    jnp.concatenate([b.var for b in batches]),
+  tracking = {"debias": debias, "unbiased": unbiased, "skip_nonfinite": skip_nonfinite}
+  how = options(
+    use_running_average, epsilon, axis_name, axis_index_groups, momentum=momentum, **tracking
   )
-  count, *values = sync(together, how.axis_name, how.axis_index_groups)
-  ends = np.cumsum([len(b.mean) for b in batches])[:-1]
-  parts = zip(*(jnp.split(value, ends) for value in values), strict=True)
-  return [Moments(count, mean, var) for mean, var in parts]
-
-
-def _normalized(how: Options, p: _Params, products: Any, taken: Any) -> tuple[jax.Array, jax.Array]:
-  """BN(W_x x_t; gamma_x) and BN(W_h h_{t-1}; gamma_h)."""
-  (x, h), ((mean_x, var_x), (mean_h, var_h)) = products, taken
-  return (
-    normalize(x, mean_x, var_x, p.input_scale, epsilon=how.epsilon),
-    normalize(h, mean_h, var_h, p.hidden_scale, epsilon=how.epsilon),
-  )
-
-
-# In a scan it needs no barriers against common subexpressions: the other pass is another loop.
-_recomputing = functools.partial(jax.checkpoint, prevent_cse=False)
-
-
-def where_valid(valid: jax.Array | None, new: jax.Array, old: jax.Array) -> jax.Array:
-  """The new state of the examples that exist, in the carry's dtype."""
-  new = new.astype(old.dtype)
-  return new if valid is None else jnp.where(valid, new, old)
-
-
-def forget_gates_at_one(key: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-  """The initial bias of an LSTM: 1 for forget gates, as in the code of Cooijmans et al., else 0."""
-  del key  # what every initializer is given
-  i, f, g, o = jnp.split(jnp.zeros(shape, dtype), 4, -1)
-  return jnp.concatenate([i, f + 1, g, o], -1)
-
-
-def _rows(length: int, features: int, **options: Any) -> RunningStats:
-  if length < 1:
-    raise ValueError(
-      f"max_length={length}: at least one step has statistics: give the length of the longest "
-      "training sequence."
-    )
-  return init((length, features), **options)
-
-
-def _row(tree: Tree, t: jax.Array) -> Tree:
-  return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, t, 0, keepdims=False), tree)
-
-
-def _with_row(tree: Tree, t: jax.Array, row: Tree) -> Tree:
-  def put(leaf: jax.Array, value: jax.Array) -> jax.Array:
-    return lax.dynamic_update_index_in_dim(leaf, value.astype(leaf.dtype), t, 0)
-
-  return jax.tree.map(put, tree, row)
-
-
-def lengths(seq_lengths: chex.Array | None, batch: tuple[int, ...]) -> jax.Array | None:
-  """Refuses what is not one integer for each example."""
-  if seq_lengths is None:
-    return None
-  seq_lengths = jnp.asarray(seq_lengths)
-  if seq_lengths.shape != batch or not jnp.issubdtype(seq_lengths.dtype, jnp.integer):
-    raise ValueError(
-      f"seq_lengths are {seq_lengths.dtype} of shape {seq_lengths.shape}; they are integers of the "
-      f"batch's shape {batch}, one for each example."
-    )
-  return seq_lengths.astype(jnp.int32)
-
-
-def _check(params: _Params, stats: _Stats, carry: _Carry, x: jax.Array) -> None:
-  """Refuses shapes that do not fit each other."""
-  *batch, features = carry.h.shape
-  gates = 4 if isinstance(params, LSTMParams) else 3
-  if x.shape[:-1] != tuple(batch):
-    raise ValueError(
-      f"x has shape {x.shape}, but carry.h {carry.h.shape}: x is the input of one time step, and "
-      "its axes but the last are the carry's."
-    )
-  require_shape("params.input_kernel", params.input_kernel, (x.shape[-1], gates * features))
-  require_shape("params.hidden_kernel", params.hidden_kernel, (features, gates * features))
-  require_shape("params.bias", params.bias, (gates * features,))
-  expected = LSTMStats if gates == 4 else GRUStats
-  if not isinstance(stats, expected):
-    raise TypeError(
-      f"stats is a {type(stats).__name__}; {expected.__name__} are needed: make them with "
-      f"{expected.__name__[:-5].lower()}_stats(...)."
-    )
-  for name, value in stats._asdict().items():
-    value = _checks.running_stats(value)
-    channels = features if name == "cell" else gates * features
-    require_shape(f"stats.{name}.mean", value.mean, (len(value.mean), channels))
-
-
-def require_shape(name: str, value: Any, shape: tuple[int, ...]) -> None:
-  """Refuses another shape."""
-  if jnp.shape(value) != shape:
-    raise ValueError(
-      f"{name} has shape {jnp.shape(value)}, but with this carry and x it must be {shape}."
-    )
+  return step(GRU, params, stats, carry, x, mask, how)

@@ -1,4 +1,4 @@
-"""Virtual batch normalization: each example by a fixed reference batch, and by itself."""
+"""Each example normalized by a fixed reference batch and itself: virtual batch normalization."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from jaxbn.variants._examples import examples_axis
 if TYPE_CHECKING:
   import chex
 
-__all__ = ["reference_batch_norm", "virtual_batch_norm"]
+__all__ = ["normalize_reference", "reference_batch_norm"]
 
 
-def virtual_batch_norm(
+def reference_batch_norm(
   x: chex.Array,
   scale: chex.Array | None,
   bias: chex.Array | None,
@@ -44,14 +44,14 @@ def virtual_batch_norm(
       m_i = merge(reference, moments(x_i))                  for every example i
       y_i = normalize(x_i, m_i.mean, m_i.var, scale, bias)
 
-  (Salimans et al. 2016, "Improved techniques for training GANs", section 3.5). With n examples in
+  ("Virtual batch normalization": Salimans et al. 2016, section 3.5). With n examples in
   the reference batch, each of as many elements as x_i, that is, of means and of mean squares,
   n / (n + 1) times the reference's and 1 / (n + 1) times the example's. What becomes of an example
   depends on no other of its batch, in training as in evaluation: there are no running statistics,
   nothing to share between devices, and no difference between the two modes.
 
   The reference batch is the same throughout, but its activations change with the parameters: at
-  every step run it through the network too, with `reference_batch_norm` in the place of each norm.
+  every step run it through the network too, with `normalize_reference` in the place of each norm.
   Gradients flow through the reference as well; `jax.lax.stop_gradient` it where they shall not.
 
   This is not `batch_norm(virtual_batch_size=)`, which cuts the batch into groups ("ghost batches").
@@ -75,9 +75,9 @@ def virtual_batch_norm(
     ValueError: a reference of another shape; x without an axis of examples; and as `batch_norm`.
 
   >>> import jax.numpy as jnp, jaxbn
-  >>> from jaxbn.variants.reference import virtual_batch_norm
+  >>> from jaxbn.variants.reference import reference_batch_norm
   >>> reference = jaxbn.moments(jnp.array([[0.0], [2.0], [4.0]]))
-  >>> virtual_batch_norm(jnp.array([[2.0], [6.0]]), None, None, reference).round(3)
+  >>> reference_batch_norm(jnp.array([[2.0], [6.0]]), None, None, reference).round(3)
   Array([[0.   ],
          [1.342]], dtype=float32)
   """
@@ -110,7 +110,7 @@ def virtual_batch_norm(
   return y
 
 
-def reference_batch_norm(
+def normalize_reference(
   x: chex.Array,
   scale: chex.Array | None,
   bias: chex.Array | None,
@@ -134,18 +134,18 @@ def reference_batch_norm(
   Args:
     x: the reference batch, at this layer.
     scale, bias, axis, epsilon, mask, weights, masked_value, use_fast_variance, activation,
-      residual, dtype: as in `virtual_batch_norm`.
+      residual, dtype: as in `reference_batch_norm`.
     axis_name, axis_index_groups: as in `sync`, where devices hold parts of the reference batch.
 
   Returns:
-    (y, reference), the latter for `virtual_batch_norm`.
+    (y, reference), the latter for `reference_batch_norm`.
 
   Raises:
     TypeError, ValueError: as `batch_norm`.
 
   >>> import jax.numpy as jnp
-  >>> from jaxbn.variants.reference import reference_batch_norm
-  >>> y, reference = reference_batch_norm(jnp.array([[0.0], [2.0]]), None, None)
+  >>> from jaxbn.variants.reference import normalize_reference
+  >>> y, reference = normalize_reference(jnp.array([[0.0], [2.0]]), None, None)
   >>> y.ravel().round(2), reference.mean
   (Array([-1.,  1.], dtype=float32), Array([1.], dtype=float32))
   """
@@ -195,10 +195,10 @@ def of_layer(
   if mask is not None:
     given["mask"] = jnp.asarray(mask, bool)  # any dtype will do in Flax
   if reference is None:
-    y, found = reference_batch_norm(x, scale, bias, **given)
+    y, found = normalize_reference(x, scale, bias, **given)
     count = jnp.broadcast_to(jnp.asarray(found.count, found.var.dtype), found.mean.shape)
     return y, found._replace(count=count)
-  return virtual_batch_norm(x, scale, bias, reference, **given), reference
+  return reference_batch_norm(x, scale, bias, reference, **given), reference
 
 
 def _with_reference(own: Moments, reference: Any) -> Chosen:

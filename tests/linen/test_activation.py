@@ -67,7 +67,7 @@ def test_a_module_in_the_layer_is_one_after_it(lift):
   assert np.all(np.abs(slopes) > 0)
 
 
-@pytest.mark.parametrize("name", [*layers.BATCH_NORMS, "VirtualBatchNorm"])
+@pytest.mark.parametrize("name", [*layers.BATCH_NORMS, "ReferenceBatchNorm"])
 def test_every_layer_takes_a_module(name):
   make, args, _ = layers.EVERY_LINEN[name]
   layer, plain = make(activation=SLOPE), make()

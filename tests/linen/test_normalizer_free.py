@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxbn.linen
-from jaxbn.variants.normalizer_free import scaled_weight_standardization
+from jaxbn.alternatives.normalizer_free import scaled_weight_standardization
 
 KEY = jax.random.key(0)
 IMAGES = jax.random.normal(jax.random.key(1), (2, 7, 6, 4)) + 0.5

@@ -1,4 +1,4 @@
-"""jaxbn.linen.VirtualBatchNorm: against the functions, bit for bit, and in a network."""
+"""jaxbn.linen.ReferenceBatchNorm: against the functions, bit for bit, and in a network."""
 
 import flax.linen as nn
 import jax
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxbn.linen
-from jaxbn.variants.reference import reference_batch_norm, virtual_batch_norm
+from jaxbn.variants.reference import normalize_reference, reference_batch_norm
 from tests import layers
 
 RNG = np.random.default_rng(0)
@@ -16,7 +16,7 @@ KEY = jax.random.key(0)
 
 
 def make(**options):
-  return jaxbn.linen.VirtualBatchNorm(**layers.FIXED | options)
+  return jaxbn.linen.ReferenceBatchNorm(**layers.FIXED | options)
 
 
 def refer(layer, params, x=REFERENCE, **call):
@@ -39,11 +39,11 @@ def test_layer_is_the_functions_bit_for_bit(axis, masked):
   params = layer.init(KEY, X)
   scale, bias = (params["params"][name] for name in ("scale", "bias"))
   y, kept = refer(layer, params, **call)
-  expected, reference = reference_batch_norm(REFERENCE, scale, bias, **options, **call)
+  expected, reference = normalize_reference(REFERENCE, scale, bias, **options, **call)
   layers.assert_bit_equal(y, expected)
   layers.assert_bit_equal(kept["reference"]["var"], reference.var)
   assert kept["reference"]["count"].shape == scale.shape
-  expected = virtual_batch_norm(X, scale, bias, reference, **options, **call)
+  expected = reference_batch_norm(X, scale, bias, reference, **options, **call)
   layers.assert_bit_equal(layer.apply(params | kept, X, **call), expected)
 
 
@@ -65,7 +65,7 @@ class Network(nn.Module):
   @nn.compact
   def __call__(self, x, is_reference=False):
     for _ in range(2):
-      x = jaxbn.linen.VirtualBatchNorm(activation=nn.relu)(nn.Dense(4)(x), is_reference)
+      x = jaxbn.linen.ReferenceBatchNorm(activation=nn.relu)(nn.Dense(4)(x), is_reference)
     return x
 
 

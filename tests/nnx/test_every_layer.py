@@ -67,7 +67,7 @@ def test_a_captured_layer_of_mutable_variables_evaluates(name, kind):
   with nnx.var_defaults(**{kind: True}):
     layer = make(nnx.Rngs(0))
   plain = make(nnx.Rngs(0))
-  if name == "VirtualBatchNorm":
+  if name == "ReferenceBatchNorm":
     layer(*args), plain(*args)
     args = args[:1]
   if evaluates:

@@ -1,4 +1,4 @@
-"""jaxbn.nnx.VirtualBatchNorm: against the Linen layer, bit for bit."""
+"""jaxbn.nnx.ReferenceBatchNorm: against the Linen layer, bit for bit."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ X, REFERENCE = jnp.asarray(RNG.normal(1, 2, (2, 8, 5, 3)), jnp.float32)
 
 
 def make(features=3, **options):
-  return jaxbn.nnx.VirtualBatchNorm(features, rngs=nnx.Rngs(0), **layers.FIXED | options)
+  return jaxbn.nnx.ReferenceBatchNorm(features, rngs=nnx.Rngs(0), **layers.FIXED | options)
 
 
 @pytest.mark.optimized
@@ -24,7 +24,7 @@ def make(features=3, **options):
 def test_layer_is_the_linen_layer_bit_for_bit(axis, masked):
   options = {"axis": axis, "activation": jax.nn.relu, "epsilon": 1e-3}
   call = {"mask": layers.MASK if axis == -1 else layers.MASK[:, :1]} if masked else {}
-  linen = jaxbn.linen.VirtualBatchNorm(**layers.FIXED | options)
+  linen = jaxbn.linen.ReferenceBatchNorm(**layers.FIXED | options)
   params = linen.init(jax.random.key(0), X)
   layer = make(3 if axis == -1 else 15, **options)
   for name, value in params["params"].items():

@@ -1,4 +1,4 @@
-"""Whitening at intervals for Flax Linen: parameters and state for `jaxbn.variants.natural`."""
+"""Whitening at intervals for Linen: parameters and state for `jaxbn.alternatives.rewhitening`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flax.core import meta
 from flax.typing import Dtype, Initializer
 
 from jaxbn import _checks
-from jaxbn.variants import natural
+from jaxbn.alternatives import rewhitening
 
 
 class WhitenedDense(nn.Module):
@@ -26,21 +26,15 @@ class WhitenedDense(nn.Module):
   call of a model, outside of the gradient, whitens all its layers by one batch:
 
       y, new = model.apply(variables, x, mutable=["params", "whitening"])
-      opt_state = jaxbn.variants.natural.rewhiten_optimizer_state(
+      opt_state = jaxbn.alternatives.rewhitening_optimizer.rewhiten_optimizer_state(
         opt_state, variables["whitening"], new["whitening"])
 
   Attributes:
     features: how many outputs.
-    epsilon: added to the variances; see `jaxbn.variants.natural.rewhiten`.
-    decorrelate: False only centres (Wiesler et al. 2014).
+    epsilon, decorrelate: as in `jaxbn.alternatives.rewhitening.rewhiten`.
     dtype: of the computation (default: what input and parameters promote to).
-    param_dtype: of kernel and bias.
-    precision: of the product, as in `jax.lax.dot_general`.
-    kernel_init: initializer of the kernel.
-    bias_init: initializer of the bias.
-    axis_name: the axis of pmap, shard_map or vmap whose members share statistics. Under jit with
-      sharded arrays none is needed.
-    axis_index_groups: indices along it in groups, each sharing among itself only.
+    param_dtype, kernel_init, bias_init, precision: as in `flax.linen.Dense`.
+    axis_name, axis_index_groups: as in `jaxbn.sync`. Under jit with sharded arrays none is needed.
 
   >>> import jax, jax.numpy as jnp, jaxbn.linen
   >>> layer = jaxbn.linen.WhitenedDense(2)
@@ -70,37 +64,25 @@ class WhitenedDense(nn.Module):
 
     Args:
       x: of shape (..., inputs).
-      mask: which examples exist, for the statistics: as in `jaxbn.variants.natural.statistics`.
+      mask: which examples exist: as in `jaxbn.alternatives.rewhitening.statistics`.
 
     Returns:
       y, of shape (..., features).
     """
-    x = _checks.inexact(x)
-    params, whitening = _variables(self, x, (x.shape[-1], self.features), mask)
-    x, params = _cast(self.dtype, x, params)
-    return natural.whitened_dense(x, **params, whitening=whitening, precision=self.precision)
+    return rewhitening.whitened_dense(**_arguments(self, (), x, mask))
 
 
 class WhitenedConv(nn.Module):
   r"""A convolution whose input is whitened, across its channels, at intervals.
 
-  As `WhitenedDense`; see `jaxbn.variants.natural.whitened_conv`.
+  As `WhitenedDense`; see `jaxbn.alternatives.rewhitening.whitened_conv`.
 
   Attributes:
     features: how many outputs.
     kernel_size: of the window, a sequence.
-    strides: one for all axes, or one for each.
-    padding: "SAME", "VALID", or (low, high) for each axis.
-    kernel_dilation: one for all axes, or one for each.
-    epsilon: added to the variances; see `jaxbn.variants.natural.rewhiten`.
-    decorrelate: False only centres.
-    dtype: of the computation (default: what input and parameters promote to).
-    param_dtype: of kernel and bias.
-    precision: of the convolution.
-    kernel_init: initializer of the kernel.
-    bias_init: initializer of the bias.
-    axis_name: the axis of pmap, shard_map or vmap whose members share statistics.
-    axis_index_groups: indices along it in groups, each sharing among itself only.
+    strides, padding, kernel_dilation: as in `jaxbn.alternatives.rewhitening.whitened_conv`.
+    epsilon, decorrelate, dtype, param_dtype, precision, kernel_init, bias_init, axis_name,
+      axis_index_groups: as in `WhitenedDense`.
 
   >>> import jax, jax.numpy as jnp, jaxbn.linen
   >>> layer = jaxbn.linen.WhitenedConv(2, kernel_size=(3, 3))
@@ -135,54 +117,48 @@ class WhitenedConv(nn.Module):
     Returns:
       y, of shape (examples, *positions, features).
     """
-    x = _checks.inexact(x)
-    shape = (*self.kernel_size, x.shape[-1], self.features)
-    params, whitening = _variables(self, x, shape, mask)
-    x, params = _cast(self.dtype, x, params)
-    return natural.whitened_conv(
-      x,
-      **params,
-      whitening=whitening,
+    return rewhitening.whitened_conv(
+      **_arguments(self, self.kernel_size, x, mask),
       strides=self.strides,
       padding=self.padding,
       kernel_dilation=self.kernel_dilation,
-      precision=self.precision,
     )
 
 
-def _variables(
-  layer: Any, x: jax.Array, shape: tuple[int, ...], mask: jax.Array | None
-) -> tuple[dict[str, jax.Array], natural.Whitening]:
-  """Parameters and whitening, anew where they may be."""
+def _arguments(layer: Any, window: Sequence[int], x: Any, mask: Any) -> dict[str, Any]:
+  """What both functions take: parameters and whitening anew where they may be."""
+  x = _checks.inexact(x)
+  shape = (*window, x.shape[-1], layer.features)
   params = {
     "kernel": layer.param("kernel", layer.kernel_init, shape, layer.param_dtype),
     "bias": layer.param("bias", layer.bias_init, shape[-1:], layer.param_dtype),
   }
-  plain = natural.init(shape[-2])
+  plain = rewhitening.init(x.shape[-1])
   center = layer.variable("whitening", "center", lambda: plain.center)
   matrix = layer.variable("whitening", "matrix", lambda: plain.matrix)
-  whitening = natural.Whitening(center.value, matrix.value)
-  if layer.is_initializing() or not layer.is_mutable_collection("whitening"):
-    return params, whitening
+  whitening = rewhitening.Whitening(center.value, matrix.value)
+  if layer.is_mutable_collection("whitening") and not layer.is_initializing():
+    params, whitening = _anew(layer, params, whitening, x, mask)
+    center.value, matrix.value = whitening
+  if layer.dtype is not None:
+    x, params = jax.tree.map(lambda leaf: leaf.astype(layer.dtype), (x, params))
+  return {"x": x, **params, "whitening": whitening, "precision": layer.precision}
+
+
+def _anew(layer: Any, params: Any, whitening: Any, x: jax.Array, mask: Any) -> Any:
+  """Whitens anew by x, and stores the parameters that go with it."""
   if not layer.is_mutable_collection("params"):
     raise ValueError(
       "the collection 'whitening' is mutable, but 'params' is not: whitening anew changes both, "
       "or the function would not stay: pass mutable=['params', 'whitening'], or neither."
     )
-  statistics = natural.statistics(
+  statistics = rewhitening.statistics(
     x, mask=mask, axis_name=layer.axis_name, axis_index_groups=layer.axis_index_groups
   )
-  params, whitening = natural.rewhiten(
+  params, whitening = rewhitening.rewhiten(
     params, whitening, statistics, epsilon=layer.epsilon, decorrelate=layer.decorrelate
   )
   for name, value in params.items():
     boxed = layer.get_variable("params", name)  # perhaps with names of axes of a mesh
     layer.put_variable("params", name, meta.replace_boxed(boxed, value))
-  center.value, matrix.value = whitening
   return params, whitening
-
-
-def _cast(dtype: Any, x: jax.Array, params: dict[str, jax.Array]) -> Any:
-  if dtype is None:
-    return x, params
-  return x.astype(dtype), {name: value.astype(dtype) for name, value in params.items()}

@@ -1,4 +1,4 @@
-"""jaxbn.variants.normalizer_free, against the papers' equations in float64."""
+"""jaxbn.alternatives.normalizer_free, against the papers' equations in float64."""
 
 import math
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import integrate
 
-from jaxbn.variants.normalizer_free import (
+from jaxbn.alternatives.normalizer_free import (
   activation_gain,
   expected_variances,
   scaled_activation,

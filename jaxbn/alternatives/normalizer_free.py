@@ -30,9 +30,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn import _checks
+from jaxbn import _checks, batch_norm
 from jaxbn._activation import hoist
-from jaxbn._batch_norm import batch_norm
 
 if TYPE_CHECKING:
   import chex
@@ -80,7 +79,7 @@ def scaled_weight_standardization(
   after Qiao et al. 2019, "Weight standardization", which lacks the 1 / sqrt(fan_in).
 
   >>> import jax.numpy as jnp
-  >>> from jaxbn.variants.normalizer_free import scaled_weight_standardization
+  >>> from jaxbn.alternatives.normalizer_free import scaled_weight_standardization
   >>> kernel = jnp.array([[1.0, 8.0], [3.0, 2.0], [2.0, 5.0]])
   >>> print(scaled_weight_standardization(kernel, epsilon=0.0).round(3))
   [[-0.707  0.707]
@@ -139,7 +138,7 @@ def activation_gain(activation: Callable[[jax.Array], jax.Array]) -> float:
   constants gamma, which their code tabulates by sampling.
 
   >>> import jax
-  >>> from jaxbn.variants.normalizer_free import activation_gain
+  >>> from jaxbn.alternatives.normalizer_free import activation_gain
   >>> round(activation_gain(jax.nn.relu), 6)
   1.712859
   """
@@ -189,7 +188,7 @@ def scaled_activation(
   Source: Brock et al. 2021, "Characterizing signal propagation ...".
 
   >>> import jax, jax.numpy as jnp
-  >>> from jaxbn.variants.normalizer_free import scaled_activation
+  >>> from jaxbn.alternatives.normalizer_free import scaled_activation
   >>> print(scaled_activation(jax.nn.relu)(jnp.array([-1.0, 1.0])).round(3))
   [0.    1.713]
   """
@@ -226,7 +225,7 @@ def expected_variances(
 
   Source: Brock et al. 2021, "Characterizing signal propagation ...", on normalizer-free ResNets.
 
-  >>> from jaxbn.variants.normalizer_free import expected_variances
+  >>> from jaxbn.alternatives.normalizer_free import expected_variances
   >>> expected_variances([True, False, False, True], alpha=1.0)
   (1.0, 2.0, 3.0, 4.0, 2.0)
   """

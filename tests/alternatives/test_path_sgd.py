@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import jaxbn
-from jaxbn.variants import path_sgd
+from jaxbn.alternatives import path_sgd
 
 SIZES = (3, 5, 4, 2)
 NAMES = ("first", "second", "third")

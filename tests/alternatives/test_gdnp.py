@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxbn
-from jaxbn.variants import gdnp
+from jaxbn.alternatives import gdnp
 
 N, INPUTS = 200, 4
 SPREAD = np.array([1.0, 1.5, 2.0, 3.0])

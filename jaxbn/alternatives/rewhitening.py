@@ -16,20 +16,20 @@ gradient descent. A step is one of the plain layer whose gradient is multiplied 
 E[(x, 1)^T (x, 1)], as Povey et al. (2014) do without changing the parameters. Setting c alone is
 mean-normalized SGD (Wiesler et al. 2014).
 
-The statistics are taken between the steps, and no gradient goes through them: that needs care which
-batch normalization does not. If c is moved and b is not, the function moves, and whatever the next
-gradient does the next statistics undo: Ioffe & Szegedy (2015, section 2) show a bias that grows for
-ever while the loss stays as it is. Here every change of c and U is paid for in b and V.
+No gradient goes through the statistics, which needs care: if c moves and b does not, the function
+moves, and the next statistics undo what the gradient does. A bias then grows for ever while the
+loss stays (Ioffe & Szegedy 2015, section 2). Here b and V make up for every change of c and U.
 
-U = (S + epsilon I)^(-1/2) is the symmetric root (ZCA). Any rotation of it would whiten as well, and
-plain gradient descent cannot tell them apart. But this one moves little if S does, while
-eigenvectors change signs and places, which would scramble an optimizer's state.
+U = (S + epsilon I)^(-1/2) is the symmetric root (ZCA). Any rotation of it would whiten as well. But
+this one moves little if S does, while eigenvectors change signs and places, which would scramble an
+optimizer's state: `jaxbn.alternatives.rewhitening_optimizer` takes that along.
 """
 
 from __future__ import annotations
 
 import functools
 import operator
+import string
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -52,15 +52,13 @@ __all__ = [
   "init",
   "reparametrize",
   "rewhiten",
-  "rewhiten_optimizer_state",
   "statistics",
   "whitened_conv",
   "whitened_dense",
 ]
 
 # Between steps, accuracy is worth more than speed: accelerators round products otherwise.
-_matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-_KERNEL, _BIAS = "kernel", "bias"
+exact_matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
 class Whitening(NamedTuple):
@@ -97,8 +95,8 @@ def init(inputs: int, dtype: Any = jnp.float32) -> Whitening:
   Returns:
     Whitening with center 0 and the identity.
 
-  >>> from jaxbn.variants import natural
-  >>> natural.init(2).matrix.tolist()
+  >>> from jaxbn.alternatives import rewhitening
+  >>> rewhitening.init(2).matrix.tolist()
   [[1.0, 0.0], [0.0, 1.0]]
   """
   (inputs,) = _checks.channel_shape(inputs)
@@ -119,21 +117,19 @@ def statistics(
   Args:
     x: real input of shape (..., inputs).
     mask: boolean, broadcasts against x, with size 1 on the last axis: which examples exist.
-    axis_name: name (or names) of the axis of pmap, shard_map or vmap whose members share. Under jit
-      with sharded arrays none is needed.
-    axis_index_groups: as in `jaxbn.sync`.
+    axis_name, axis_index_groups: as in `jaxbn.sync`. Under jit with sharded arrays none is needed.
 
   Returns:
     Statistics; 0 if no example exists.
 
   Raises:
     TypeError: integer or complex x; a mask that is not boolean.
-    ValueError: an empty batch; a mask that does not broadcast or that differs between inputs;
-      axis_name not bound; groups that do not partition it, or without axis_name.
+    ValueError: an empty batch; a mask that does not broadcast or that differs between inputs; what
+      `jaxbn.sync` refuses.
 
   >>> import jax.numpy as jnp
-  >>> from jaxbn.variants import natural
-  >>> natural.statistics(jnp.array([[1.0, 0.0], [3.0, 4.0]])).cov.tolist()
+  >>> from jaxbn.alternatives import rewhitening
+  >>> rewhitening.statistics(jnp.array([[1.0, 0.0], [3.0, 4.0]])).cov.tolist()
   [[1.0, 2.0], [2.0, 4.0]]
   """
   x = real(x)
@@ -155,13 +151,12 @@ def whitened_dense(
 ) -> jax.Array:
   r"""y = (x - c) U V + b.
 
-  U V is formed first: as a function of V that is the same, and nothing of the batch's size is kept
-  for the derivative that a plain layer does not keep.
+  U V is formed first: so the derivative keeps nothing of the batch's size that a plain layer's does
+  not.
 
   Args:
     x: of shape (..., inputs).
-    kernel: V, of shape (inputs, outputs).
-    bias: b, of shape (outputs,).
+    kernel, bias: V, of shape (inputs, outputs), and b, of shape (outputs,).
     whitening: c and U; no gradient goes through them.
     precision: of the product with x, as in `jax.lax.dot_general`.
 
@@ -173,12 +168,13 @@ def whitened_dense(
     ValueError: shapes that do not fit.
 
   >>> import jax.numpy as jnp
-  >>> from jaxbn.variants import natural
-  >>> whitening = natural.Whitening(jnp.array([1.0]), jnp.array([[0.5]]))
-  >>> natural.whitened_dense(jnp.array([[5.0]]), jnp.array([[3.0]]), jnp.ones(1), whitening).item()
+  >>> from jaxbn.alternatives import rewhitening
+  >>> whitening = rewhitening.Whitening(jnp.array([1.0]), jnp.array([[0.5]]))
+  >>> x, kernel = jnp.array([[5.0]]), jnp.array([[3.0]])
+  >>> rewhitening.whitened_dense(x, kernel, jnp.ones(1), whitening).item()
   7.0
   """
-  x, W, bias = _prepare(x, kernel, bias, whitening)
+  x, W, bias = _plain(x, kernel, bias, whitening)
   if W.ndim != 2:
     raise ValueError(
       f"kernel has shape {W.shape}, but (inputs, outputs) is needed: whitened_conv is for "
@@ -201,17 +197,15 @@ def whitened_conv(
 ) -> jax.Array:
   r"""A convolution whose input is whitened across its channels, the same at every position.
 
-  Padding is with zeros of x, before centring, as in the plain convolution. Were it with zeros of
-  the whitened input, that is with c, the function could not stay as it is when c changes.
+  Padding is with zeros of x, before centring: with zeros of the whitened input, that is with c, the
+  function could not stay when c changes.
 
   Args:
     x: of shape (examples, *positions, channels).
-    kernel: V, of shape (*window, channels, outputs).
-    bias: b, of shape (outputs,).
+    kernel, bias: V, of shape (*window, channels, outputs), and b, of shape (outputs,).
     whitening: c and U of the channels; no gradient goes through them.
-    strides: of the window, one for all axes of positions or one for each.
+    strides, kernel_dilation: one for all axes of positions, or one for each.
     padding: "SAME", "VALID", or (low, high) for each axis of positions.
-    kernel_dilation: one for all axes of positions or one for each.
     precision: of the convolution, as in `jax.lax.conv_general_dilated`.
 
   Returns:
@@ -222,13 +216,13 @@ def whitened_conv(
     ValueError: shapes that do not fit, or another padding.
 
   >>> import jax.numpy as jnp
-  >>> from jaxbn.variants import natural
+  >>> from jaxbn.alternatives import rewhitening
   >>> kernel = jnp.ones((3, 1, 1))  # sums of three neighbours
   >>> x = jnp.array([1.0, 2.0, 3.0]).reshape(1, 3, 1)
-  >>> natural.whitened_conv(x, kernel, jnp.zeros(1), natural.init(1))[0, :, 0].tolist()
+  >>> rewhitening.whitened_conv(x, kernel, jnp.zeros(1), rewhitening.init(1))[0, :, 0].tolist()
   [3.0, 6.0, 5.0]
   """
-  x, W, bias = _prepare(x, kernel, bias, whitening)
+  x, W, bias = _plain(x, kernel, bias, whitening)
   positions = x.ndim - 2
   if positions < 1 or W.ndim != positions + 2:
     raise ValueError(
@@ -239,7 +233,7 @@ def whitened_conv(
   dilation = _each("kernel_dilation", kernel_dilation, positions)
   window = [(k - 1) * d + 1 for k, d in zip(W.shape, dilation, strict=False)]
   x = jnp.pad(x, [(0, 0), *_pads(padding, x.shape[1:-1], window, strides), (0, 0)])
-  letters = "".join(chr(ord("a") + i) for i in range(positions))
+  letters = string.ascii_lowercase[:positions]
   y = lax.conv_general_dilated(
     _centred(x, whitening, W.dtype),
     W,
@@ -257,8 +251,7 @@ def reparametrize(params: Mapping[str, Any], old: Whitening, new: Whitening) -> 
 
       V' = U'^-1 U V,   b' = b + (c' - c) U V   (of a convolution, summed over its window)
 
-  With `init(inputs)` for the new one they are those of the plain layer, for instance to evaluate it
-  or to export it.
+  With `init(inputs)` for the new one they are those of the plain layer, for instance to export it.
 
   Args:
     params: `kernel`, dense or convolutional, and `bias`; others stay as they are.
@@ -266,35 +259,35 @@ def reparametrize(params: Mapping[str, Any], old: Whitening, new: Whitening) -> 
     new: another.
 
   Returns:
-    The new params, of the same dtypes. The solution is backward stable: the function stays as it is
-    to rounding, u times the norms of U' and V', however it was that U' came about.
+    The new params, of the same dtypes. The function stays to rounding, u times the norms of U' and
+    V', however it was that U' came about: the solution is backward stable.
 
   Raises:
     ValueError: params without a kernel or a bias; shapes that do not fit.
 
   >>> import jax.numpy as jnp
-  >>> from jaxbn.variants import natural
-  >>> whitening = natural.Whitening(jnp.array([1.0]), jnp.array([[0.5]]))
+  >>> from jaxbn.alternatives import rewhitening
+  >>> whitening = rewhitening.Whitening(jnp.array([1.0]), jnp.array([[0.5]]))
   >>> params = {"kernel": jnp.array([[3.0]]), "bias": jnp.ones(1)}
-  >>> plain = natural.reparametrize(params, whitening, natural.init(1))
+  >>> plain = rewhitening.reparametrize(params, whitening, rewhitening.init(1))
   >>> plain["kernel"].item(), plain["bias"].item()
   (1.5, -0.5)
   """
-  for name in (_KERNEL, _BIAS):
+  for name in ("kernel", "bias"):
     if params.get(name) is None:
       raise ValueError(
         f"params holds {sorted(params)}, but no {name}: a whitened layer needs a kernel, and a "
         "bias to take up what the centre changes."
       )
-  kernel, bias = jnp.asarray(params[_KERNEL]), jnp.asarray(params[_BIAS])
+  kernel, bias = jnp.asarray(params["kernel"]), jnp.asarray(params["bias"])
   _check_whitening(old, kernel)
   _check_whitening(new, kernel)
   wide = accumulation_dtype(jnp.result_type(kernel, bias))
   (c, U), (c_new, U_new) = ((jnp.asarray(a, wide) for a in w) for w in (old, new))
-  W = _matmul(U, kernel.astype(wide))
+  W = exact_matmul(U, kernel.astype(wide))
   V = jnp.linalg.solve(jnp.broadcast_to(U_new, (*W.shape[:-2], *U.shape)), W)
-  b = bias + jnp.sum(_matmul(c_new - c, W).reshape(-1, bias.size), 0)
-  return {**params, _KERNEL: V.astype(kernel.dtype), _BIAS: b.astype(bias.dtype)}
+  b = bias + jnp.sum(exact_matmul(c_new - c, W).reshape(-1, bias.size), 0)
+  return {**params, "kernel": V.astype(kernel.dtype), "bias": b.astype(bias.dtype)}
 
 
 def rewhiten(
@@ -310,7 +303,7 @@ def rewhiten(
       c' = mean,   U' = (cov + epsilon I)^(-1/2)
 
   (Desjardins et al. 2015, Algorithm 1.) Call it every T steps, outside of the gradient, and let the
-  optimizer's state follow (`rewhiten_optimizer_state`).
+  optimizer's state follow: `jaxbn.alternatives.rewhitening_optimizer`.
 
   Args:
     params: `kernel` and `bias`, as in `reparametrize`.
@@ -329,13 +322,14 @@ def rewhiten(
     ValueError: as `reparametrize`; epsilon out of range.
 
   >>> import jax.numpy as jnp
-  >>> from jaxbn.variants import natural
+  >>> from jaxbn.alternatives import rewhitening
   >>> x = jnp.array([[3.0, 1.0], [5.0, 1.0], [3.0, 2.0], [5.0, 2.0]])
-  >>> params, whitening = {"kernel": jnp.eye(2), "bias": jnp.zeros(2)}, natural.init(2)
-  >>> params, whitening = natural.rewhiten(params, whitening, natural.statistics(x), epsilon=0.0)
+  >>> params, whitening = {"kernel": jnp.eye(2), "bias": jnp.zeros(2)}, rewhitening.init(2)
+  >>> statistics = rewhitening.statistics(x)
+  >>> params, whitening = rewhitening.rewhiten(params, whitening, statistics, epsilon=0.0)
   >>> print(whitening.center, jnp.diag(whitening.matrix))
   [4.  1.5] [1. 2.]
-  >>> jnp.allclose(natural.whitened_dense(x, params["kernel"], params["bias"], whitening), x)
+  >>> jnp.allclose(rewhitening.whitened_dense(x, params["kernel"], params["bias"], whitening), x)
   Array(True, dtype=bool)
   """
   _checks.epsilon_in_range(epsilon)
@@ -347,136 +341,7 @@ def rewhiten(
   return reparametrize(params, whitening, new), new
 
 
-def rewhiten_optimizer_state(
-  state: Any,
-  old: Any,
-  new: Any,
-  *,
-  gradients: Sequence[str] = ("mu", "trace", "acc_grads"),
-  squares: Sequence[str] = ("nu", "nu_max", "sum_of_squares"),
-) -> Any:
-  r"""The optimizer's state after whitening anew.
-
-  What is an average or a sum of gradients (a momentum, Adam's first moment) becomes what it would
-  be had they been taken in the new parameters. V' and b' are linear in V and b, so that gradients
-  are, the other way round (they are covariant):
-
-      g'_V = U'^T (U^-T g_V - (c' - c)^T g_b),   g'_b = g_b
-
-  Averages of squares of a gradient's entries cannot follow exactly: they do not know how the
-  entries are correlated. They are transformed as if those were not:
-
-      n'_V = (U'^T U^-T)^2 n_V + (U'^T (c' - c)^T)^2 n_b,   n'_b = n_b   (squares of each entry)
-
-  which is exact for uncorrelated entries (and wherever only lengths change), never negative, and of
-  the right size. Zeros instead would make Adam's next steps 1/sqrt(1 - b2) times too long, for it
-  counts its steps.
-
-  Args:
-    state: an optimizer's of optax, or any tree of named tuples, whose fields hold trees like the
-      parameters (or parts of them). What belongs to no whitened layer stays as it is.
-    old: the whitenings before, in a tree with the structure of the parameters where each whitened
-      layer has, in place of its kernel and bias, a `Whitening` or a mapping with its fields, such
-      as the collection `whitening` of a Linen model. Of a single layer just that.
-    new: those after, likewise.
-    gradients: names of fields that hold sums or averages of gradients.
-    squares: names of fields that hold those of squares.
-
-  Returns:
-    The new state, of the same structure.
-
-  Raises:
-    ValueError: a field with a kernel of a whitened layer in neither list; a kernel without its
-      bias; old and new of different structures.
-
-  >>> import jax.numpy as jnp, optax
-  >>> from jaxbn.variants import natural
-  >>> params = {"layer": {"kernel": jnp.ones((1, 1)), "bias": jnp.ones(1)}}
-  >>> state = optax.trace(0.9).init(params)._replace(trace=params)
-  >>> twice = natural.Whitening(jnp.zeros(1), jnp.array([[2.0]]))
-  >>> state = natural.rewhiten_optimizer_state(state, {"layer": natural.init(1)}, {"layer": twice})
-  >>> state.trace["layer"]["kernel"].item()
-  2.0
-  """
-  before, after = _whitenings(old), _whitenings(new)
-  if before.keys() != after.keys():
-    of = [["/".join(layer) for layer in tree] for tree in (before, after)]
-    raise ValueError(
-      f"old has the layers {of[0]}, but new has {of[1]}: pass both of the same network."
-    )
-  given, structure = jax.tree_util.tree_flatten_with_path(state)
-  leaves = {_names(path): leaf for path, leaf in given}
-  moved = dict(leaves)
-  for path, leaf in leaves.items():
-    field, where = _field(path)
-    layer = where[:-1]
-    if where[-1:] != (_KERNEL,) or layer not in before:
-      continue
-    if field not in (*gradients, *squares):
-      raise ValueError(
-        f"the optimizer's state has the kernel of layer {'/'.join(layer)!r} in its field "
-        f"{field!r}, of which it is not known how it follows: name it in gradients or in squares."
-      )
-    of_bias = (*path[:-1], _BIAS)
-    if of_bias not in leaves:
-      raise ValueError(
-        f"the optimizer's field {field!r} has the kernel of layer {'/'.join(layer)!r}, but not its "
-        "bias, without which it cannot follow: give both to the same optimizer."
-      )
-    follow = _square if field in squares else _gradient
-    moved[path] = follow(leaf, leaves[of_bias], before[layer], after[layer])
-  return jax.tree.unflatten(structure, [moved[_names(path)] for path, _ in given])
-
-
-def _gradient(g: jax.Array, of_bias: jax.Array, old: Whitening, new: Whitening) -> jax.Array:
-  change, shift = _changes(g, old, new)
-  return (_matmul(change, g) - _checks.widen(shift[:, None] * of_bias[None], g)).astype(g.dtype)
-
-
-def _square(n: jax.Array, of_bias: jax.Array, old: Whitening, new: Whitening) -> jax.Array:
-  change, shift = _changes(n, old, new)
-  added = (shift**2)[:, None] * of_bias[None]
-  return (_matmul(change**2, n) + _checks.widen(added, n)).astype(n.dtype)
-
-
-def _changes(like: jax.Array, old: Whitening, new: Whitening) -> tuple[jax.Array, jax.Array]:
-  """U'^T U^-T and U'^T (c' - c)^T."""
-  dtype = accumulation_dtype(like.dtype)
-  (c, U), (c_new, U_new) = ((jnp.asarray(a, dtype) for a in w) for w in (old, new))
-  return jnp.linalg.solve(U, U_new).T, _matmul(c_new - c, U_new)
-
-
-def _whitenings(tree: Any) -> dict[tuple[str, ...], Whitening]:
-  """By the layer's path, whatever holds center and matrix there."""
-  fields: dict[tuple[str, ...], dict[str, Any]] = {}
-  for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-    *layer, name = (key.removeprefix(_FIELD) for key in _names(path))
-    fields.setdefault(tuple(layer), {})[name] = leaf
-  return {layer: Whitening(**found) for layer, found in fields.items()}
-
-
-_FIELD = "."  # before the names of what is no key of a mapping, but a field
-
-
-def _names(path: Any) -> tuple[str, ...]:
-  """The keys on a path, without the one by which NNX's variables hold their value."""
-  fields = [isinstance(key, jax.tree_util.GetAttrKey) for key in path]
-  names = [jax.tree_util.keystr((key,), simple=True) for key in path]
-  marked = tuple(_FIELD * field + name for field, name in zip(fields, names, strict=True))
-  return marked[:-1] if marked[-1:] == (_FIELD + "value",) else marked
-
-
-def _field(path: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-  """The field of an optimizer's state, and the path of the parameter in the tree that it holds."""
-  last = max((i for i, key in enumerate(path) if key.startswith(_FIELD)), default=-1)
-  field = path[last].removeprefix(_FIELD) if last >= 0 else ""
-  where = path[last + 1 :]
-  return field, where[1:] if where[:1] == ("params",) else where
-
-
-def _prepare(
-  x: Any, kernel: Any, bias: Any, whitening: Whitening
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _plain(x: Any, kernel: Any, bias: Any, whitening: Whitening) -> tuple[jax.Array, ...]:
   """x; the plain layer's kernel W = U V, and the bias, of the dtype of the result."""
   x = real(x)
   kernel, bias = jnp.asarray(kernel), jnp.asarray(bias)
@@ -489,7 +354,7 @@ def _prepare(
   dtype = jnp.result_type(x, kernel, bias)
   wide = accumulation_dtype(dtype)
   U = lax.stop_gradient(whitening.matrix).astype(wide)
-  return x, _matmul(U, kernel.astype(wide)).astype(dtype), bias.astype(dtype)
+  return x, exact_matmul(U, kernel.astype(wide)).astype(dtype), bias.astype(dtype)
 
 
 def _centred(x: jax.Array, whitening: Whitening, dtype: Any) -> jax.Array:
@@ -519,13 +384,13 @@ def _each(name: str, value: int | Sequence[int], positions: int) -> tuple[int, .
 def _check_whitening(whitening: Any, kernel: jax.Array) -> None:
   if not isinstance(whitening, Whitening):
     raise TypeError(
-      f"a {type(whitening).__name__} was given; a natural.Whitening is needed, such as "
-      "natural.init(inputs)."
+      f"a {type(whitening).__name__} was given; a rewhitening.Whitening is needed, such as "
+      "rewhitening.init(inputs)."
     )
   inputs = kernel.shape[-2:-1]
   if jnp.shape(whitening.center) != inputs or jnp.shape(whitening.matrix) != inputs * 2:
     raise ValueError(
       f"whitening has a center of shape {jnp.shape(whitening.center)} and a matrix of "
       f"{jnp.shape(whitening.matrix)}, but kernel {kernel.shape} has {inputs} inputs: make it with "
-      "natural.init(inputs)."
+      "rewhitening.init(inputs)."
     )

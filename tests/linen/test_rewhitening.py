@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import jaxbn.linen
-from jaxbn.variants import natural
+from jaxbn.alternatives.rewhitening_optimizer import rewhiten_optimizer_state
 from tests.variants.table import double_precision  # noqa: F401
 
 BOTH = ("params", "whitening")
@@ -111,13 +111,13 @@ def test_training_goes_on_from_where_it_was():
   for _ in range(3):
     variables, state, _ = step(variables, state)
   _, new = apply(variables, x, mutable=BOTH)
-  moved = natural.rewhiten_optimizer_state(state, variables["whitening"], new["whitening"])
+  moved = rewhiten_optimizer_state(state, variables["whitening"], new["whitening"])
 
   # The gradient after whitening is the gradient before it, moved in the same way.
   before, after = gradient(variables), gradient(new)
   np.testing.assert_allclose(after[0], before[0], rtol=1e-9)
   as_state = optax.TraceState(before[1])
-  followed = natural.rewhiten_optimizer_state(as_state, variables["whitening"], new["whitening"])
+  followed = rewhiten_optimizer_state(as_state, variables["whitening"], new["whitening"])
   chex.assert_trees_all_close(followed.trace, after[1], rtol=1e-7, atol=1e-9)
 
   chex.assert_trees_all_equal_shapes_and_dtypes(moved, state)

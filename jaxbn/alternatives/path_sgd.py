@@ -53,7 +53,7 @@ def path_sgd(
     TypeError, ValueError: as `scale_by_path`.
 
   >>> import jax.numpy as jnp
-  >>> from jaxbn.variants import path_sgd
+  >>> from jaxbn.alternatives import path_sgd
   >>> kernels = [jnp.array([[1.0, 4.0]]), jnp.array([[2.0], [0.5]])]  # 1 input, 2 units, 1 output
   >>> optimizer = path_sgd.path_sgd(0.5)
   >>> gradients = [jnp.ones((1, 2)), jnp.ones((2, 1))]
@@ -98,7 +98,7 @@ def scale_by_path(
       does not take as many inputs as the one before has outputs; no params at all.
 
   >>> import jax.numpy as jnp
-  >>> from jaxbn.variants import path_sgd
+  >>> from jaxbn.alternatives import path_sgd
   >>> layer = lambda w: {"kernel": jnp.array([[w]]), "bias": jnp.zeros(1)}
   >>> params = {"first": layer(1.0), "second": layer(2.0)}
   >>> transformation = path_sgd.scale_by_path(["first", "second"])

@@ -5,7 +5,7 @@ Of a unit x^T w with centred input, batch normalization computes, with S = E[x x
     g x^T w / ||w||_S,   ||w||_S = sqrt(w^T S w)
 
 which is x^T v of the weights v = g w / ||w||_S: their length is g, their direction is w's, and both
-can be learned by themselves. Where weight normalization (`jaxbn.variants.weight_norm`) has the
+can be learned by themselves. Where weight normalization (`jaxbn.alternatives.weight_norm`) has the
 Euclidean norm, batch normalization has that of the data. "Exponential convergence rates for batch
 normalization: the power of length-direction decoupling in non-convex optimization" shows for two
 problems that this helps: gradient descent on the direction, with the best length for each, brings
@@ -81,7 +81,7 @@ def combine(split: Split, second_moment: chex.Array) -> jax.Array:
     v, of shape (n,).
 
   >>> import jax.numpy as jnp
-  >>> from jaxbn.variants import gdnp
+  >>> from jaxbn.alternatives import gdnp
   >>> gdnp.combine(gdnp.Split(jnp.array([0.0, 5.0]), 3.0), 4 * jnp.eye(2)).tolist()
   [0.0, 1.5]
   """
@@ -122,7 +122,7 @@ def gdnp(
       seen.
 
   >>> import jax.numpy as jnp
-  >>> from jaxbn.variants import gdnp
+  >>> from jaxbn.alternatives import gdnp
   >>> x = jnp.array([[2.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
   >>> problem = gdnp.least_squares(x, x @ jnp.array([3.0, -1.0]))
   >>> split, weights = gdnp.gdnp(problem, jnp.array([1.0, 0.0]), steps=50)
@@ -178,7 +178,7 @@ def least_squares(x: chex.Array, y: chex.Array) -> Problem:
     ValueError: shapes that do not fit.
 
   >>> import jax.numpy as jnp
-  >>> from jaxbn.variants import gdnp
+  >>> from jaxbn.alternatives import gdnp
   >>> problem = gdnp.least_squares(jnp.array([[1.0], [1.0]]), jnp.array([2.0, 4.0]))
   >>> float(problem.length(jnp.array([7.0]))), float(problem.loss(jnp.array([3.0])))
   (3.0, 1.0)
@@ -222,7 +222,7 @@ def halfspace(
     ValueError: shapes that do not fit; labels other than -1 and 1, where they can be seen.
 
   >>> import jax.numpy as jnp
-  >>> from jaxbn.variants import gdnp
+  >>> from jaxbn.alternatives import gdnp
   >>> problem = gdnp.halfspace(jnp.array([[1.0], [1.0], [1.0]]), jnp.array([1.0, 1.0, -1.0]))
   >>> round(float(problem.length(jnp.array([5.0]))), 4)  # log of the odds, 2 to 1
   0.6931
@@ -266,7 +266,7 @@ def gaussian_halfspace(
     ValueError: shapes that do not fit.
 
   >>> import jax.numpy as jnp
-  >>> from jaxbn.variants import gdnp
+  >>> from jaxbn.alternatives import gdnp
   >>> problem = gdnp.gaussian_halfspace(jnp.array([-1.0, 0.0]), jnp.diag(jnp.array([1.0, 9.0])))
   >>> split, weights = gdnp.gdnp(problem, jnp.array([1.0, 1.0]), steps=60)
   >>> jnp.abs(weights[-1] - jnp.array([2.0, 0.0])).max() < 1e-3  # 2 mean / variance

@@ -9,7 +9,7 @@ from flax import nnx
 
 import jaxbn.linen
 import jaxbn.nnx
-from jaxbn.variants import natural
+from jaxbn.alternatives.rewhitening_optimizer import rewhiten_optimizer_state
 from tests.variants.table import double_precision  # noqa: F401
 
 
@@ -90,10 +90,10 @@ def test_a_call_whitens_the_model_and_training_goes_on():
   z = (x - model.conv.center[...]) @ model.conv.matrix[...]
   np.testing.assert_allclose(z.mean((0, 1, 2)), 0, atol=1e-9)
 
-  state = natural.rewhiten_optimizer_state(optimizer.opt_state, old, whitenings(model))
+  state = rewhiten_optimizer_state(optimizer.opt_state, old, whitenings(model))
   assert jax.tree.structure(state) == jax.tree.structure(optimizer.opt_state)
   optimizer.opt_state = nnx.data(state)
-  followed = natural.rewhiten_optimizer_state(optax.TraceState(before), old, whitenings(model))
+  followed = rewhiten_optimizer_state(optax.TraceState(before), old, whitenings(model))
   after = gradient_of(model)
   chex.assert_trees_all_close(
     nnx.to_pure_dict(followed.trace), nnx.to_pure_dict(after), rtol=1e-7, atol=1e-9

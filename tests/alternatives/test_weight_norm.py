@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxbn
-from jaxbn.variants import weight_norm
+from jaxbn.alternatives import weight_norm
 from tests.variants import table
 from tests.variants.table import double_precision  # noqa: F401
 

@@ -18,12 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn import _checks
-from jaxbn._batch_norm import batch_norm
+from jaxbn import Chosen, Moments, RunningStats, _checks, batch_norm, moments, sync
 from jaxbn._dtypes import accumulation_dtype
-from jaxbn._measure import moments
-from jaxbn._share import sync
-from jaxbn._types import Chosen, Moments, RunningStats
 
 if TYPE_CHECKING:
   import chex
@@ -57,7 +53,7 @@ def weight_norm(
     ValueError: a scale of another shape; an axis out of range or twice; epsilon out of range.
 
   >>> import jax.numpy as jnp
-  >>> from jaxbn.variants import weight_norm
+  >>> from jaxbn.alternatives import weight_norm
   >>> kernel = jnp.array([[3.0, 0.0], [4.0, 1.0]])
   >>> print(weight_norm.weight_norm(kernel, jnp.array([10.0, 1.0])))
   [[6. 0.]
@@ -90,7 +86,7 @@ def lengths(kernel: chex.Array, *, axis: int | Sequence[int] = -1) -> jax.Array:
     ValueError: an axis out of range or twice.
 
   >>> import jax.numpy as jnp
-  >>> from jaxbn.variants import weight_norm
+  >>> from jaxbn.alternatives import weight_norm
   >>> weight_norm.lengths(jnp.array([[3.0, 0.0], [4.0, 1.0]])).tolist()
   [5.0, 1.0]
   """
@@ -121,8 +117,7 @@ def data_dependent_init(
     axis: the axis or axes of the features in t.
     epsilon: added to the variance.
     mask: boolean, broadcasts against t: which elements exist.
-    axis_name: name (or names) of the axis of pmap, shard_map or vmap whose members share the batch.
-    axis_index_groups: as in `jaxbn.sync`.
+    axis_name, axis_index_groups: as in `jaxbn.sync`.
 
   Returns:
     (scale, bias), of the shape of t's features, float32 at least.
@@ -132,7 +127,7 @@ def data_dependent_init(
       axis_name.
 
   >>> import jax.numpy as jnp
-  >>> from jaxbn.variants import weight_norm
+  >>> from jaxbn.alternatives import weight_norm
   >>> t = jnp.array([[1.0], [5.0]])
   >>> scale, bias = weight_norm.data_dependent_init(t)
   >>> scale.item(), bias.item()
@@ -177,7 +172,7 @@ def mean_only_batch_norm(
     TypeError, ValueError: as `jaxbn.batch_norm`; another option.
 
   >>> import jax.numpy as jnp, jaxbn
-  >>> from jaxbn.variants import weight_norm
+  >>> from jaxbn.alternatives import weight_norm
   >>> x = jnp.array([[1.0], [5.0]])
   >>> y, state = weight_norm.mean_only_batch_norm(
   ...   x, state=jaxbn.init(1), use_running_average=False, momentum=0.0
