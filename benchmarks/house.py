@@ -1,4 +1,4 @@
-"""How far a reader of the core has to go: `python -m benchmarks.house`, for docs/design.md.
+"""How far a reader of the core has to go: `python -m benchmarks.house`, into docs/design.md.
 
 Of one training call in float32 on the CPU, with options off and nothing in a cache: how many of our
 functions are entered, how deep, and in which files between x and y.
@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import ast
 import pathlib
+import platform
 import sys
 from types import FrameType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 import jaxbn
 
 ROOT = pathlib.Path(jaxbn.__file__).parent
+PAGE = ROOT.parent / "docs" / "design.md"
+START, END = "<!-- house -->", "<!-- /house -->"
 # What a reader may skip: the words of refusal, and what is said to the compiler.
 ASIDE = {"_checks.py", "_xla.py"}
 
@@ -54,15 +58,29 @@ def entered() -> tuple[set[tuple[str, int]], int]:
   return functions, deepest
 
 
-def main() -> None:
+def table() -> str:
+  """The figures, as the page has them."""
   functions, depth = entered()
-  core = sorted(ROOT.glob("_[a-z]*.py"))
   aside = sum(name in ASIDE for name, _ in functions)
-  print(f"functions entered: {len(functions)}, {aside} of them in {' and '.join(sorted(ASIDE))}")
-  print(f"depth: {depth}")
-  files = {name for name, _ in functions} - ASIDE - {"_track.py"}
-  print(f"files from x to y: {len(files)}: {', '.join(sorted(files))}")
-  print(f"lines of code in the core: {sum(map(code_lines, core))}, in {len(core)} files")
+  read = sorted({name for name, _ in functions} - ASIDE - {"_track.py"})
+  core = sorted(ROOT.glob("_[a-z]*.py"))
+  rows = {
+    "functions entered": f"{len(functions)}, of these {aside} in {' and '.join(sorted(ASIDE))}",
+    "depth": depth,
+    "files from x to y": f"{len(read)}: {', '.join(read)}",
+    "lines of code in the core": f"{sum(map(code_lines, core))}, in {len(core)} files",
+  }
+  versions = f"Python {platform.python_version()[:4]}, jax {jax.__version__}"
+  return "\n".join(
+    [f"| | {versions} |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in rows.items())]
+  )
+
+
+def main() -> None:
+  before, after = PAGE.read_text().split(START)[0], PAGE.read_text().split(END)[1]
+  found = table()
+  PAGE.write_text(f"{before}{START}\n{found}\n{END}{after}")
+  print(found)
 
 
 if __name__ == "__main__":
