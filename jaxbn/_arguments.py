@@ -90,9 +90,11 @@ def check_layer(
   axis_name: Any = None,
   axis_index_groups: Sequence[Sequence[int]] | None = None,
   virtual_batch_size: int | str | None = None,
+  choose: Any = None,
   **of_x_and_y: Any,
 ) -> tuple[Plan, Inputs, Tracking]:
   """`check`, and what a layer has more: two modes, running statistics, devices that share."""
+  del choose  # what it gives is checked, once it is there
   _checks.momentum_in_range(momentum, debias)
   if virtual_batch_size is not None:
     _groups.require_size(virtual_batch_size, axis_index_groups)

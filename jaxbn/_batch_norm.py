@@ -119,30 +119,7 @@ def batch_norm(
   >>> jnp.allclose(y.mean(0), 0, atol=1e-6) and jnp.allclose(y.std(0), 1, atol=1e-5)
   Array(True, dtype=bool)
   """
-  plan, inputs, tracking = check_layer(
-    x,
-    scale,
-    bias,
-    state,
-    use_running_average=use_running_average,
-    axis=axis,
-    momentum=momentum,
-    epsilon=epsilon,
-    mask=mask,
-    weights=weights,
-    masked_value=masked_value,
-    axis_name=axis_name,
-    axis_index_groups=axis_index_groups,
-    virtual_batch_size=virtual_batch_size,
-    use_fast_variance=use_fast_variance,
-    debias=debias,
-    unbiased=unbiased,
-    skip_nonfinite=skip_nonfinite,
-    detach_stats=detach_stats,
-    activation=activation,
-    residual=residual,
-    dtype=dtype,
-  )
+  plan, inputs, tracking = check_layer(**locals())
   state = check_state(state, plan, inputs.x, tracking)
   if plan.use_running_average and state is not None:
     return apply(plan, inputs, Chosen(state.mean, state.var)), state

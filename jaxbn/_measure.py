@@ -315,8 +315,8 @@ def _sample(plan: Plan, x: jax.Array, valid: jax.Array | None) -> jax.Array:
     usable = {a: min(x.shape[a], _SAMPLED) if isinstance(x.shape[a], int) else 1 for a in reduced}
     along = max(usable, key=usable.__getitem__, default=None)
     p = x
-    for a, n in usable.items():
-      p = lax.slice_in_dim(p, 0, 1 << n.bit_length() - 1 if a == along else 1, axis=a)
+    for a in sorted(usable, key=along.__eq__):  # last the one that may be sharded: little is left
+      p = lax.slice_in_dim(p, 0, 1 << usable[a].bit_length() - 1 if a == along else 1, axis=a)
     p = p.astype(plan.sum_dtype)
     while along is not None and p.shape[along] > 2:
       # In pairs, and halved first: exact where all are equal, and no overflow.
