@@ -5,6 +5,7 @@
 #                      of what jaxbn needs, and the tests of its layers and functions with the oldest
 # make fuzz            random options, dtypes, devices and modes against the equations, for minutes
 # make exactness       the README's comparison with Flax
+# make house           how far a reader of the core has to go, into docs/design.md
 # make compare-norms   every norm on Fashion-MNIST: batch sizes, depths, step times (ARGS=--long)
 # make compare-recurrent, compare-renorm, compare-descent   the experiments of papers
 # make bench           time and accuracy on this machine's CPU, beside other libraries
@@ -25,7 +26,7 @@ OLDEST := .venv-oldest
 PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 OLDEST_TESTS := tests/test_*.py tests/linen tests/nnx tests/examples/test_checkpoints.py
 
-.PHONY: train train-hosts chaos test fuzz exactness compare-norms compare-recurrent compare-renorm \
+.PHONY: train train-hosts chaos test fuzz exactness house compare-norms compare-recurrent compare-renorm \
         compare-descent bench bench-compiled bench-scaling lint types pytest \
         pytest-oldest format clean
 .DEFAULT_GOAL := help
@@ -71,6 +72,9 @@ format: $(INSTALLED)
 
 exactness: $(INSTALLED)
 	@$(BIN)/python -m benchmarks.exactness
+
+house: $(INSTALLED)
+	@$(BIN)/python -m benchmarks.house
 
 compare-norms: $(INSTALLED)
 	@$(BIN)/python -m benchmarks.norms $(ARGS)

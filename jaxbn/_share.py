@@ -134,15 +134,19 @@ def sync(
   [[3.0], [3.0]]
   """
   _checks.is_moments(moments)
-  count, mean, var = moments
-  sharing = Sharing.among(axis_name, axis_index_groups)
-  count, mean, var = share_moments(sharing, count, mean[None], var[None])
-  return Moments(count, mean[0], var[0])
+  return _shared(moments, *_checks.sharing(axis_name, axis_index_groups))
 
 
 def share(plan: Plan, moments: Moments) -> Moments:
-  """`sync`, with the devices of the plan."""
-  return sync(moments, plan.axis_name, plan.axis_index_groups)
+  """`sync`, with the devices of a plan."""
+  return _shared(moments, plan.axis_name, plan.axis_index_groups)
+
+
+def _shared(moments: Moments, axis_name: Any, groups: Any) -> Moments:
+  count, mean, var = moments
+  sharing = Sharing.among(axis_name, groups)
+  count, mean, var = share_moments(sharing, count, mean[None], var[None])
+  return Moments(count, mean[0], var[0])
 
 
 class Sharing(NamedTuple):
@@ -159,13 +163,11 @@ class Sharing(NamedTuple):
   central: Callable[[jax.Array, jax.Array], jax.Array] = variance  # from E[d d] and E[d]
 
   @classmethod
-  def among(cls, axis_name: Any, axis_index_groups: Any, *how: Any) -> Sharing:
+  def among(cls, axis_name: Any, groups: Any, *how: Any) -> Sharing:
     """The devices of an axis that is bound here: where a derivative is taken, it may not be."""
     size = _checks.axis_size(axis_name)
-    if axis_index_groups is None:
-      return cls(axis_name, None, (size,), *how)
-    groups = _checks.partition(axis_index_groups, size, axis_name)
-    return cls(axis_name, groups, tuple({len(group) for group in groups}), *how)
+    sizes = {size} if groups is None else {len(group) for group in groups}
+    return cls(axis_name, groups, tuple(sizes), *how)
 
   def cross(self, a: jax.Array, terms: jax.Array) -> jax.Array:
     """a b + b a, of a sum b, in terms."""
