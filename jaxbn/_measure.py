@@ -24,7 +24,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -143,21 +143,19 @@ def measure(plan: Plan, inputs: Inputs, pivot: jax.Array | None = None) -> Momen
   with jax.numpy_dtype_promotion("standard"):
     count = count_of(plan.axes, x, valid if weight is None else weight)
     n = divisor(count, jnp.finfo(plan.sum_dtype).dtype)
-    pivot, mean, var = _around(plan, Inputs(x, wide_x, valid, weight), n, pivot)
+    pivot, mean, var = _pivot_mean_var(plan, Inputs(x, wide_x, valid, weight), n, pivot)
     return Moments(count, pivot + mean, var)
 
 
-class Around(NamedTuple):
-  """The moments of d = x - pivot."""
-
-  pivot: jax.Array
-  mean: jax.Array  # E[d]
-  var: jax.Array
+# Of d = x - pivot: the pivot, E[d] and the variance.
+PivotMeanVar: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 @_xla.traced_once
-def _around(plan: Plan, inputs: Inputs, n: chex.Numeric, pivot: jax.Array | None) -> Around:
+def _pivot_mean_var(
+  plan: Plan, inputs: Inputs, n: chex.Numeric, pivot: jax.Array | None
+) -> PivotMeanVar:
   """Around the pivot given, or else one that costs little where this runs."""
   if pivot is not None:
     return _from_sums(plan, n, _sums(plan, inputs, n, pivot), pivot)
@@ -167,12 +165,12 @@ def _around(plan: Plan, inputs: Inputs, n: chex.Numeric, pivot: jax.Array | None
   return _xla.by_platform(inputs, n, cpu=by_branch, default=default)
 
 
-def _around_default(plan: Plan, inputs: Inputs, n: chex.Numeric) -> Around:
+def _around_default(plan: Plan, inputs: Inputs, n: chex.Numeric) -> PivotMeanVar:
   pivot = _sample(plan, inputs.x, inputs.valid) if plan.sample_pivot else None
   return _from_sums(plan, n, _sums(plan, inputs, n, pivot), pivot)
 
 
-def _around_0_where_near(plan: Plan, inputs: Inputs, n: chex.Numeric) -> Around:
+def _around_0_where_near(plan: Plan, inputs: Inputs, n: chex.Numeric) -> PivotMeanVar:
   """Around 0, and in channels whose mean is far from it, if there are any, around the sample."""
   sums = _sums(plan, inputs, n, None)
   _, mean, var = _from_sums(plan, n, sums)
@@ -207,11 +205,13 @@ def _sums(plan: Plan, inputs: Inputs, n: chex.Numeric, pivot: jax.Array | None) 
   return first, _total(plan, inputs, abs_square(d))
 
 
-def _from_sums(plan: Plan, n: chex.Numeric, sums: Any, pivot: jax.Array | None = None) -> Around:
+def _from_sums(
+  plan: Plan, n: chex.Numeric, sums: Any, pivot: jax.Array | None = None
+) -> PivotMeanVar:
   """E[d] and the variance."""
   mean, second = sums[0] / n, sums[1].real / n
   var = variance(second, mean) if plan.use_fast_variance else second
-  return Around(jnp.zeros_like(mean) if pivot is None else pivot, mean, var)
+  return jnp.zeros_like(mean) if pivot is None else pivot, mean, var
 
 
 def variance(mean_square: jax.Array, mean: jax.Array) -> jax.Array:
@@ -228,19 +228,21 @@ def variance(mean_square: jax.Array, mean: jax.Array) -> jax.Array:
   return jnp.where(var < unresolved, unresolved, var)
 
 
-@functools.partial(_around.defjvp, symbolic_zeros=True)
+@functools.partial(_pivot_mean_var.defjvp, symbolic_zeros=True)
 @promoting
-def _around_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Around, Around]:
+def _pivot_mean_var_jvp(
+  plan: Plan, primals: Any, tangents: Any
+) -> tuple[PivotMeanVar, PivotMeanVar]:
   inputs, n, _ = primals
   d_inputs, d_n, _ = _xla.nonzero(tangents)
-  values = _around(plan, *primals)
+  values = _pivot_mean_var(plan, *primals)
   kept = inputs._replace(wide_x=None)
-  d_mean, d_var = _around_tangent(plan, kept, n, values, d_inputs, d_n)
-  return values, Around(jnp.zeros_like(values.pivot), d_mean, d_var)
+  d_mean, d_var = _tangent(plan, kept, n, values, d_inputs, d_n)
+  return values, (jnp.zeros_like(values[0]), d_mean, d_var)
 
 
 @_xla.traced_once
-def _around_tangent(plan: Plan, *args: Any) -> tuple[jax.Array, jax.Array]:
+def _tangent(plan: Plan, *args: Any) -> tuple[jax.Array, jax.Array]:
   @_xla.recomputing
   def tangent(inputs: Inputs, *args: Any) -> Any:
     own = inputs._replace(x=_xla.own_copy(inputs.x, "tangent of moments"))
@@ -250,7 +252,7 @@ def _around_tangent(plan: Plan, *args: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def d_mean_and_var(
-  plan: Plan, inputs: Inputs, n: chex.Numeric, values: Around, d: Inputs, d_n: Any
+  plan: Plan, inputs: Inputs, n: chex.Numeric, values: PivotMeanVar, d: Inputs, d_n: Any
 ) -> tuple[jax.Array, jax.Array]:
   """The tangents: dmean = E[dx], dvar = 2 E[(x - mean) dx], and what weights add."""
   pivot, mean, var = values
