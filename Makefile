@@ -73,18 +73,18 @@ exactness: $(INSTALLED)
 	@$(BIN)/python -m benchmarks.exactness
 
 compare-norms: $(INSTALLED)
-	@$(BIN)/python -m benchmarks.norms $(ARGS)
-	@$(BIN)/python -m benchmarks.norms_report
+	@$(BIN)/python -m experiments.norms $(ARGS)
+	@$(BIN)/python -m experiments.norms_report
 
 compare-recurrent: $(INSTALLED)
-	@$(BIN)/python -m benchmarks.recurrent
-	@$(BIN)/python -m examples.papers.recurrent $(ARGS)
+	@$(BIN)/python -m experiments.recurrent_cost
+	@$(BIN)/python -m experiments.recurrent $(ARGS)
 
 compare-renorm: $(INSTALLED)
-	@$(BIN)/python -m examples.papers.renorm $(ARGS)
+	@$(BIN)/python -m experiments.renorm $(ARGS)
 
 compare-descent: $(INSTALLED)
-	@$(BIN)/python -m examples.papers.length_direction $(ARGS)
+	@$(BIN)/python -m experiments.length_direction $(ARGS)
 
 bench: .venv-bench/.installed
 	@.venv-bench/bin/python -m benchmarks.speed

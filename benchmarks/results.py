@@ -46,9 +46,9 @@ def write(name: str, command: str, rows: list[dict[str, Any]], path: pathlib.Pat
   path.write_text(f'{text},\n  "rows": [\n{lines}\n  ]\n}}\n')
 
 
-def read(name: str) -> dict[str, Any] | None:
-  """What `write` left in FOLDER; None if it has not been run."""
-  path = FOLDER / f"{name}.json"
+def read(name: str, folder: pathlib.Path = FOLDER) -> dict[str, Any] | None:
+  """What `write` left in a folder; None if it has not been run."""
+  path = folder / f"{name}.json"
   return json.loads(path.read_text()) if path.exists() else None
 
 
