@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from benchmarks import compiled, networks
+from benchmarks import compiled, floor, networks
 from benchmarks.networks import Network
 
 DTYPE = "bfloat16"
@@ -71,12 +71,7 @@ class One(nn.Module):
 # The batch is each chip's.
 NETWORKS = {
   "layer": Network("One layer and its ReLU", One, (56, 56, 64), 32),
-  "resnet50": Network(
-    "ResNet-50",
-    functools.partial(networks.ResNet, networks.Bottleneck, (3, 4, 6, 3), large=True),
-    (224, 224, 3),
-    32,
-  ),
+  "resnet50": dataclasses.replace(networks.NETWORKS["resnet50"], batch=32),
 }
 
 
@@ -103,10 +98,10 @@ WAYS = {
     ("shard_map", "grouped by index"),
     ("shard_map unchecked", "grouped by index"),
     ("jit", "synchronized"),
+    ("shard_map", "virtual batch"),  # as many examples as a group of chips has
+    ("jit", "virtual batch"),
   ],
 }
-if "virtual_batch_size" in networks.OPTIONS:  # as many examples as a group of chips has
-  WAYS["layer"] += [("shard_map", "virtual batch"), ("jit", "virtual batch")]
 
 
 def programs() -> list[Program]:
@@ -121,16 +116,8 @@ def programs() -> list[Program]:
 
 def layers(name: str) -> int:
   """How many norm layers a network has."""
-  seen: list[bool] = []
-
-  def record(rectify: bool, *, dtype: Any) -> networks.Layer:
-    seen.append(rectify)
-    return networks.none(rectify, dtype=dtype)
-
   network = dataclasses.replace(NETWORKS[name], batch=1)
-  model = network.model(record, jnp.float32)
-  jax.eval_shape(model.init, jax.random.key(0), network.inputs())
-  return len(seen)
+  return len(list(floor.layers(network, jnp.float32)))
 
 
 def lower(program: Program, devices: list[Any]) -> Any:
