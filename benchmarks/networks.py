@@ -149,6 +149,12 @@ class Vgg(_Network):
     return _classify(x)
 
 
+V2 = (
+  *((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2)),
+  *((6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)),
+)
+
+
 class MobileNet(_Network):
   """Inverted residuals with depthwise convolutions (MobileNetV2, Sandler et al. 2018).
 
@@ -272,6 +278,23 @@ NETWORKS = {
   "mobilenet": Network("MobileNetV2", MobileNet, (32, 32, 3), 128),
   "densenet": Network("DenseNet block", DenseNet, (32, 32, 3), 128),
   "generator": Network("GAN generator", Generator, (128,), 256),
+}
+# As they are trained.
+WHOLE = {
+  "resnet50": NETWORKS["resnet50"],
+  "mobilenet": Network(
+    "MobileNetV2",
+    functools.partial(MobileNet, stages=V2, stride=2, last=1280),
+    (224, 224, 3),
+    128,
+  ),
+  "densenet": Network(
+    "DenseNet-121",
+    functools.partial(DenseNet, blocks=(6, 12, 24, 16), large=True),
+    (224, 224, 3),
+    64,
+  ),
+  "unet": Network("U-Net", UNet, (256, 256, 3), 32),
 }
 # What a CPU compiles and runs in moments.
 SMALL_RESNET = Network(

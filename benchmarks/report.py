@@ -10,12 +10,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks import charts, compiled_report, numerics, speed
+from benchmarks import charts, compiled_report, numerics, speed, step
 from benchmarks import results as stored
 
 DOCS = stored.ROOT / "docs"
 PAGE = DOCS / "benchmarks.md"
-CHAPTERS = {"compiled": compiled_report.parts, "speed": speed.parts, "numerics": numerics.parts}
+CHAPTERS = {
+  "compiled": compiled_report.parts,
+  "step": step.parts,
+  "speed": speed.parts,
+  "numerics": numerics.parts,
+}
 
 
 def main() -> None:
