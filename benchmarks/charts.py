@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -230,34 +230,26 @@ def chips(results: Row, folder: pathlib.Path) -> pathlib.Path:
 
 def _efficiencies(axes: Any, rows: list[Row], name: str) -> None:
   counts = [n for n in scaling_report.CHIP_COUNTS if n >= GROUP]
-  steps = scaling_report.steps
+  steps = {n: [scaling_report.steps(rows, name, n, hop) for hop in (HOP, SLOW_HOP)] for n in counts}
   for sharing, color in SHARING.items():
-
-    def efficiency(n: int, hop: float, sharing: str = sharing) -> float | None:
-      step = steps(rows, name, n, hop).get(sharing)
-      return 100 * step.efficiency if step else None
-
-    _band(axes, counts, efficiency, color, sharing)
+    at = [n for n in counts if sharing in steps[n][0]]
+    quick, slow = ([100 * steps[n][k][sharing].efficiency for n in at] for k in (0, 1))
+    _band(axes, at, quick, slow, color=color, label=sharing)
   if CHIPS[name].pod < max(counts):
     axes.axvline(CHIPS[name].pod, color="black", linewidth=0.8, linestyle=":")
     axes.annotate("one pod ", (CHIPS[name].pod, 3), ha="right", fontsize=8)
   _chip_axis(axes, counts, "chips")
-  axes.set_ylabel("weak-scaling efficiency, %")
-  axes.set_ylim(0, 102)
+  axes.set(ylabel="weak-scaling efficiency, %", ylim=(0, 102))
   axes.set_title(CHIPS[name].title, fontsize=10)
 
 
 def _group_costs(axes: Any, rows: list[Row]) -> None:
-  groups = [*scaling_report.GROUPS, 1024]
-  for (name, chips), color in zip(
-    scaling_report.WHERE.items(), ("#7a1f10", "#2f4b6e"), strict=True
-  ):
-
-    def cost(n: int, hop: float, name: str = name, chips: int = chips) -> float:
-      return 1e3 * scaling_report.group_cost(rows, name, chips, n, hop)
-
-    label = f"{chips:,} {CHIPS[name].title}"
-    _band(axes, [n for n in groups if n <= chips], cost, color, label)
+  groups, cost = [*scaling_report.GROUPS, 1024], scaling_report.group_cost
+  colors = ("#7a1f10", "#2f4b6e")
+  for (name, chips), color in zip(scaling_report.WHERE.items(), colors, strict=True):
+    at = [n for n in groups if n <= chips]
+    quick, slow = ([1e3 * cost(rows, name, chips, n, h) for n in at] for h in (HOP, SLOW_HOP))
+    _band(axes, at, quick, slow, color=color, label=f"{chips:,} {CHIPS[name].title}")
   _chip_axis(axes, groups, "chips in a group")
   axes.set_ylabel("added to a step, ms")
   axes.set_ylim(bottom=0)
@@ -265,14 +257,10 @@ def _group_costs(axes: Any, rows: list[Row]) -> None:
   axes.legend(frameon=False, fontsize=8, loc="upper left")
 
 
-def _band(
-  axes: Any, counts: list[int], value: Callable[[int, float], float | None], color: str, label: str
-) -> None:
-  """A line where a hop is quick, and below or above it what a slow one makes of it."""
-  at = [n for n in counts if value(n, HOP) is not None]
-  quick, slow = ([value(n, hop) for n in at] for hop in (HOP, SLOW_HOP))
-  axes.plot(at, quick, color=color, marker="o", markersize=3, label=label)
-  axes.fill_between(at, quick, slow, color=color, alpha=0.15, linewidth=0)
+def _band(axes: Any, at: list[int], quick: list[float], slow: list[float], **style: Any) -> None:
+  """A line where a hop is quick, and what a slow one makes of it."""
+  axes.plot(at, quick, marker="o", markersize=3, **style)
+  axes.fill_between(at, quick, slow, color=style["color"], alpha=0.15, linewidth=0)
 
 
 def _chip_axis(axes: Any, counts: Iterable[int], label: str) -> None:

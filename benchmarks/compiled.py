@@ -17,16 +17,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import pathlib
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -69,8 +69,7 @@ ENVIRONMENT = {
 XLA_FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_command_buffer="
 
 
-@dataclasses.dataclass(frozen=True)
-class Variant:
+class Variant(NamedTuple):
   """A norm as a row of the tables: its label, its factory and the activation that goes with it."""
 
   label: str
@@ -86,7 +85,7 @@ class Variant:
 NONE, FLAX = Variant("none", networks.none), Variant("flax", networks.flax)
 OURS = Variant("jaxbn", networks.jaxbn)
 SUMS = Variant("jaxbn, sum inside", functools.partial(networks.jaxbn, sums=True))
-LEAKY = tuple(dataclasses.replace(v, activation="leaky_relu") for v in (NONE, FLAX, OURS))
+LEAKY = [variant._replace(activation="leaky_relu") for variant in (NONE, FLAX, OURS)]
 Job = tuple[str, Callable[[], list[Row]]]  # a title, and what gives the rows
 
 
@@ -115,19 +114,15 @@ def jobs(target: str, names: list[str], quick: bool) -> list[Job]:
     for name in names or NETWORKS:
       # Float32 is for one large network: the others would say the same in twice the time. And what
       # takes longest to compile is for the H100.
-      if name == "resnet" or (dtype == "bfloat16" and (name, target) != ("resnet50", "v5e")):
-        for variant in variants(target, name, quick):
-          title = f"{TITLES[target]} {dtype} {name}: {variant.label}, {variant.activation}"
-          run = functools.partial(program_rows, target, dtype, name, variant)
-          every.append((title, run))
+      if name != "resnet" and (dtype == "float32" or (name, target) == ("resnet50", "v5e")):
+        continue
+      variants = [NONE, FLAX, OURS] + [SUMS] * (name in ("resnet", "basic"))
+      if (target, name) == ("h100", "resnet") and not quick:
+        variants += LEAKY
+      for variant in variants:
+        title = f"{TITLES[target]} {dtype} {name}: {variant.label}, {variant.activation}"
+        every.append((title, functools.partial(program_rows, target, dtype, name, variant)))
   return every
-
-
-def variants(target: str, name: str, quick: bool) -> list[Variant]:
-  """The norms that a network is compiled with."""
-  sums = [SUMS] if name in ("resnet", "basic") else []
-  leaky = LEAKY if (target, name) == ("h100", "resnet") and not quick else ()
-  return [NONE, FLAX, OURS, *sums, *leaky]
 
 
 # Programs for an accelerator.
@@ -166,23 +161,13 @@ def program_rows(target: str, dtype: str, name: str, variant: Variant) -> list[R
     moved, as_printed = float(hlo.traffic(text)), float(hlo.traffic_as_printed(text))
   else:  # layouts are padded there, which the compiler's own count knows
     moved = as_printed = _counted(compiled)
-  return [
-    {
-      "kind": "program",
-      "target": target,
-      "compiler": f"{compiler} {importlib.metadata.version(compiler)}",
-      "dtype": dtype,
-      "network": name,
-      "activation": variant.activation,
-      "norm": variant.label,
-      "MB": moved / 1e6,
-      "MB_operands_as_printed": as_printed / 1e6,
-      "floor_MB": floor_bytes(network, jnp.dtype(dtype)) / 1e6,
-      "temp_MB": compiled.memory_analysis().temp_size_in_bytes / 1e6,
-      "kernels": len(hlo.parse(text).kernels),
-      "compile_s": seconds,
-    }
-  ]
+  row: Row = {"kind": "program", "target": target, "dtype": dtype, "network": name}
+  row["compiler"] = f"{compiler} {importlib.metadata.version(compiler)}"
+  row |= {"activation": variant.activation, "norm": variant.label}
+  row |= {"MB": moved / 1e6, "MB_operands_as_printed": as_printed / 1e6}
+  row["floor_MB"] = floor_bytes(network, jnp.dtype(dtype)) / 1e6
+  row["temp_MB"] = compiled.memory_analysis().temp_size_in_bytes / 1e6
+  return [{**row, "kernels": len(hlo.parse(text).kernels), "compile_s": seconds}]
 
 
 def _counted(compiled: Any) -> float:
@@ -222,28 +207,16 @@ def quiet() -> Iterator[None]:
 def layer_rows(shape: tuple[int, ...] = LAYER_SHAPE) -> list[Row]:
   """XLA's count of the bytes of one layer, forward and backward, in passes over its input."""
   rows = []
-  for dtype in ("float32", "bfloat16"):
+  cases = {"alone": False, "with ReLU": True}
+  for dtype, case, variant in itertools.product(("float32", "bfloat16"), cases, (FLAX, OURS)):
     x = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-    for case, rectify in (("alone", False), ("with ReLU", True)):
-      for variant in (FLAX, OURS):
-        model = _Alone(functools.partial(variant.norm, dtype=x.dtype), rectify)
-        variables = jax.eval_shape(model.init, jax.random.key(0), x)
-        compiled = jax.jit(functools.partial(backward, model)).lower(variables, x, x).compile()
-        row = {"kind": "layer", "target": "cpu", "dtype": dtype, "shape": list(shape)}
-        passes = _counted(compiled) / (x.size * x.dtype.itemsize)
-        rows.append({**row, "case": case, "norm": variant.label, "passes": passes})
+    model = networks.One(functools.partial(variant.norm, dtype=x.dtype), x.dtype, cases[case])
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    compiled = jax.jit(functools.partial(backward, model)).lower(variables, x, x).compile()
+    row: Row = {"kind": "layer", "target": "cpu", "dtype": dtype, "shape": list(shape)}
+    row |= {"case": case, "norm": variant.label}
+    rows.append({**row, "passes": _counted(compiled) / (x.size * x.dtype.itemsize)})
   return rows
-
-
-class _Alone(nn.Module):
-  """A network that is one layer; norms are made inside a network."""
-
-  norm: networks.Norm
-  rectify: bool
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    return self.norm(self.rectify)(x)
 
 
 def _forward(model: nn.Module, variables: Any, x: jax.Array, mask: Any = None) -> Any:
@@ -274,18 +247,17 @@ def collective_rows() -> list[Row]:
   which every trainer needs, among them.
   """
   rows = []
-  for how in ("pmap", "shard_map", "jit"):
-    for masked in (False, True):
-      for label, layer in (("flax", nn.BatchNorm), ("jaxbn", BatchNorm)):
-        model = layer(use_running_average=False, axis_name=None if how == "jit" else "batch")
-        forward = all_reduces(how, False, model, masked)
-        both = all_reduces(how, True, model, masked)
-        row = {"kind": "collectives", "target": "cpu", "devices": DEVICES, "how": how}
-        row |= {"shape": list(SHARED_SHAPE), "mask": masked, "norm": label}
-        row |= {"forward": len(forward), "forward_bytes": sum(forward)}
-        row["backward"] = len(both) - len(forward)
-        row["backward_bytes"] = sum(both) - sum(forward)
-        rows.append(row)
+  layers = {"flax": nn.BatchNorm, "jaxbn": BatchNorm}
+  for how, mask, label in itertools.product(("pmap", "shard_map", "jit"), (False, True), layers):
+    axis = None if how == "jit" else "batch"
+    model = layers[label](use_running_average=False, axis_name=axis)
+    forward, both = (all_reduces(how, backward, model, mask) for backward in (False, True))
+    row: Row = {"kind": "collectives", "target": "cpu", "devices": DEVICES, "how": how}
+    row |= {"shape": list(SHARED_SHAPE), "mask": mask, "norm": label}
+    row |= {"forward": len(forward), "forward_bytes": sum(forward)}
+    row["backward"] = len(both) - len(forward)
+    row["backward_bytes"] = sum(both) - sum(forward)
+    rows.append(row)
   return rows
 
 
@@ -332,14 +304,11 @@ def compare(rows: list[Row]) -> None:
   """Adds to every program what it has over the one without a norm."""
   baselines = {compiled_report.case(row): row for row in rows if row.get("norm") == "none"}
   for row in rows:
-    none = baselines.get(compiled_report.case(row))
-    if none is None:
-      continue
-    row["temp_over_none_MB"] = row["temp_MB"] - none["temp_MB"]
-    row["tax_MB"] = row["MB"] - none["MB"]
-    row["tax_over_floor"] = row["tax_MB"] / row["floor_MB"]
-    printed = "MB_operands_as_printed"
-    row[f"tax_{printed}"] = row[printed] - none[printed]
+    if none := baselines.get(compiled_report.case(row)):
+      row["temp_over_none_MB"] = row["temp_MB"] - none["temp_MB"]
+      for key in ("MB", "MB_operands_as_printed"):
+        row[f"tax_{key}"] = row[key] - none[key]
+      row["tax_over_floor"] = row["tax_MB"] / row["floor_MB"]
 
 
 # Start.
@@ -350,9 +319,8 @@ def _arguments() -> argparse.Namespace:
   parser.add_argument("--targets", type=names_of(TITLES), help=f"of {', '.join(TITLES)}")
   parser.add_argument("--networks", type=names_of(NETWORKS), help=f"of {', '.join(NETWORKS)}")
   arguments = parser.parse_args()
-  whole = not (arguments.quick or arguments.targets or arguments.networks)
-  if whole and arguments.json is None:  # a part of the figures does not replace all of them
-    arguments.json = stored.FOLDER / "compiled.json"
+  if not (arguments.quick or arguments.targets or arguments.networks):
+    arguments.json = arguments.json or stored.FOLDER / "compiled.json"  # never a part of it
   arguments.targets = arguments.targets or list(TITLES)
   arguments.networks = arguments.networks or (["vgg"] if arguments.quick else [])
   return arguments

@@ -15,8 +15,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,57 +24,41 @@ import numpy as np
 EPSILON = 1e-5
 MOMENTUM = 0.99
 DEVICES, AXIS = 4, "devices"  # of SHARED
+DISTRIBUTIONS = {"haiku": "dm-haiku"}  # where it is installed by another name than imported
 Array = np.ndarray
 Shape = tuple[int, ...]
 # (parameters, state, x, train) -> (y, new state): what every library's layer becomes in JAX.
 Apply = Callable[[Any, Any, Any, bool], tuple[Any, Any]]
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
   """One library's layer, for inputs of one shape and dtype, in its own kind of array.
 
-  Attributes:
-    evaluate: x to y, by the running statistics.
-    train: x to (y, new statistics), without what a derivative would need.
-    gradients: (x, cotangent) to (y, gradients of x, scale and bias, new statistics). y is among the
-      results because in a network the next layer reads it; nothing may leave it out.
-    put: a NumPy array to the library's, in the library's layout.
-    get: y, or the gradient of x, back to NumPy in float32 or the dtype it has.
-    wait: returns when its argument has been computed.
+  y is among the results of `gradients` because in a network the next layer reads it; nothing may
+  leave it out.
   """
 
-  evaluate: Callable[[Any], Any]
-  train: Callable[[Any], Any]
-  gradients: Callable[[Any, Any], Any]
-  put: Callable[[Array], Any]
-  get: Callable[[Any], Array]
-  wait: Callable[[Any], Any]
+  evaluate: Callable[[Any], Any]  # x to y, by the running statistics
+  train: Callable[[Any], Any]  # x to (y, new statistics), without what a derivative would need
+  gradients: Callable[[Any, Any], Any]  # (x, dy) to (y, of (x, scale, bias), new statistics)
+  put: Callable[[Array], Any]  # a NumPy array to the library's, in the library's layout
+  get: Callable[[Any], Array]  # y, or the gradient of x, back to NumPy
+  wait: Callable[[Any], Any]  # returns when its argument has been computed
 
 
-@dataclass(frozen=True)
-class Framework:
-  """How to build a library's layer, and what has to be installed for it.
-
-  Attributes:
-    build: shape and dtype (a NumPy one) to a Layer.
-    module: the library, as it is imported.
-    distribution: as it is installed.
-    note: what it cannot do, or does its own way, in a sentence; empty where there is nothing.
-  """
+class Framework(NamedTuple):
+  """How to build a library's layer for a shape and a NumPy dtype, and what is imported for it."""
 
   build: Callable[[Shape, Any], Layer]
   module: str
-  distribution: str
-  note: str = ""
 
 
 def missing(name: str) -> str | None:
   """Why a framework of FRAMEWORKS is left out, in a sentence; None where it is there."""
-  framework = FRAMEWORKS[name]
-  if importlib.util.find_spec(framework.module) is not None:
+  module = FRAMEWORKS[name].module
+  if importlib.util.find_spec(module) is not None:
     return None
-  return f"{name} is left out: {framework.distribution} is not installed."
+  return f"{name} is left out: {DISTRIBUTIONS.get(module, module)} is not installed."
 
 
 def cores() -> int:
@@ -237,22 +220,26 @@ def _jax_layer(
 
   With an axis_name, the batch is cut over so many DEVICES, as vmap has them.
   """
-  if axis_name is not None:
-    apply = _over_devices(apply, axis_name)
 
-  def forward(train: bool) -> Callable[..., Any]:
-    return jax.jit(lambda parameters, state, x: apply(parameters, state, x, train))
+  def on_devices(parameters: Any, state: Any, x: Any, train: bool) -> tuple[Any, Any]:
+    if axis_name is None:
+      return apply(parameters, state, x, train)
+    every = jax.vmap(
+      lambda part: apply(parameters, state, part, train), axis_name=axis_name, out_axes=(0, None)
+    )
+    y, state = every(x.reshape(DEVICES, -1, *x.shape[1:]))
+    return y.reshape(x.shape), state
 
   @jax.jit
   def gradients(parameters: Any, state: Any, x: Any, cotangent: Any) -> Any:
     def of(parameters: Any, x: Any) -> tuple[Any, Any]:
-      return apply(parameters, state, x, True)
+      return on_devices(parameters, state, x, True)
 
     y, pullback, new_state = jax.vjp(of, parameters, x, has_aux=True)
     of_parameters, of_x = pullback(cotangent)
     return y, (of_x, of_parameters), new_state
 
-  evaluate, train = forward(False), forward(True)
+  evaluate, train = (jax.jit(functools.partial(on_devices, train=t)) for t in (False, True))
   return Layer(
     evaluate=lambda x: evaluate(parameters, state, x)[0],
     train=lambda x: train(parameters, state, x),
@@ -261,17 +248,6 @@ def _jax_layer(
     get=lambda y: get(np.asarray(y)),
     wait=jax.block_until_ready,
   )
-
-
-def _over_devices(apply: Apply, axis_name: str) -> Apply:
-  def over_devices(parameters: Any, state: Any, x: Any, train: bool) -> tuple[Any, Any]:
-    every = jax.vmap(
-      lambda part: apply(parameters, state, part, train), axis_name=axis_name, out_axes=(0, None)
-    )
-    y, state = every(x.reshape(DEVICES, -1, *x.shape[1:]))
-    return y.reshape(x.shape), state
-
-  return over_devices
 
 
 def _torch(shape: Shape, dtype: Any, channels_first: bool = False) -> Layer:
@@ -317,64 +293,30 @@ def _torch(shape: Shape, dtype: Any, channels_first: bool = False) -> Layer:
   return Layer(evaluate, train, gradients, put, get, wait=lambda result: result)
 
 
-def _entry(build: Callable[..., Layer], module: str, note: str = "", **options: Any) -> Framework:
-  distribution = {"haiku": "dm-haiku"}.get(module, module)
-  return Framework(functools.partial(build, **options), module, distribution, note)
-
-
-def _of(build: Callable[..., Layer], package: str, note: str = "", **options: Any) -> Framework:
-  """A layer of Flax's kind, in a package."""
-  return _entry(functools.partial(build, package), package.split(".")[0], note, **options)
+def _made(build: Callable[..., Layer], module: str, *package: str, **options: Any) -> Framework:
+  return Framework(functools.partial(build, *package, **options), module)
 
 
 # jaxbn's ways in first, then the others.
 FRAMEWORKS = {
-  "jaxbn": _entry(_jaxbn, "jaxbn"),
-  "jaxbn without state": _entry(_jaxbn, "jaxbn", stateless=True),
-  "jaxbn.linen": _of(_linen, "jaxbn.linen"),
-  "jaxbn.nnx": _of(_nnx, "jaxbn.nnx"),
-  "flax.linen": _of(_linen, "flax.linen"),
-  "flax.linen two-pass": _of(
-    _linen,
-    "flax.linen",
-    "flax.linen two-pass is use_fast_variance=False.",
-    use_fast_variance=False,
-  ),
-  "flax.nnx": _of(_nnx, "flax.nnx"),
-  "haiku": _entry(
-    _haiku,
-    "haiku",
-    "Haiku has no dtype of its own: its policy keeps all but the result in float32.",
-  ),
-  "equinox": _entry(
-    _equinox,
-    "equinox",
-    "Equinox takes channels first, so it is given channels first, and has no dtype of its own: "
-    "half-precision input is widened before it and its result rounded after it.",
-  ),
-  "keras": _entry(_keras, "keras", "Keras runs on its JAX backend."),
-  "torch": _entry(
-    _torch,
-    "torch",
-    "PyTorch runs eagerly, on channels-last memory, with as many threads as JAX.",
-  ),
-  "torch channels-first": _entry(
-    _torch,
-    "torch",
-    "PyTorch is the more exact where memory is channels-first, and is measured there as well.",
-    channels_first=True,
-  ),
+  "jaxbn": _made(_jaxbn, "jaxbn"),
+  "jaxbn without state": _made(_jaxbn, "jaxbn", stateless=True),
+  "jaxbn.linen": _made(_linen, "jaxbn", "jaxbn.linen"),
+  "jaxbn.nnx": _made(_nnx, "jaxbn", "jaxbn.nnx"),
+  "flax.linen": _made(_linen, "flax", "flax.linen"),
+  "flax.linen two-pass": _made(_linen, "flax", "flax.linen", use_fast_variance=False),
+  "flax.nnx": _made(_nnx, "flax", "flax.nnx"),
+  "haiku": _made(_haiku, "haiku"),
+  "equinox": _made(_equinox, "equinox"),
+  "keras": _made(_keras, "keras"),
+  "torch": _made(_torch, "torch"),
+  "torch channels-first": _made(_torch, "torch", channels_first=True),
 }
 # With statistics that devices share: the same layers, by the option that each has for it.
 SHARED = {
-  "jaxbn": _entry(_jaxbn, "jaxbn", axis_name=AXIS),
-  "flax.linen": _of(_linen, "flax.linen", axis_name=AXIS),
-  "haiku": _entry(_haiku, "haiku", axis_name=AXIS),
-  "equinox": _entry(_equinox, "equinox", axis_name=AXIS),
-  "torch SyncBatchNorm": _entry(
-    _torch_shared,
-    "jax",
-    "PyTorch's SyncBatchNorm refuses CPUs, and is here by its formula.",
-    axis_name=AXIS,
-  ),
+  "jaxbn": _made(_jaxbn, "jaxbn", axis_name=AXIS),
+  "flax.linen": _made(_linen, "flax", "flax.linen", axis_name=AXIS),
+  "haiku": _made(_haiku, "haiku", axis_name=AXIS),
+  "equinox": _made(_equinox, "equinox", axis_name=AXIS),
+  "torch SyncBatchNorm": _made(_torch_shared, "jax", axis_name=AXIS),
 }

@@ -88,6 +88,16 @@ class _Network(nn.Module):
     return nn.max_pool(x, (3, 3), (2, 2), "SAME")
 
 
+class One(_Network):
+  """A network that is one layer, with its activation or without."""
+
+  rectify: bool = True
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return self.norm(self.rectify)(x.astype(self.dtype))
+
+
 class Bottleneck(_Network):
   """ResNet-50's block (He et al. 2016): 1x1, 3x3, 1x1."""
 
@@ -260,46 +270,44 @@ class Network:
     return jax.ShapeDtypeStruct((self.batch, *self.shape), jnp.float32)
 
 
-_resnet = functools.partial(ResNet, block=Bottleneck, large=True)
+def _network(
+  title: str, shape: tuple[int, ...], batch: int, module: Callable[..., nn.Module], **options: Any
+) -> Network:
+  return Network(title, functools.partial(module, **options), shape, batch)
+
+
 NETWORKS = {
-  "resnet50": Network(
-    "ResNet-50", functools.partial(_resnet, stages=(3, 4, 6, 3)), (224, 224, 3), 128
+  "resnet50": _network(
+    "ResNet-50", (224, 224, 3), 128, ResNet, block=Bottleneck, stages=(3, 4, 6, 3), large=True
   ),
-  "resnet": Network(
-    "ResNet, bottleneck blocks", functools.partial(_resnet, stages=(2, 2)), (64, 64, 3), 256
+  "resnet": _network(
+    "ResNet, bottleneck blocks",
+    (64, 64, 3),
+    256,
+    ResNet,
+    block=Bottleneck,
+    stages=(2, 2),
+    large=True,
   ),
-  "basic": Network(
-    "ResNet, basic blocks",
-    functools.partial(ResNet, block=Basic, stages=(1, 1)),
-    (32, 32, 3),
-    128,
-  ),
-  "vgg": Network("VGG", Vgg, (32, 32, 3), 128),
-  "mobilenet": Network("MobileNetV2", MobileNet, (32, 32, 3), 128),
-  "densenet": Network("DenseNet block", DenseNet, (32, 32, 3), 128),
-  "generator": Network("GAN generator", Generator, (128,), 256),
+  "basic": _network("ResNet, basic blocks", (32, 32, 3), 128, ResNet, block=Basic, stages=(1, 1)),
+  "vgg": _network("VGG", (32, 32, 3), 128, Vgg),
+  "mobilenet": _network("MobileNetV2", (32, 32, 3), 128, MobileNet),
+  "densenet": _network("DenseNet block", (32, 32, 3), 128, DenseNet),
+  "generator": _network("GAN generator", (128,), 256, Generator),
 }
 # As they are trained.
 WHOLE = {
   "resnet50": NETWORKS["resnet50"],
-  "mobilenet": Network(
-    "MobileNetV2",
-    functools.partial(MobileNet, stages=V2, stride=2, last=1280),
-    (224, 224, 3),
-    128,
+  "mobilenet": _network(
+    "MobileNetV2", (224, 224, 3), 128, MobileNet, stages=V2, stride=2, last=1280
   ),
-  "densenet": Network(
-    "DenseNet-121",
-    functools.partial(DenseNet, blocks=(6, 12, 24, 16), large=True),
-    (224, 224, 3),
-    64,
+  "densenet": _network(
+    "DenseNet-121", (224, 224, 3), 64, DenseNet, blocks=(6, 12, 24, 16), large=True
   ),
-  "unet": Network("U-Net", UNet, (256, 256, 3), 32),
+  "unet": _network("U-Net", (256, 256, 3), 32, UNet),
 }
 # What a CPU compiles and runs in moments.
-SMALL_RESNET = Network(
-  "ResNet", functools.partial(ResNet, block=Basic, stages=(1, 1, 1)), (32, 32, 3), 64
-)
+SMALL_RESNET = _network("ResNet", (32, 32, 3), 64, ResNet, block=Basic, stages=(1, 1, 1))
 
 
 # A step of training.

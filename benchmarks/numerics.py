@@ -4,31 +4,18 @@
                                                 batch; writes benchmarks/results/numerics.json
   python -m benchmarks.numerics --largest 20    batches up to 2^20 only; written nowhere
 
-Three sweeps, each of one forward and backward pass in training per point, the first of training. In
-the first the mean goes from 1 to 10^6 standard deviations, in float32, bfloat16 and float16; in the
-second the batch goes from 2 to 2^26 elements per channel, in float32; the third is the first in
-float32 over four devices that share their statistics. Every channel's standard deviation is 1
-before the input is rounded to its dtype, scale is 1 and bias 0, so that the output is in standard
-deviations.
-
-The reference is computed in float64 from the rounded input that the libraries get, with the same
-epsilon; rounding the input is nobody's error. A channel that rounding has made constant has
-variance 0, and its output is 0. Errors of the gradient of x are relative to the root mean square of
-the cotangent divided by the standard deviation, which but for the smallest batches is that of the
-gradient. Of each, the largest over all elements and channels and the root mean square over all are
-kept.
-
-Two lines say what could be expected at best. "rounding of the result" is half the spacing of the
-result's dtype at the exact result, and for the root mean square that of numbers uniform up to
-there. "mean in float32" is the most that rounding the mean to float32 before it is
-subtracted may cost a computation that is otherwise exact.
+Three sweeps, each of one forward and backward pass in training per point, the first of training:
+docs/templates/numerics.md says over what. Every channel's standard deviation is 1 before the input
+is rounded to its dtype, scale is 1 and bias 0, so that the output is in standard deviations. The
+reference is computed in float64 from the rounded input that the libraries get, with the same
+epsilon. Errors of the gradient of x are relative to the root mean square of the cotangent over the
+standard deviation, which but for the smallest batches is that of the gradient.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -79,12 +66,12 @@ class Point(NamedTuple):
 
 
 class Exact(NamedTuple):
-  """What a layer should give, in float64, and what bounds its accuracy."""
+  """What a layer should give, in float64, and per channel what its accuracy is measured by."""
 
   y: np.ndarray
   gradient: np.ndarray
-  size: np.ndarray  # of the gradient, per channel
-  mean_error: np.ndarray  # the most that a mean in float32 may cost the output, per channel
+  size: np.ndarray  # of the gradient
+  mean_error: np.ndarray  # the most that a mean in float32 may cost the output
 
 
 class Panel(NamedTuple):
@@ -194,39 +181,25 @@ def rows_of(layers: dict[str, Layer], x: np.ndarray, cotangent: np.ndarray) -> l
   """The errors of every library at one point, and the two lines of what could be expected."""
   exact = reference(x, cotangent)
   rows: list[Row] = []
+
+  def add(name: str, quantity: str, error: np.ndarray, of_rms: float = 1) -> None:
+    sizes = max(error.max(), -error.min()), of_rms * math.sqrt(np.vdot(error, error) / error.size)
+    known = [stored.short(size) if np.isfinite(size) else None for size in sizes]
+    rows.append({"framework": name, "quantity": quantity, **dict(zip(ERRORS, known, strict=True))})
+
   for name, layer in layers.items():
     y, (gradient, *_), _ = layer.gradients(layer.put(x), layer.put(cotangent))
-    rows += _both(name, exact, layer.get(y), layer.get(gradient))
-    del y, gradient
-  return [*rows, *_floors(exact, x.dtype)]
-
-
-def _both(name: str, exact: Exact, y: np.ndarray, gradient: np.ndarray) -> Iterator[Row]:
-  """The row of the output and that of the gradient."""
-  of_y, of_gradient = y.astype(np.float64), gradient.astype(np.float64)
-  of_y -= exact.y
-  of_gradient -= exact.gradient
-  of_gradient /= exact.size
-  yield {"framework": name, "quantity": "output", **_sizes(of_y)}
-  yield {"framework": name, "quantity": "gradient", **_sizes(of_gradient)}
-
-
-def _floors(exact: Exact, dtype: np.dtype[Any]) -> Iterator[Row]:
-  """RESULT_FLOOR for both quantities, MEAN_FLOOR for the output."""
+    add(name, "output", layer.get(y).astype(np.float64) - exact.y)
+    error = layer.get(gradient).astype(np.float64)
+    error -= exact.gradient
+    add(name, "gradient", np.divide(error, exact.size, out=error))
+    del y, gradient, error
   for quantity, result, size in (("output", exact.y, 1), ("gradient", exact.gradient, exact.size)):
-    half = np.spacing(np.abs(result).astype(dtype)).astype(np.float64) / 2 / size
-    yield {"framework": RESULT_FLOOR, "quantity": quantity, **_sizes(half, UNIFORM)}
+    half = np.spacing(np.abs(result).astype(x.dtype)).astype(np.float64) / 2 / size
+    add(RESULT_FLOOR, quantity, half, UNIFORM)
   # Not as if uniform: it is the same for all elements of a channel, and there may be one channel.
-  yield {"framework": MEAN_FLOOR, "quantity": "output", **_sizes(exact.mean_error)}
-
-
-def _sizes(error: np.ndarray, of_rms: float = 1) -> Row:
-  """The largest and the root mean square; None if any element is not finite."""
-  sizes = max(error.max(), -error.min()), of_rms * math.sqrt(np.vdot(error, error) / error.size)
-  return {
-    name: stored.short(size) if np.isfinite(size) else None
-    for name, size in zip(ERRORS, sizes, strict=True)
-  }
+  add(MEAN_FLOOR, "output", exact.mean_error)
+  return rows
 
 
 # What the rows say.
@@ -235,14 +208,7 @@ def _sizes(error: np.ndarray, of_rms: float = 1) -> Row:
 def parts(results: Row) -> Row:
   """What docs/templates/numerics.md leaves open."""
   rows = results["rows"]
-  names = [name for name in COMPARED if of(rows, framework=name)]
-  left_out = [
-    name
-    for name in COMPARED
-    if name not in names and name in FRAMEWORKS and not name.startswith("jaxbn")
-  ]
-  notes = " ".join(note for name in names if (note := (SHARED | FRAMEWORKS)[name].note))
-  absent = f"Not installed where this was measured: {', '.join(left_out)}." if left_out else ""
+  missing = [n for n in COMPARED if n in FRAMEWORKS and not of(rows, framework=n)]
   return {
     "elements": ELEMENTS,
     "channels": CHANNELS,
@@ -251,8 +217,7 @@ def parts(results: Row) -> Row:
     "mean_floor": MEAN_FLOOR,
     "factor": f"{FACTOR:g}",
     "roundings": f"{ROUNDINGS:g}",
-    "notes": notes,
-    "left_out": absent,
+    "left_out": stored.absent([name for name in missing if not name.startswith("jaxbn")]),
     "means": _table(rows, "mean"),
     "on_devices": _table(rows, "devices"),
     "standing": standing(rows),
@@ -299,16 +264,14 @@ def finite(error: float | None) -> float:
 
 def panels_of(rows: list[Row]) -> list[Panel]:
   """The panels that the rows fill: over the mean first, outputs before gradients."""
-  keys = {
-    Panel(r["quantity"], r["sweep"], r["dtype"], r["ratio"] if r["sweep"] == "size" else None)
-    for r in rows
-  }
 
-  def order(panel: Panel) -> tuple[Any, ...]:
-    quantity, sweep, dtype, ratio = panel
-    return SWEEPS.index(sweep), QUANTITIES.index(quantity), DTYPES.index(dtype), ratio or 0
+  def order(p: Panel) -> tuple[Any, ...]:
+    places = SWEEPS.index(p.sweep), QUANTITIES.index(p.quantity), DTYPES.index(p.dtype)
+    return *places, p.ratio or 0
 
-  return sorted(keys, key=order)
+  of_size = (r["ratio"] if r["sweep"] == "size" else None for r in rows)
+  keys = {(r["quantity"], r["sweep"], r["dtype"], q) for r, q in zip(rows, of_size, strict=True)}
+  return sorted((Panel(*key) for key in keys), key=order)
 
 
 def along(rows: list[Row], panel: Panel) -> dict[float, dict[str, Row]]:

@@ -11,6 +11,8 @@ import pathlib
 import platform
 import re
 import string
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -83,6 +85,20 @@ def _processor() -> str:
   return names[0] if names else platform.processor() or platform.machine()
 
 
+def in_a_process(module: str, *arguments: str, **environment: str) -> list[str]:
+  """The lines that a benchmark prints when it runs with these arguments in a process of its own."""
+  done = subprocess.run(
+    [sys.executable, "-m", f"benchmarks.{module}", *arguments],
+    cwd=ROOT,
+    env={**os.environ, **environment},
+    capture_output=True,
+    text=True,
+  )
+  if done.returncode:
+    raise SystemExit(f"{module} {' '.join(arguments)} failed:\n{done.stderr[-3000:]}")
+  return done.stdout.splitlines()
+
+
 def parser(doc: str, command: str) -> argparse.ArgumentParser:
   """Of a benchmark's command line: a look, which is written nowhere, and where to write."""
   made = argparse.ArgumentParser(
@@ -116,10 +132,15 @@ def tabulate(rows: Iterable[Row], words: Columns, figures: Columns) -> str:
   return table([list(columns), *lines], range(len(words), len(columns)))
 
 
+def absent(names: list[str]) -> str:
+  """A sentence, if there are any."""
+  return f"Not installed where this was measured: {', '.join(names)}." if names else ""
+
+
 def fill(template: str, parts: Mapping[str, Any]) -> str:
   """A text of docs/templates with its $names replaced; a part may be empty."""
   text = string.Template((TEMPLATES / f"{template}.md").read_text()).substitute(parts)
-  return re.sub(r"\n{3,}", "\n\n", text)
+  return re.sub(r" +\n", "\n", re.sub(r"\n{3,}", "\n\n", text))
 
 
 def conclude(

@@ -21,14 +21,12 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import subprocess
-import sys
 import time
 from typing import Any
 
 from benchmarks import compiled, hlo, weak
 from benchmarks import results as stored
-from benchmarks.results import ROOT, Row
+from benchmarks.results import Row
 from benchmarks.slices import NETWORKS, TARGETS, Program, layers, lower, programs
 
 COMMAND = "python -m benchmarks.scaling"
@@ -48,7 +46,7 @@ def main() -> None:
   wanted = [p for p in programs() if not arguments.only or arguments.only in str(p)]
   for number, program in enumerate(wanted, 1):
     known = "" if arguments.fresh else known_trace(rows.get(str(program)))
-    row = _in_process_of_its_own(program, known)
+    row = json.loads(stored.in_a_process("scaling", "--one", str(program), known)[-1])
     done = f"compiled in {row['compile_s']:.0f} s" if row else "as before"
     print(f"{number}/{len(wanted)} {program}: {done}", flush=True)
     if row:
@@ -70,14 +68,6 @@ def write(rows: dict[str, Row]) -> None:
   order = {str(program): number for number, program in enumerate(programs())}
   ordered = sorted(rows.values(), key=lambda row: order.get(row["name"], len(order)))
   stored.write("scaling", COMMAND, ordered, stored.FOLDER / "scaling.json")
-
-
-def _in_process_of_its_own(program: Program, known: str) -> Row | None:
-  command = [sys.executable, "-m", "benchmarks.scaling", "--one", str(program), known]
-  done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-  if done.returncode:
-    raise SystemExit(f"{program} could not be compiled:\n{done.stderr[-3000:]}")
-  return json.loads(done.stdout.splitlines()[-1])
 
 
 def _compiler() -> str:

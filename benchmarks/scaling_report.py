@@ -7,6 +7,7 @@ What a chip does stands in the results; how long that takes on many is `benchmar
 
 from __future__ import annotations
 
+import collections
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -76,6 +77,15 @@ def page(results: Row) -> str:
 
 # Counts.
 
+# What is counted of a chip: operations between chips, the bytes that it puts into them, and those
+# that it moves through its memory and keeps there at most.
+MEASURES: dict[str, Callable[[Row], float]] = {
+  "operations": lambda row: sum(times for *_, times in row["collectives"]),
+  "bytes sent": lambda row: sum(size * times for _, size, _, _, times in row["collectives"]),
+  "bytes moved": lambda row: row["bytes"],
+  "memory": lambda row: row["memory_bytes"],
+}
+
 
 def _counts(rows: list[Row]) -> Iterator[str]:
   for network, described in NETWORKS.items():
@@ -85,14 +95,16 @@ def _counts(rows: list[Row]) -> Iterator[str]:
       yield f"### {described.title}: {described.batch} of {shape} on each chip, bfloat16"
       yield _by_slice(chosen, "traced", lambda row: f"{row['traced_all_reduces'] or ''}", _sent)
       yield _by_slice(chosen, "GFLOP", lambda row: f"{row['flops'] / 1e9:,.1f}", _memory)
-  if missing := list(_missing(rows)):
+  names = {row["name"] for row in rows}
+  begun = {_way(row) for row in of(rows, kind="program")}
+  missing = [str(p) for p in programs() if _way(vars(p)) in begun and str(p) not in names]
+  if missing:  # what is compiled for some slices and not for all
     yield f"Not compiled yet: {', '.join(missing)}."
 
 
-Cell = Callable[[Row], str]
-
-
-def _by_slice(rows: list[Row], title: str, first: Cell, each: Cell) -> str:
+def _by_slice(
+  rows: list[Row], title: str, first: Callable[[Row], str], each: Callable[[Row], str]
+) -> str:
   """A line for each kind of program: what the slices agree in, and a column for each of them."""
   lines = [["by", "statistics", title, *TARGETS]]
   for mode, statistics in WAYS[rows[0]["network"]]:
@@ -104,46 +116,17 @@ def _by_slice(rows: list[Row], title: str, first: Cell, each: Cell) -> str:
   return stored.table(lines, range(3, 3 + len(TARGETS)))
 
 
-def _missing(rows: list[Row]) -> Iterator[str]:
-  """Programs that are compiled for some slices and not for all."""
-  names = {row["name"] for row in rows}
-  begun = {_way(row) for row in of(rows, kind="program")}
-  for program in programs():
-    if _way(vars(program)) in begun and str(program) not in names:
-      yield str(program)
-
-
 def _sent(row: Row) -> str:
   """How many all-reduces, and whatever else there is, and the bytes."""
-  totals: dict[str, int] = {"all-reduce": 0}
+  totals = collections.Counter({"all-reduce": 0})
   for op, *_, times in row["collectives"]:
-    totals[op] = totals.get(op, 0) + times
+    totals[op] += times
   others = [f"{times} {op}" for op, times in totals.items() if op != "all-reduce"]
-  return ", ".join([str(totals["all-reduce"]), *others, _size(sent(row))])
+  return ", ".join([str(totals["all-reduce"]), *others, _size(MEASURES["bytes sent"](row))])
 
 
 def _memory(row: Row) -> str:
-  return f"{_size(moved(row))}, {_size(held(row))}"
-
-
-def count(row: Row) -> int:
-  """Operations between chips."""
-  return sum(one[-1] for one in row["collectives"])
-
-
-def sent(row: Row) -> int:
-  """Bytes that a chip puts into them."""
-  return sum(size * times for _, size, _, _, times in row["collectives"])
-
-
-def moved(row: Row) -> float:
-  """Bytes that a chip moves through its memory."""
-  return row["bytes"]
-
-
-def held(row: Row) -> int:
-  """Bytes that it keeps there at most."""
-  return row["memory_bytes"]
+  return f"{_size(row['bytes'])}, {_size(row['memory_bytes'])}"
 
 
 def _size(size: float) -> str:
@@ -153,34 +136,25 @@ def _size(size: float) -> str:
   return f"{size / 1e3:,.1f} kB"
 
 
-def growth(rows: list[Row]) -> Iterator[str]:
-  """In sentences, for each program: what is more on a larger slice than on the smallest."""
-  programs = [row for row in of(rows, kind="program") if not _one_group(row)]
-  measures = {"operations": count, "bytes sent": sent, "bytes moved": moved, "memory": held}
-  for (network, mode, statistics), group in itertools.groupby(sorted(programs, key=_way), _way):
-    slices = sorted(group, key=lambda row: row["chips"])
-    small, large = slices[0], slices[-1]
-    changes = [
-      f"{title} {_times(measure(large) / measure(small))}"
-      for title, measure in measures.items()
-      if measure(large) > 1.005 * measure(small)
-    ]
-    if changes:
-      ends = f"from {small['chips']} to {large['chips']:,} chips"
-      yield f"{NETWORKS[network].title}, {mode}, {statistics}: {', '.join(changes)}, {ends}."
-
-
-def _one_group(row: Row) -> bool:
-  """Whether a slice is one group whole, so that there is nothing between groups."""
-  return row["statistics"].startswith(("grouped", "virtual")) and row["chips"] == GROUP
-
-
 def _way(row: Row) -> tuple[str, str, str]:
   return row["network"], row["mode"], row["statistics"]
 
 
-def _times(ratio: float) -> str:
-  return f"x {ratio:.2f}" if ratio < 10 else f"x {ratio:.0f}"
+def growth(rows: list[Row]) -> Iterator[str]:
+  """In sentences, for each program: what is more on a larger slice than on the smallest."""
+  several = [
+    row
+    for row in of(rows, kind="program")  # but for slices that are one group whole
+    if not (row["statistics"].startswith(("grouped", "virtual")) and row["chips"] == GROUP)
+  ]
+  for (network, mode, statistics), group in itertools.groupby(sorted(several, key=_way), _way):
+    slices = sorted(group, key=lambda row: row["chips"])
+    small, large = slices[0], slices[-1]
+    ratios = {title: of(large) / of(small) for title, of in MEASURES.items()}
+    changes = [f"{title} x {r:.{2 if r < 10 else 0}f}" for title, r in ratios.items() if r > 1.005]
+    if changes:
+      ends = f"from {small['chips']} to {large['chips']:,} chips"
+      yield f"{NETWORKS[network].title}, {mode}, {statistics}: {', '.join(changes)}, {ends}."
 
 
 def additions(rows: list[Row]) -> str:
@@ -188,13 +162,13 @@ def additions(rows: list[Row]) -> str:
   programs = {row["name"]: row for row in of(rows, kind="program")}
   lines = [["network", "slice", "by", "layers", "local", "synchronized", "for each layer"]]
   lines[0] += ["more sent", "more moved"]
+  count, *sizes = (MEASURES[title] for title in ("operations", "bytes sent", "bytes moved"))
   for row in of(programs.values(), statistics="synchronized"):
     if local := programs.get(f"{row['network']}/{row['target']}/shard_map/local"):
-      sizes = [_size(measure(row) - measure(local)) for measure in (sent, moved)]
-      counts = [row["layers"], count(local), count(row)]
-      more = (counts[2] - counts[1]) / row["layers"]
       named = [NETWORKS[row["network"]].title, row["target"], row["mode"]]
-      lines.append([*named, *map(str, counts), f"{more:.2f}", *sizes])
+      counts = [str(n) for n in (row["layers"], count(local), count(row))]
+      more = f"{(count(row) - count(local)) / row['layers']:.2f}"
+      lines.append([*named, *counts, more, *(_size(size(row) - size(local)) for size in sizes)])
   return stored.table(lines, range(3, 9))
 
 
@@ -267,21 +241,19 @@ def choice(batch: int) -> int:
 
 
 def _costs(rows: list[Row]) -> str:
+  """What groups of each size cost on either slice, in time and as a share of a local step."""
   lines = [["chips in a group", "examples", "error of the mean", *_headings()]]
   for group in (1, *GROUPS, 1024):
     examples = group * NETWORKS["resnet50"].batch
-    added = [_added(rows, chip, chips, group) for chip, chips in WHERE.items()]
-    lines.append([f"{group:,}", f"{examples:,}", _error(examples), *added])
+    lines.append([f"{group:,}", f"{examples:,}", _error(examples)])
+    for chip, chips in WHERE.items():
+      seconds, program = group_cost(rows, chip, chips, group), program_of(rows, chip, "local")
+      if program and group <= chips:
+        share = seconds / interconnect.predict(program, chips).seconds
+        lines[-1].append(f"{1e3 * seconds:.2f} ms, {share:.1%}")
+      else:
+        lines[-1].append("")
   return stored.table(lines, range(6))
-
-
-def _added(rows: list[Row], chip: str, chips: int, group: int) -> str:
-  """What a group adds to a step, and what share that is of a local step."""
-  program = program_of(rows, chip, "local")
-  if group > chips or not program:
-    return ""
-  seconds = group_cost(rows, chip, chips, group)
-  return f"{1e3 * seconds:.2f} ms, {seconds / interconnect.predict(program, chips).seconds:.1%}"
 
 
 def _choices(rows: list[Row]) -> str:
@@ -330,20 +302,24 @@ def _measured(rows: list[Row]) -> str:
   return stored.fill("scaling-measured", parts).strip()
 
 
+CHIP = {
+  "": "{title}",
+  "peak": "{tflops:.0f} TFLOP/s",
+  "memory": "{memory_GB:.0f} GB/s",
+  "link, one way": "{link_GB:.0f} GB/s",
+  "links along": "{axes} axes",
+  "source": "{sources}",
+}
+
+
 def _chips() -> str:
-  lines = [["", "peak", "memory", "link, one way", "links along", "source"]]
-  lines += [
-    [
-      chip.title,
-      f"{chip.flops / 1e12:.0f} TFLOP/s",
-      f"{chip.memory_rate / 1e9:.0f} GB/s",
-      f"{chip.link / 1e9:.0f} GB/s",
-      f"{len(chip.shapes[4])} axes",
-      " ".join(f"[{n}]({url})" for n, url in enumerate(chip.sources, 1)),
-    ]
-    for chip in CHIPS.values()
-  ]
-  return stored.table(lines, range(1, 5))
+  lines = []
+  for chip in CHIPS.values():
+    row = {"title": chip.title, "tflops": chip.flops / 1e12, "memory_GB": chip.memory_rate / 1e9}
+    row |= {"link_GB": chip.link / 1e9, "axes": len(chip.shapes[4])}
+    row["sources"] = " ".join(f"[{n}]({url})" for n, url in enumerate(chip.sources, 1))
+    lines.append([form.format_map(row) for form in CHIP.values()])
+  return stored.table([list(CHIP), *lines], range(1, 5))
 
 
 if __name__ == "__main__":

@@ -46,31 +46,14 @@ class Target:
 
 
 # A v4's chip is one device of two cores ("megacore"), as JAX sees it on a real one.
-TARGETS = {
-  target.topology: target
-  for target in (
-    Target("v5e:2x2", (2, 2, 1)),
-    Target("v5e:8x8", (2, 2, 1)),
-    Target("v5e:16x16", (2, 2, 1)),
-    Target("v4:8x8x16", (2, 2, 1), (("chip_config_name", "megacore"),)),
-  )
-}
-
-
-class One(nn.Module):
-  """A network that is one layer."""
-
-  norm: networks.Norm
-  dtype: Any
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    return self.norm(True)(x.astype(self.dtype))
+_SQUARE, _MEGACORE = (2, 2, 1), (("chip_config_name", "megacore"),)
+TARGETS = {name: Target(name, _SQUARE) for name in ("v5e:2x2", "v5e:8x8", "v5e:16x16")}
+TARGETS["v4:8x8x16"] = Target("v4:8x8x16", _SQUARE, _MEGACORE)
 
 
 # The batch is each chip's.
 NETWORKS = {
-  "layer": Network("One layer and its ReLU", One, (56, 56, 64), 32),
+  "layer": Network("One layer and its ReLU", networks.One, (56, 56, 64), 32),
   "resnet50": dataclasses.replace(networks.NETWORKS["resnet50"], batch=32),
 }
 
@@ -156,11 +139,12 @@ def norm(program: Program, chips: int) -> Callable[..., networks.Layer]:
   return functools.partial(networks.jaxbn, **options)
 
 
+# A step, what it takes, and which of its arguments and of its results are split.
 Built = tuple[Callable[..., Any], tuple[Any, ...], tuple[bool, ...], tuple[bool, ...]]
 
 
 def _training(program: Program, network: Network, model: nn.Module, mesh: Mesh) -> Built:
-  """A step of training, what it takes, and which of its arguments and results are split."""
+  """A step of training."""
   axes = mesh.axis_names if program.mode != "jit" else ()
   step, tx = networks.train_step(model, axes, _apart(program))
   arguments = networks.step_arguments(network, model, tx)

@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -90,7 +89,7 @@ def run(quick: bool, repeats: int) -> list[Row]:
     if sentence := missing(_library(theirs)):
       print(sentence)
     else:
-      found = [list(_in_a_process(theirs, quick, repeats)) for _ in range(PROCESSES)]
+      found = [_in_a_process(theirs, quick, repeats) for _ in range(PROCESSES)]
       rows += [together(same) for same in zip(*found, strict=True)]
   return rows + import_rows(2 if quick else IMPORT_REPEATS)
 
@@ -105,33 +104,20 @@ def pair_rows(theirs: str, plan: Plan) -> Iterator[Row]:
       calls = [_calls(layer, shape, dtype) for layer in layers]
       for kind in KINDS:
         ours_ms, theirs_ms = in_turns([call[kind] for call in calls], plan)
-        yield {
-          "framework": theirs,
-          "ours": ours,
-          "shape": list(shape),
-          "dtype": dtype,
-          "kind": kind,
-          "samples": len(ours_ms),
-          **_statistics("ours", ours_ms),
-          **_statistics("theirs", theirs_ms),
-        }
+        row: Row = {"framework": theirs, "ours": ours, "shape": list(shape), "dtype": dtype}
+        row |= {"kind": kind, "samples": len(ours_ms)}
+        yield {**row, **_times("ours", ours_ms), **_times("theirs", theirs_ms)}
 
 
 def together(rows: Sequence[Row]) -> Row:
   """One row of those that several processes found: the least, the median of medians, the ratios."""
-  times = {}
-  for whose in ("ours", "theirs"):
-    times[f"{whose}_min_ms"] = min(row[f"{whose}_min_ms"] for row in rows)
-    medians = [row[f"{whose}_median_ms"] for row in rows]
-    times[f"{whose}_median_ms"] = short(statistics.median(medians))
-  return {
-    **rows[0],
-    "samples": sum(row["samples"] for row in rows),
-    "processes": len(rows),
-    **times,
-    "ratio_min": short(times["ours_min_ms"] / times["theirs_min_ms"]),
-    "ratio_median": short(times["ours_median_ms"] / times["theirs_median_ms"]),
-  }
+  one: Row = {**rows[0], "samples": sum(row["samples"] for row in rows), "processes": len(rows)}
+  for statistic, over_rows in (("min", min), ("median", statistics.median)):
+    for whose in ("ours", "theirs"):
+      key = f"{whose}_{statistic}_ms"
+      one[key] = short(over_rows([row[key] for row in rows]))
+    one[f"ratio_{statistic}"] = short(one[f"ours_{statistic}_ms"] / one[f"theirs_{statistic}_ms"])
+  return one
 
 
 def in_turns(calls: list[Callable[[], None]], plan: Plan) -> list[list[float]]:
@@ -161,16 +147,9 @@ def import_rows(repeats: int) -> list[Row]:
       command = [sys.executable, "-c", code]
       done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
       times[statement].append(float(done.stdout))
-  return [
-    {
-      "kind": "import",
-      "statement": statement,
-      "after": IMPORTS[statement],
-      "samples": repeats,
-      **_statistics("ours", taken),
-    }
-    for statement, taken in times.items()
-  ]
+  kind: Row = {"kind": "import", "samples": repeats}
+  of_each = {statement: _times("ours", taken) for statement, taken in times.items()}
+  return [{**kind, "statement": s, "after": IMPORTS[s], **of_each[s]} for s in IMPORTS]
 
 
 def _arguments() -> argparse.Namespace:
@@ -179,9 +158,8 @@ def _arguments() -> argparse.Namespace:
   parser.add_argument("--pair", choices=PAIRS, help="time one pair here and print its rows")
   arguments = parser.parse_args()
   arguments.repeats = arguments.repeats or (QUICK if arguments.quick else FULL).repeats
-  whole = not arguments.quick and arguments.repeats >= FULL.repeats
-  if arguments.json is None and whole:  # a look replaces no figures
-    arguments.json = stored.FOLDER / "speed.json"
+  if not arguments.quick and arguments.repeats >= FULL.repeats:  # a look replaces no figures
+    arguments.json = arguments.json or stored.FOLDER / "speed.json"
   return arguments
 
 
@@ -189,18 +167,13 @@ def _library(theirs: str) -> str:
   return PAIRS[TWICE] if theirs == TWICE else theirs
 
 
-def _in_a_process(theirs: str, quick: bool, repeats: int) -> Iterator[Row]:
-  command = [sys.executable, "-m", "benchmarks.speed", "--pair", theirs]
-  command += ["--repeats", str(repeats), *["--quick"] * quick]
+def _in_a_process(theirs: str, quick: bool, repeats: int) -> list[Row]:
+  arguments = ["--pair", theirs, "--repeats", str(repeats), *["--quick"] * quick]
   # PyTorch's threads otherwise spin against whatever else runs on their processors, which costs
   # them many times what a call takes; where nothing else runs, its least times are the same.
-  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "OMP_WAIT_POLICY": "passive"}
-  done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-  if done.returncode:
-    raise SystemExit(f"Timing {theirs} failed with exit status {done.returncode}; see above.")
-  for line in done.stdout.splitlines():
-    if line.startswith("{"):  # a library may print too
-      yield json.loads(line)
+  settings = {"JAX_PLATFORMS": "cpu", "OMP_WAIT_POLICY": "passive"}
+  lines = stored.in_a_process("speed", *arguments, **settings)
+  return [json.loads(line) for line in lines if line.startswith("{")]  # a library may print too
 
 
 def _calls(layer: Layer, shape: tuple[int, ...], dtype: str) -> dict[str, Callable[[], None]]:
@@ -217,11 +190,9 @@ def _calls(layer: Layer, shape: tuple[int, ...], dtype: str) -> dict[str, Callab
   }
 
 
-def _statistics(whose: str, milliseconds: list[float]) -> Row:
-  return {
-    f"{whose}_min_ms": short(min(milliseconds)),
-    f"{whose}_median_ms": short(statistics.median(milliseconds)),
-  }
+def _times(whose: str, taken: list[float]) -> Row:
+  median = statistics.median(taken)
+  return {f"{whose}_min_ms": short(min(taken)), f"{whose}_median_ms": short(median)}
 
 
 # What the rows say.
@@ -233,7 +204,9 @@ def parts(results: Row) -> Row:
   timed = [row for row in rows if "framework" in row]
   return {
     "noise": f"{NOISE:.0%}",
-    "notes": _notes(rows),
+    "left_out": stored.absent(
+      [name for name in PAIRS if name not in (*frameworks_of(rows), TWICE)]
+    ),
     "means": _means(timed),
     "losses": "\n".join(f"- {line}" for line in losses(rows)),
     "cases": _cases(timed),
@@ -247,14 +220,32 @@ def parts(results: Row) -> Row:
 
 def losses(rows: list[Row]) -> list[str]:
   """For each library, in a sentence, where it is faster than jaxbn."""
-  names = [name for name in frameworks_of(rows) if name != TWICE]
-  return [_losses_to(name, of(rows, framework=name)) for name in names]
+  found = []
+  for framework in frameworks_of(rows):
+    every = of(rows, framework=framework)
+    lost = [row for row in every if row["ratio_min"] > 1 + NOISE]
+    if framework == TWICE:
+      continue
+    if not lost:
+      found.append(f"{framework} is faster in none of {len(every)} cases.")
+      continue
+    counts = [
+      f"{len(of(lost, kind=kind))} of {len(of(every, kind=kind))} in {kind}"
+      for kind in KINDS
+      if of(lost, kind=kind)
+    ]
+    worst = _worst(lost)
+    found.append(
+      f"{framework} is faster in {len(lost)} of {len(every)} cases ({', '.join(counts)}), most in "
+      f"{worst['kind']} of {_shape(worst)} in {worst['dtype']}, where "
+      f"jaxbn takes {worst['ratio_min']:.2f} times as long."
+    )
+  return found
 
 
 def frameworks_of(rows: list[Row]) -> list[str]:
   """The libraries that the rows are about, in PAIRS' order."""
-  present = {row.get("framework") for row in rows}
-  return [framework for framework in PAIRS if framework in present]
+  return [framework for framework in PAIRS if of(rows, framework=framework)]
 
 
 def geometric_mean(rows: list[Row], key: str = "ratio_min") -> float:
@@ -282,32 +273,6 @@ def _shape(row: Row) -> str:
 
 def _worst(rows: list[Row]) -> Row:
   return max(rows, key=lambda row: row["ratio_min"])
-
-
-def _losses_to(framework: str, rows: list[Row]) -> str:
-  lost = [row for row in rows if row["ratio_min"] > 1 + NOISE]
-  if not lost:
-    return f"{framework} is faster in none of {len(rows)} cases."
-  counts = ", ".join(
-    f"{len(of(lost, kind=kind))} of {len(of(rows, kind=kind))} in {kind}"
-    for kind in KINDS
-    if of(lost, kind=kind)
-  )
-  worst = _worst(lost)
-  return (
-    f"{framework} is faster in {len(lost)} of {len(rows)} cases ({counts}), most in "
-    f"{worst['kind']} of {_shape(worst)} in {worst['dtype']}, where "
-    f"jaxbn takes {worst['ratio_min']:.2f} times as long."
-  )
-
-
-def _notes(rows: list[Row]) -> str:
-  names = frameworks_of(rows)
-  notes = [note for name in names if (note := FRAMEWORKS[_library(name)].note)]
-  left_out = [name for name in PAIRS if name not in (*names, TWICE)]
-  if left_out:
-    notes.append(f"Not installed where this was measured: {', '.join(left_out)}.")
-  return " ".join(notes)
 
 
 def _means(rows: list[Row]) -> str:

@@ -15,8 +15,6 @@ import datetime
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,7 +27,7 @@ import numpy as np
 from benchmarks import networks
 from benchmarks import results as stored
 from benchmarks.networks import SMALL_RESNET, WHOLE, Network
-from benchmarks.results import ROOT, Row, of, short, tabulate
+from benchmarks.results import Row, of, short, tabulate
 
 COMMAND = "python -m benchmarks.step"
 NORMS = {"flax": networks.flax, "jaxbn": networks.jaxbn}
@@ -57,15 +55,12 @@ def main() -> None:
 
 def origin() -> Row:
   """The device, and what else a figure depends on."""
-  machine = stored.machine()
-  cpu = f", {machine['cpu']}, {machine['cores']} cores"
-  device = jax.devices()[0]
-  return {
-    "device": device.device_kind,
-    "machine": "CPU" + cpu if device.platform == "cpu" else device.device_kind,
-    "date": datetime.date.today().isoformat(),
-    "jax": jax.__version__,
-  }
+  device, machine = jax.devices()[0], stored.machine()
+  where = device.device_kind
+  if device.platform == "cpu":
+    where = f"CPU, {machine['cpu']}, {machine['cores']} cores"
+  made = {"device": device.device_kind, "machine": where, "jax": jax.__version__}
+  return made | {"date": datetime.date.today().isoformat()}
 
 
 def run(quick: bool) -> list[Row]:
@@ -146,21 +141,13 @@ def compile_row(norm: str, processes: int) -> Row:
   cached: list[float] = []
   for _ in range(processes):
     with tempfile.TemporaryDirectory() as folder:
+      cache = {"JAX_COMPILATION_CACHE_DIR": folder}
+      cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
       for seconds in (cold, cached):
-        seconds.append(_in_a_process(norm, folder))
+        seconds.append(float(stored.in_a_process("step", "--compile", norm, **cache)[-1]))
   row: Row = {"kind": "compile", "norm": norm, "processes": processes}
   row["cold_s"], row["cached_s"] = (short(statistics.median(s)) for s in (cold, cached))
   return row
-
-
-def _in_a_process(norm: str, cache: str) -> float:
-  command = [sys.executable, "-m", "benchmarks.step", "--compile", norm]
-  environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache}
-  environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-  done = subprocess.run(
-    command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True
-  )
-  return float(done.stdout.splitlines()[-1])
 
 
 # What the rows say.
@@ -188,29 +175,18 @@ def parts(results: Row) -> Row:
 def _device(rows: list[Row]) -> str:
   """The tables of one kind of device."""
   steps, compiles = of(rows, kind="step"), of(rows, kind="compile")
-  lines = []
-  for row in steps:
-    size = f"{row['batch']} of {'x'.join(map(str, row['shape']))}"
-    lines.append({**row, "title": WHOLE[row["network"]].title, "size": size})
-  first = rows[0]
-  load = max(row["load"] for row in steps)
-  words = {"network": "{title}", "batch": "{size}", "norm": "{norm}"}
-  return stored.fill(
-    "step-device",
-    {
-      "machine": first["machine"],
-      "origin": f"{first['date']}, jax {first['jax']}, {steps[0]['dtype']}",
-      "rounds": steps[0]["rounds"],
-      "load": f"{load:.1f}",
-      "steps": tabulate(lines, words, STEPS),
-      "processes": compiles[0]["processes"],
-      "compiles": tabulate(
-        compiles,
-        {"norm": "{norm}"},
-        {"cold": "{cold_s:.2f} s", "from the cache": "{cached_s:.2f} s"},
-      ),
-    },
-  ).strip()
+  lines = [
+    {**row, "title": WHOLE[row["network"]].title, "size": "x".join(map(str, row["shape"]))}
+    for row in steps
+  ]
+  words = {"network": "{title}", "batch": "{batch} of {size}", "norm": "{norm}"}
+  seconds = {"cold": "{cold_s:.2f} s", "from the cache": "{cached_s:.2f} s"}
+  parts = {key: steps[0][key] for key in ("machine", "date", "jax", "dtype", "rounds")}
+  parts["load"] = f"{max(row['load'] for row in steps):.1f}"
+  parts["processes"] = compiles[0]["processes"]
+  parts["steps"] = tabulate(lines, words, STEPS)
+  parts["compiles"] = tabulate(compiles, {"norm": "{norm}"}, seconds)
+  return stored.fill("step-device", parts).strip()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ PIECES = 4  # in which each travels forward where devices share by name
 def small(monkeypatch):
   """The same programs on smaller data, and a smaller ResNet."""
   resnet = functools.partial(networks.ResNet, block=networks.Basic, stages=(1,))
-  made = {"layer": (slices.One, (4, 4, CHANNELS)), "resnet50": (resnet, (8, 8, 3))}
+  made = {"layer": (networks.One, (4, 4, CHANNELS)), "resnet50": (resnet, (8, 8, 3))}
   for name, (module, shape) in made.items():
     network = networks.Network(name, module, shape, 2)
     monkeypatch.setitem(slices.NETWORKS, name, network)

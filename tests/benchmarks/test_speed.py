@@ -69,7 +69,7 @@ def test_calls_are_timed_in_turns():
 
 def test_a_pair_gives_a_row_for_every_case(monkeypatch):
   same = Layer(*[lambda *inputs: inputs] * 6)
-  framework = Framework(lambda shape, dtype: same, "numpy", "numpy")
+  framework = Framework(lambda shape, dtype: same, "numpy")
   monkeypatch.setattr(speed, "FRAMEWORKS", dict.fromkeys(FRAMEWORKS, framework))
   found = list(speed.pair_rows("flax.linen", TINY))
   assert [(one["dtype"], one["kind"]) for one in found] == [
