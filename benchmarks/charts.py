@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,13 @@ RED = "#c8452c"
 
 def draw(found: dict[str, Row], folder: pathlib.Path) -> list[pathlib.Path]:
   """The charts of the results by name, into a folder; the files that were written."""
-  drawn = [CHARTS[name](results, folder) for name, results in found.items() if name in CHARTS]
-  return [path for path in drawn if path]
+  written = []
+  for name in found.keys() & CHARTS.keys():
+    file, chart = CHARTS[name]
+    if figure := chart(found[name]):
+      figure.savefig(folder / file)
+      written.append(folder / file)
+  return sorted(written)
 
 
 def _figure(width: float, height: float, title: str) -> Figure:
@@ -52,7 +57,7 @@ def _plain(axes: Any, grid: str = "both") -> None:
 COLORS = {"flax": "#9bb8d3", "jaxbn": RED, "jaxbn, sum inside": "#e39a6c"}
 
 
-def compiled(results: Row, folder: pathlib.Path) -> pathlib.Path | None:
+def compiled(results: Row) -> Figure | None:
   """Every tax over its floor, a panel for each target and dtype; none if there are no programs."""
   rows = [row for row in of(results["rows"], kind="program") if row["norm"] != "none"]
   if not rows:
@@ -72,9 +77,7 @@ def compiled(results: Row, folder: pathlib.Path) -> pathlib.Path | None:
     axes.set_title(f"{compiled_report.TITLES[target]}, {dtype}{padded}", fontsize=10)
     axes.set_ylabel("tax / floor")
   _legend_below(figure, 4)
-  file = folder / "benchmarks-compiled.png"
-  figure.savefig(file)
-  return file
+  return figure
 
 
 def _titles(rows: list[Row]) -> list[str]:
@@ -111,7 +114,7 @@ MARKERS: dict[str, dict[str, Any]] = {
 }
 
 
-def times(results: Row, folder: pathlib.Path) -> pathlib.Path:
+def times(results: Row) -> Figure:
   """Every library's time divided by Flax's, through jaxbn's."""
   title = "Time of one layer, divided by that of flax.linen (the line at 1); less is better"
   figure = _figure(13, 7, title)
@@ -122,9 +125,7 @@ def times(results: Row, folder: pathlib.Path) -> pathlib.Path:
       axes.set_title(f"{kind}, {dtype}")
     line[0].set_ylabel("time / time of flax.linen")
   _legend_below(figure, 6)
-  file = folder / "benchmarks-speed.png"
-  figure.savefig(file)
-  return file
+  return figure
 
 
 def _relative_times(axes: Any, rows: list[Row]) -> None:
@@ -162,7 +163,7 @@ STYLES: dict[str, dict[str, Any]] = {
 }
 
 
-def errors(results: Row, folder: pathlib.Path) -> pathlib.Path:
+def errors(results: Row) -> Figure:
   """The largest errors, a panel for each sweep, quantity and dtype."""
   rows = results["rows"]
   left_out = ("gradient", numerics.SIZE_RATIOS[1])
@@ -175,9 +176,7 @@ def errors(results: Row, folder: pathlib.Path) -> pathlib.Path:
   for axes in list(figure.axes)[len(panels) :]:
     axes.set_axis_off()
   _legend_below(figure, len(STYLES) // 2)
-  file = folder / "benchmarks-numerics.png"
-  figure.savefig(file)
-  return file
+  return figure
 
 
 def _errors_of(axes: Any, panel: numerics.Panel, found: dict[float, dict[str, Row]]) -> None:
@@ -211,7 +210,7 @@ SHARING = {
 }
 
 
-def chips(results: Row, folder: pathlib.Path) -> pathlib.Path:
+def chips(results: Row) -> Figure:
   """Efficiency over chips of each kind, and a group's cost over its size."""
   batch, quick, slow = NETWORKS["resnet50"].batch, 1e6 * HOP, 1e6 * SLOW_HOP
   title = (
@@ -223,9 +222,7 @@ def chips(results: Row, folder: pathlib.Path) -> pathlib.Path:
     _efficiencies(axes, results["rows"], name)
   efficiencies[0].legend(frameon=False, fontsize=8, loc="lower left")
   _group_costs(cost, results["rows"])
-  file = folder / "scaling.png"
-  figure.savefig(file)
-  return file
+  return figure
 
 
 def _efficiencies(axes: Any, rows: list[Row], name: str) -> None:
@@ -271,4 +268,9 @@ def _chip_axis(axes: Any, counts: Iterable[int], label: str) -> None:
   _plain(axes)
 
 
-CHARTS = {"compiled": compiled, "speed": times, "numerics": errors, "scaling": chips}
+CHARTS: dict[str, tuple[str, Callable[[Row], Figure | None]]] = {
+  "compiled": ("benchmarks-compiled.png", compiled),
+  "speed": ("benchmarks-speed.png", times),
+  "numerics": ("benchmarks-numerics.png", errors),
+  "scaling": ("scaling.png", chips),
+}
