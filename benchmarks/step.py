@@ -66,6 +66,7 @@ def origin() -> Row:
 def run(quick: bool) -> list[Row]:
   """The rows of every network, and of compiling the small one."""
   platform, rows = jax.default_backend(), []
+  seconds_to_compile(SMALL_RESNET, networks.none)  # the first of a process takes longer
   for name in ["mobilenet"] if quick else WHOLE:
     network = small(WHOLE[name]) if platform == "cpu" else WHOLE[name]
     dtype = "float32" if platform == "cpu" else "bfloat16"
