@@ -58,7 +58,7 @@ def _least(size: int, y: Any, uses: Uses) -> int:
 
 def _cotangent(y: Any, uses: Uses) -> int:
   """Bytes of y's cotangent as it comes: from a mean it is as small as the mean."""
-  return max(_coming(step, y, uses) for step in uses[y])
+  return max((_coming(step, y, uses) for step in uses[y]), default=_size(y))
 
 
 def _coming(step: Any, y: Any, uses: Uses) -> int:

@@ -28,6 +28,8 @@ class Place(nn.Module):
       return conv(self.norm(True)(conv(x), residual=x))
     if self.place == "projection":
       return conv(self.norm(True)(conv(x), residual=self.norm(False)(x)))
+    if self.place == "last":
+      return self.norm(True)(x)
     if self.place == "neither":
       return conv(self.norm(False)(x))
     if self.place == "sum alone":
@@ -45,6 +47,7 @@ class Place(nn.Module):
   ("place", "passes"),
   [
     ("activation", [3]),
+    ("last", [3]),
     ("sum", [5]),
     ("projection", [3, 5]),
     ("neither", [8]),
