@@ -9,6 +9,7 @@
 # make compare-norms   every norm on Fashion-MNIST: batch sizes, depths, step times (ARGS=--long)
 # make compare-recurrent, compare-renorm, compare-descent   the experiments of papers
 # make bench           time and accuracy on this machine's CPU, beside other libraries
+# make bench-step      whole training steps beside Flax's, on the device that is here
 # make bench-compiled  what compiled programs cost on an H100 and a TPU v5e, with neither at hand
 # make bench-scaling   what a step costs each of 4 to 1024 TPU chips, with none at hand, and a model
 # All create an environment and install what they need, at most once.
@@ -26,8 +27,8 @@ OLDEST := .venv-oldest
 PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 OLDEST_TESTS := tests/test_*.py tests/linen tests/nnx tests/examples/test_checkpoints.py
 
-.PHONY: train train-hosts chaos test fuzz exactness house compare-norms compare-recurrent compare-renorm \
-        compare-descent bench bench-compiled bench-scaling lint types pytest \
+.PHONY: train train-hosts chaos test fuzz exactness house compare-norms compare-recurrent \
+        compare-renorm compare-descent bench bench-step bench-compiled bench-scaling lint types pytest \
         pytest-oldest format clean
 .DEFAULT_GOAL := help
 
@@ -77,22 +78,26 @@ house: $(INSTALLED)
 	@$(BIN)/python -m benchmarks.house
 
 compare-norms: $(INSTALLED)
-	@$(BIN)/python -m benchmarks.norms $(ARGS)
-	@$(BIN)/python -m benchmarks.norms_report
+	@$(BIN)/python -m experiments.norms $(ARGS)
+	@$(BIN)/python -m experiments.norms_report
 
 compare-recurrent: $(INSTALLED)
-	@$(BIN)/python -m benchmarks.recurrent
-	@$(BIN)/python -m examples.papers.recurrent $(ARGS)
+	@$(BIN)/python -m experiments.recurrent_cost
+	@$(BIN)/python -m experiments.recurrent $(ARGS)
 
 compare-renorm: $(INSTALLED)
-	@$(BIN)/python -m examples.papers.renorm $(ARGS)
+	@$(BIN)/python -m experiments.renorm $(ARGS)
 
 compare-descent: $(INSTALLED)
-	@$(BIN)/python -m examples.papers.length_direction $(ARGS)
+	@$(BIN)/python -m experiments.length_direction $(ARGS)
 
 bench: .venv-bench/.installed
 	@.venv-bench/bin/python -m benchmarks.speed
 	@.venv-bench/bin/python -m benchmarks.numerics
+	@.venv-bench/bin/python -m benchmarks.report
+
+bench-step: .venv-bench/.installed
+	@.venv-bench/bin/python -m benchmarks.step
 	@.venv-bench/bin/python -m benchmarks.report
 
 bench-compiled: .venv-compiled/.installed

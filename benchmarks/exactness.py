@@ -17,10 +17,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.results import table
 from jaxbn import linen as bn
 
 DEVICES = 4
@@ -31,13 +29,9 @@ Layer = Callable[..., Any]
 def main() -> None:
   """Prints the table."""
   jax.config.update("jax_num_cpu_devices", DEVICES)
-  table = Table(title="Largest error of the output, in standard deviations", box=box.MARKDOWN)
-  table.add_column("case")
-  table.add_column(f"flax {flax.__version__}", justify="right")
-  table.add_column("jaxbn", justify="right")
-  for case, of_flax, of_jaxbn in rows():
-    table.add_row(case, f"{of_flax:.2g}", f"{of_jaxbn:.2g}")
-  Console(width=110).print(table)
+  lines = [["case", f"flax {flax.__version__}", "jaxbn"]]
+  lines += [[case, f"{of_flax:.2g}", f"{of_jaxbn:.2g}"] for case, of_flax, of_jaxbn in rows()]
+  print("Largest error of the output, in standard deviations", table(lines), sep="\n\n")
 
 
 def rows() -> Iterator[tuple[str, float, float]]:
@@ -46,52 +40,50 @@ def rows() -> Iterator[tuple[str, float, float]]:
     yield case, measure(nn.BatchNorm), measure(bn.BatchNorm)
 
 
-def large_mean(ratio: float) -> Callable[[Layer], float]:
+def large_mean(layer: Layer, ratio: float) -> float:
   """A batch whose mean is `ratio` standard deviations from zero."""
-
-  def measure(layer: Layer) -> float:
-    x = (ratio + _rng().normal(size=(4096, 64))).astype(np.float32)
-    model = layer(use_running_average=False)
-    variables = model.init(jax.random.key(0), x)
-    return _worst(model.apply(variables, x, mutable=["batch_stats"])[0] - _reference(x))
-
-  return measure
+  x = (ratio + np.random.default_rng(0).normal(size=(4096, 64))).astype(np.float32)
+  model = layer(use_running_average=False)
+  variables = model.init(jax.random.key(0), x)
+  return _worst(model.apply(variables, x, mutable=["batch_stats"])[0] - _reference(x))
 
 
-def shared(ratio: float, steps: int) -> Callable[[Layer], float]:
+def shared(layer: Layer, ratio: float, steps: int) -> float:
   """Such a batch over four devices under pmap, in the step after so many others."""
+  rng = np.random.default_rng(0)
+  model = layer(use_running_average=False, axis_name="batch")
+  variables = model.init(jax.random.key(0), np.zeros((1, 64), np.float32))
 
-  def measure(layer: Layer) -> float:
-    rng = _rng()
-    model = layer(use_running_average=False, axis_name="batch")
-    variables = model.init(jax.random.key(0), np.zeros((1, 64), np.float32))
+  @functools.partial(jax.pmap, axis_name="batch", in_axes=(None, 0), out_axes=(0, None))
+  def step(variables: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+    y, updates = model.apply(variables, x, mutable=["batch_stats"])
+    return y, {**variables, **updates}
 
-    @functools.partial(jax.pmap, axis_name="batch", in_axes=(None, 0), out_axes=(0, None))
-    def step(variables: Any, x: jax.Array) -> tuple[jax.Array, Any]:
-      y, updates = model.apply(variables, x, mutable=["batch_stats"])
-      return y, {**variables, **updates}
-
-    for _ in range(steps):
-      x = (ratio + rng.normal(size=(DEVICES, 1024, 64))).astype(np.float32)
-      y, variables = step(variables, x)
-    return _worst(np.asarray(y).reshape(-1, 64) - _reference(x.reshape(-1, 64)))
-
-  return measure
+  for _ in range(steps):
+    x = (ratio + rng.normal(size=(DEVICES, 1024, 64))).astype(np.float32)
+    y, variables = step(variables, x)
+  return _worst(np.asarray(y).reshape(-1, 64) - _reference(x.reshape(-1, 64)))
 
 
-def unequal_counts(layer: Layer) -> float:
-  """Four devices under pmap with 1, 2, 4 and 57 valid examples."""
-  return _masked_over_devices(layer, counts=(1, 2, 4, 57))
+def masked(layer: Layer, counts: tuple[int, ...]) -> float:
+  """Four devices under pmap with so many valid examples."""
+  offsets = np.arange(DEVICES)[:, None, None]  # so that the devices' means differ
+  x = np.random.default_rng(0).normal(size=(DEVICES, 64, 8)) + 0.5 * offsets
+  x = x.astype(np.float32)
+  mask = np.arange(64) < np.array(counts)[:, None]
+  model = layer(use_running_average=False, axis_name="batch")
+  variables = model.init(jax.random.key(0), x[0])
 
+  def step(x: jax.Array, mask: jax.Array) -> jax.Array:
+    return model.apply(variables, x, mask=mask[:, None], mutable=["batch_stats"])[0]
 
-def empty_device(layer: Layer) -> float:
-  """Four devices under pmap, the first without a valid example."""
-  return _masked_over_devices(layer, counts=(0, 64, 64, 64))
+  y = jax.pmap(step, axis_name="batch")(x, mask)
+  return _worst(np.asarray(y)[mask] - _reference(x[mask]))
 
 
 def nan_in_padding(layer: Layer) -> float:
   """NaN where the mask is False: the largest error of the gradient of scale, relative."""
-  x = _rng().normal(size=(64, 8)).astype(np.float32)
+  x = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
   mask = np.arange(64)[:, None] < 40
   model = layer(use_running_average=False)
   variables = model.init(jax.random.key(0), x)
@@ -101,57 +93,33 @@ def nan_in_padding(layer: Layer) -> float:
     return jnp.where(mask, y**3, 0).sum()
 
   gradient = jax.grad(loss)(variables["params"], np.where(mask, x, np.nan))["scale"]
-  z = _reference(x[:40])
-  expected = 3 * (z**3).sum(0)
+  expected = 3 * (_reference(x[:40]) ** 3).sum(0)
   return _worst((np.asarray(gradient) - expected) / np.abs(expected).max())
 
 
-def evaluation_after(steps: int, **options: Any) -> Callable[[Layer], float]:
-  """Evaluation after a few training steps on batches of one distribution."""
-
-  def measure(layer: Layer) -> float:
-    rng = _rng()
-    model = layer(**(options if layer is bn.BatchNorm else {}))
-    batches = [(3 + 2 * rng.normal(size=(256, 16))).astype(np.float32) for _ in range(steps)]
-    variables = model.init(jax.random.key(0), batches[0], use_running_average=False)
-    for x in batches:
-      _, updates = model.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
-      variables = {**variables, **updates}
-    y = model.apply(variables, batches[-1], use_running_average=True)
-    return _worst(np.asarray(y) - (batches[-1] - 3) / 2)
-
-  return measure
+def evaluation(layer: Layer) -> float:
+  """After 20 training steps on batches of one distribution."""
+  rng = np.random.default_rng(0)
+  model = layer(**({"debias": True} if layer is bn.BatchNorm else {}))
+  batches = [(3 + 2 * rng.normal(size=(256, 16))).astype(np.float32) for _ in range(20)]
+  variables = model.init(jax.random.key(0), batches[0], use_running_average=False)
+  for x in batches:
+    _, updates = model.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
+    variables = {**variables, **updates}
+  y = model.apply(variables, batches[-1], use_running_average=True)
+  return _worst(np.asarray(y) - (batches[-1] - 3) / 2)
 
 
 def after_a_nan_batch(layer: Layer) -> float:
   """Running mean after 20 good batches and one of NaN: its error, in standard deviations."""
   options = {"skip_nonfinite": True} if layer is bn.BatchNorm else {}
   model = layer(use_running_average=False, momentum=0.5, **options)
-  x = _rng().normal(size=(256, 8)).astype(np.float32)
+  x = np.random.default_rng(0).normal(size=(256, 8)).astype(np.float32)
   variables = model.init(jax.random.key(0), x)
   for batch in [x] * 20 + [np.full_like(x, np.nan)]:
     _, updates = model.apply(variables, batch, mutable=["batch_stats"])
     variables = {**variables, **updates}
   return _worst(variables["batch_stats"]["mean"] - x.astype(np.float64).mean(0))
-
-
-CASES: dict[str, Callable[[Layer], float]] = {
-  "mean 1e3 standard deviations from zero": large_mean(1e3),
-  "mean 1e4 standard deviations from zero": large_mean(1e4),
-  "4 devices share under pmap, mean 1e2, first step": shared(1e2, 1),
-  "4 devices share under pmap, mean 1e3, first step": shared(1e3, 1),
-  "4 devices share under pmap, mean 1e4, first step": shared(1e4, 1),
-  "4 devices share under pmap, mean 1e4, step 101": shared(1e4, 101),
-  "mask under pmap: 1, 2, 4 and 57 valid examples on 4 devices": unequal_counts,
-  "mask under pmap: one device has no valid example": empty_device,
-  "NaN in masked positions: gradient of scale, relative": nan_in_padding,
-  "evaluation after 20 steps (jaxbn: debias=True)": evaluation_after(20, debias=True),
-  "running mean after one NaN batch (jaxbn: skip_nonfinite=True)": after_a_nan_batch,
-}
-
-
-def _rng() -> np.random.Generator:
-  return np.random.default_rng(0)
 
 
 def _reference(x: np.ndarray) -> np.ndarray:
@@ -163,20 +131,23 @@ def _worst(error: Any) -> float:
   return float(np.abs(error).max())
 
 
-def _masked_over_devices(layer: Layer, counts: tuple[int, ...]) -> float:
-  """Error over the valid examples of devices that hold `counts` of them."""
-  offsets = np.arange(DEVICES)[:, None, None]  # so that the devices' means differ
-  x = (_rng().normal(size=(DEVICES, 64, 8)) + 0.5 * offsets).astype(np.float32)
-  mask = np.arange(64) < np.array(counts)[:, None]
-  model = layer(use_running_average=False, axis_name="batch")
-  variables = model.init(jax.random.key(0), x[0])
+def _with(measure: Callable[..., float], *arguments: Any) -> Callable[[Layer], float]:
+  return lambda layer: measure(layer, *arguments)
 
-  def step(x: jax.Array, mask: jax.Array) -> jax.Array:
-    return model.apply(variables, x, mask=mask[:, None], mutable=["batch_stats"])[0]
 
-  y = jax.pmap(step, axis_name="batch")(x, mask)
-  return _worst(np.asarray(y)[mask] - _reference(x[mask]))
-
+CASES: dict[str, Callable[[Layer], float]] = {
+  "mean 1e3 standard deviations from zero": _with(large_mean, 1e3),
+  "mean 1e4 standard deviations from zero": _with(large_mean, 1e4),
+  "4 devices share under pmap, mean 1e2, first step": _with(shared, 1e2, 1),
+  "4 devices share under pmap, mean 1e3, first step": _with(shared, 1e3, 1),
+  "4 devices share under pmap, mean 1e4, first step": _with(shared, 1e4, 1),
+  "4 devices share under pmap, mean 1e4, step 101": _with(shared, 1e4, 101),
+  "mask under pmap: 1, 2, 4 and 57 valid examples on 4 devices": _with(masked, (1, 2, 4, 57)),
+  "mask under pmap: one device has no valid example": _with(masked, (0, 64, 64, 64)),
+  "NaN in masked positions: gradient of scale, relative": nan_in_padding,
+  "evaluation after 20 steps (jaxbn: debias=True)": evaluation,
+  "running mean after one NaN batch (jaxbn: skip_nonfinite=True)": after_a_nan_batch,
+}
 
 if __name__ == "__main__":
   main()

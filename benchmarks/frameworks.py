@@ -10,11 +10,12 @@ Every library is optional: `missing` says in one sentence which one is not there
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,56 +24,41 @@ import numpy as np
 EPSILON = 1e-5
 MOMENTUM = 0.99
 DEVICES, AXIS = 4, "devices"  # of SHARED
+DISTRIBUTIONS = {"haiku": "dm-haiku"}  # where it is installed by another name than imported
 Array = np.ndarray
+Shape = tuple[int, ...]
 # (parameters, state, x, train) -> (y, new state): what every library's layer becomes in JAX.
 Apply = Callable[[Any, Any, Any, bool], tuple[Any, Any]]
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
   """One library's layer, for inputs of one shape and dtype, in its own kind of array.
 
-  Attributes:
-    evaluate: x to y, by the running statistics.
-    train: x to (y, new statistics), without what a derivative would need.
-    gradients: (x, cotangent) to (y, gradients of x, scale and bias, new statistics). y is among the
-      results because in a network the next layer reads it; nothing may leave it out.
-    put: a NumPy array to the library's, in the library's layout.
-    get: y, or the gradient of x, back to NumPy in float32 or the dtype it has.
-    wait: returns when its argument has been computed.
+  y is among the results of `gradients` because in a network the next layer reads it; nothing may
+  leave it out.
   """
 
-  evaluate: Callable[[Any], Any]
-  train: Callable[[Any], Any]
-  gradients: Callable[[Any, Any], Any]
-  put: Callable[[Array], Any]
-  get: Callable[[Any], Array]
-  wait: Callable[[Any], Any]
+  evaluate: Callable[[Any], Any]  # x to y, by the running statistics
+  train: Callable[[Any], Any]  # x to (y, new statistics), without what a derivative would need
+  gradients: Callable[[Any, Any], Any]  # (x, dy) to (y, of (x, scale, bias), new statistics)
+  put: Callable[[Array], Any]  # a NumPy array to the library's, in the library's layout
+  get: Callable[[Any], Array]  # y, or the gradient of x, back to NumPy
+  wait: Callable[[Any], Any]  # returns when its argument has been computed
 
 
-@dataclass(frozen=True)
-class Framework:
-  """How to build a library's layer, and what has to be installed for it.
+class Framework(NamedTuple):
+  """How to build a library's layer for a shape and a NumPy dtype, and what is imported for it."""
 
-  Attributes:
-    build: shape and dtype (a NumPy one) to a Layer.
-    module: the library, as it is imported.
-    distribution: as it is installed.
-    note: what it cannot do, or does its own way, in a sentence; empty where there is nothing.
-  """
-
-  build: Callable[[tuple[int, ...], Any], Layer]
+  build: Callable[[Shape, Any], Layer]
   module: str
-  distribution: str
-  note: str = ""
 
 
 def missing(name: str) -> str | None:
   """Why a framework of FRAMEWORKS is left out, in a sentence; None where it is there."""
-  framework = FRAMEWORKS[name]
-  if importlib.util.find_spec(framework.module) is not None:
+  module = FRAMEWORKS[name].module
+  if importlib.util.find_spec(module) is not None:
     return None
-  return f"{name} is left out: {framework.distribution} is not installed."
+  return f"{name} is left out: {DISTRIBUTIONS.get(module, module)} is not installed."
 
 
 def cores() -> int:
@@ -82,75 +68,31 @@ def cores() -> int:
   return os.cpu_count() or 1
 
 
-def _jaxbn(shape: tuple[int, ...], dtype: Any, axis_name: str | None = None) -> Layer:
+def _jaxbn(
+  shape: Shape, dtype: Any, axis_name: str | None = None, stateless: bool = False
+) -> Layer:
+  """Without running statistics in training, bfloat16 has a pivot, too."""
   import jaxbn
+
+  options: dict[str, Any] = {"momentum": MOMENTUM, "epsilon": EPSILON, "dtype": dtype}
 
   def apply(parameters: Any, state: Any, x: Any, train: bool) -> tuple[Any, Any]:
     scale, bias = parameters
-    return jaxbn.batch_norm(
-      x,
-      scale,
-      bias,
-      state,
-      use_running_average=not train,
-      momentum=MOMENTUM,
-      epsilon=EPSILON,
-      dtype=dtype,
-      axis_name=axis_name,
+    statistics = None if train and stateless else state
+    y, new = jaxbn.batch_norm(
+      x, scale, bias, statistics, use_running_average=not train, axis_name=axis_name, **options
     )
+    return y, state if stateless else new
 
   parameters = jnp.ones(shape[-1]), jnp.zeros(shape[-1])
   return _jax_layer(apply, parameters, jaxbn.init(shape[-1]), axis_name)
 
 
-def _jaxbn_stateless(shape: tuple[int, ...], dtype: Any) -> Layer:
-  """Without running statistics: bfloat16 then has a pivot, too. In evaluation, those of nothing."""
-  import jaxbn
-
-  def apply(parameters: Any, state: Any, x: Any, train: bool) -> tuple[Any, Any]:
-    scale, bias = parameters
-    statistics = None if train else state
-    y, _ = jaxbn.batch_norm(
-      x, scale, bias, statistics, use_running_average=not train, epsilon=EPSILON, dtype=dtype
-    )
-    return y, state
-
-  parameters = jnp.ones(shape[-1]), jnp.zeros(shape[-1])
-  return _jax_layer(apply, parameters, jaxbn.init(shape[-1]))
-
-
-def _jaxbn_linen(shape: tuple[int, ...], dtype: Any) -> Layer:
-  import jaxbn.linen
-
-  return _linen_layer(jaxbn.linen.BatchNorm, shape, dtype)
-
-
-def _jaxbn_nnx(shape: tuple[int, ...], dtype: Any) -> Layer:
-  import jaxbn.nnx
-
-  return _nnx_layer(jaxbn.nnx.BatchNorm, shape, dtype)
-
-
-def _flax_linen(shape: tuple[int, ...], dtype: Any, axis_name: str | None = None) -> Layer:
-  import flax.linen
-
-  return _linen_layer(flax.linen.BatchNorm, shape, dtype, axis_name=axis_name)
-
-
-def _flax_two_pass(shape: tuple[int, ...], dtype: Any) -> Layer:
-  import flax.linen
-
-  return _linen_layer(flax.linen.BatchNorm, shape, dtype, use_fast_variance=False)
-
-
-def _flax_nnx(shape: tuple[int, ...], dtype: Any) -> Layer:
-  from flax import nnx
-
-  return _nnx_layer(nnx.BatchNorm, shape, dtype)
-
-
-def _linen_layer(module: Any, shape: tuple[int, ...], dtype: Any, **options: Any) -> Layer:
-  layer = module(momentum=MOMENTUM, epsilon=EPSILON, dtype=dtype, **options)
+def _linen(
+  package: str, shape: Shape, dtype: Any, axis_name: str | None = None, **options: Any
+) -> Layer:
+  module = importlib.import_module(package).BatchNorm
+  layer = module(momentum=MOMENTUM, epsilon=EPSILON, dtype=dtype, axis_name=axis_name, **options)
   empty = jnp.zeros((2, *shape[1:]), dtype)
   variables = layer.init(jax.random.key(0), empty, use_running_average=True)
 
@@ -161,13 +103,14 @@ def _linen_layer(module: Any, shape: tuple[int, ...], dtype: Any, **options: Any
     y, updates = layer.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
     return y, updates["batch_stats"]
 
-  return _jax_layer(apply, variables["params"], variables["batch_stats"], layer.axis_name)
+  return _jax_layer(apply, variables["params"], variables["batch_stats"], axis_name)
 
 
-def _nnx_layer(module: Any, shape: tuple[int, ...], dtype: Any) -> Layer:
+def _nnx(package: str, shape: Shape, dtype: Any) -> Layer:
   """By split and merge under `jax.jit`: what `nnx.jit` does, without what it costs each call."""
   from flax import nnx
 
+  module = importlib.import_module(package).BatchNorm
   layer = module(shape[-1], momentum=MOMENTUM, epsilon=EPSILON, dtype=dtype, rngs=nnx.Rngs(0))
   split: Any = nnx.split(layer, nnx.Param, nnx.BatchStat)
   definition, parameters, state = split
@@ -180,7 +123,7 @@ def _nnx_layer(module: Any, shape: tuple[int, ...], dtype: Any) -> Layer:
   return _jax_layer(apply, parameters, state)
 
 
-def _haiku(shape: tuple[int, ...], dtype: Any, axis_name: str | None = None) -> Layer:
+def _haiku(shape: Shape, dtype: Any, axis_name: str | None = None) -> Layer:
   """In half precision by the policy of Haiku's ImageNet example: all but the result in float32."""
   import haiku as hk
   import jmp
@@ -204,16 +147,12 @@ def _haiku(shape: tuple[int, ...], dtype: Any, axis_name: str | None = None) -> 
   return _jax_layer(apply, parameters, state, axis_name)
 
 
-def _equinox(shape: tuple[int, ...], dtype: Any, axis_name: str | None = None) -> Layer:
+def _equinox(shape: Shape, dtype: Any, axis_name: str | None = None) -> Layer:
   import equinox as eqx
 
-  layer, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(
-    shape[-1],
-    "batch" if axis_name is None else ("batch", axis_name),
-    eps=EPSILON,
-    momentum=MOMENTUM,
-    mode="batch",
-  )
+  make = eqx.nn.make_with_state(eqx.nn.BatchNorm)
+  axes = "batch" if axis_name is None else ("batch", axis_name)
+  layer, state = make(shape[-1], axes, eps=EPSILON, momentum=MOMENTUM, mode="batch")
   parameters, static = eqx.partition(layer, eqx.is_inexact_array)
 
   def apply(parameters: Any, state: Any, x: Any, train: bool) -> tuple[Any, Any]:
@@ -222,26 +161,19 @@ def _equinox(shape: tuple[int, ...], dtype: Any, axis_name: str | None = None) -
     y, new_state = over_batch(x.astype(jnp.float32), state)
     return y.astype(dtype), new_state
 
-  return _jax_layer(
-    apply,
-    parameters,
-    state,
-    axis_name,
-    put=lambda x: np.ascontiguousarray(np.moveaxis(x, -1, 1)),
-    get=lambda y: np.moveaxis(y, 1, -1),
-  )
+  def put(x: Array) -> Array:
+    return np.ascontiguousarray(np.moveaxis(x, -1, 1))
+
+  return _jax_layer(apply, parameters, state, axis_name, put, lambda y: np.moveaxis(y, 1, -1))
 
 
-def _keras(shape: tuple[int, ...], dtype: Any) -> Layer:
+def _keras(shape: Shape, dtype: Any) -> Layer:
   os.environ["KERAS_BACKEND"] = "jax"
   import keras
 
   name = np.dtype(dtype).name
-  layer = keras.layers.BatchNormalization(
-    momentum=MOMENTUM,
-    epsilon=EPSILON,
-    dtype=name if name == "float32" else f"mixed_{name}",
-  )
+  policy = name if name == "float32" else f"mixed_{name}"
+  layer = keras.layers.BatchNormalization(momentum=MOMENTUM, epsilon=EPSILON, dtype=policy)
   layer.build(shape)
 
   def apply(parameters: Any, state: Any, x: Any, train: bool) -> tuple[Any, Any]:
@@ -251,7 +183,7 @@ def _keras(shape: tuple[int, ...], dtype: Any) -> Layer:
   return _jax_layer(apply, parameters, [v.value for v in layer.non_trainable_variables])
 
 
-def _torch_shared(shape: tuple[int, ...], dtype: Any) -> Layer:
+def _torch_shared(shape: Shape, dtype: Any, axis_name: str) -> Layer:
   """What SyncBatchNorm does where it runs: a GPU's kernels, which refuse a CPU, by their formulas.
 
   Each device's mean and 1 / sqrt(var + epsilon) are gathered, and merged one after the other
@@ -262,7 +194,7 @@ def _torch_shared(shape: tuple[int, ...], dtype: Any) -> Layer:
     scale, bias = parameters
     mean = jnp.mean(x, 0)
     r = jax.lax.rsqrt(jnp.mean(jnp.square(x - mean), 0) + EPSILON)
-    means, rs = jax.lax.all_gather((mean, r), AXIS)
+    means, rs = jax.lax.all_gather((mean, r), axis_name)
     n, mean, squares = 0, jnp.zeros_like(mean), jnp.zeros_like(mean)
     for one, r in zip(means, rs, strict=True):
       distance = mean - one
@@ -272,7 +204,8 @@ def _torch_shared(shape: tuple[int, ...], dtype: Any) -> Layer:
       n += len(x)
     return (x - mean) * jax.lax.rsqrt(squares / n + EPSILON) * scale + bias, state
 
-  return _jax_layer(apply, (jnp.ones(shape[-1]), jnp.zeros(shape[-1])), jnp.zeros(()), AXIS)
+  parameters = jnp.ones(shape[-1]), jnp.zeros(shape[-1])
+  return _jax_layer(apply, parameters, jnp.zeros(()), axis_name)
 
 
 def _jax_layer(
@@ -280,7 +213,6 @@ def _jax_layer(
   parameters: Any,
   state: Any,
   axis_name: str | None = None,
-  *,
   put: Callable[[Array], Array] = lambda x: x,
   get: Callable[[Array], Array] = lambda y: y,
 ) -> Layer:
@@ -288,22 +220,26 @@ def _jax_layer(
 
   With an axis_name, the batch is cut over so many DEVICES, as vmap has them.
   """
-  if axis_name is not None:
-    apply = _over_devices(apply, axis_name)
 
-  def forward(train: bool) -> Callable[..., Any]:
-    return jax.jit(lambda parameters, state, x: apply(parameters, state, x, train))
+  def on_devices(parameters: Any, state: Any, x: Any, train: bool) -> tuple[Any, Any]:
+    if axis_name is None:
+      return apply(parameters, state, x, train)
+    every = jax.vmap(
+      lambda part: apply(parameters, state, part, train), axis_name=axis_name, out_axes=(0, None)
+    )
+    y, state = every(x.reshape(DEVICES, -1, *x.shape[1:]))
+    return y.reshape(x.shape), state
 
   @jax.jit
   def gradients(parameters: Any, state: Any, x: Any, cotangent: Any) -> Any:
     def of(parameters: Any, x: Any) -> tuple[Any, Any]:
-      return apply(parameters, state, x, True)
+      return on_devices(parameters, state, x, True)
 
     y, pullback, new_state = jax.vjp(of, parameters, x, has_aux=True)
     of_parameters, of_x = pullback(cotangent)
     return y, (of_x, of_parameters), new_state
 
-  evaluate, train = forward(False), forward(True)
+  evaluate, train = (jax.jit(functools.partial(on_devices, train=t)) for t in (False, True))
   return Layer(
     evaluate=lambda x: evaluate(parameters, state, x)[0],
     train=lambda x: train(parameters, state, x),
@@ -314,53 +250,31 @@ def _jax_layer(
   )
 
 
-def _over_devices(apply: Apply, axis_name: str) -> Apply:
-  def over_devices(parameters: Any, state: Any, x: Any, train: bool) -> tuple[Any, Any]:
-    parts = x.reshape(DEVICES, -1, *x.shape[1:])
-    y, state = jax.vmap(
-      lambda x: apply(parameters, state, x, train), axis_name=axis_name, out_axes=(0, None)
-    )(parts)
-    return y.reshape(x.shape), state
+def _torch(shape: Shape, dtype: Any, channels_first: bool = False) -> Layer:
+  """On tensors that are channels-last in memory, which is what the others get, without a copy.
 
-  return over_devices
-
-
-def _torch(shape: tuple[int, ...], dtype: Any) -> Layer:
-  """On tensors that are channels-last in memory, which is what the others get, without a copy."""
-
-  def put(x: Any) -> Any:
-    return x.permute(0, 3, 1, 2) if x.ndim == 4 else x
-
-  def get(y: Any) -> Any:
-    return y.permute(0, 2, 3, 1) if y.ndim == 4 else y
-
-  return _torch_layer(shape, dtype, put, get)
-
-
-def _torch_channels_first(shape: tuple[int, ...], dtype: Any) -> Layer:
-  """On tensors that are channels-first in memory; a matrix becomes one long example."""
-
-  def put(x: Any) -> Any:
-    return (x.permute(0, 3, 1, 2) if x.ndim == 4 else x.T[None]).contiguous()
-
-  def get(y: Any) -> Any:
-    return y.permute(0, 2, 3, 1) if y.ndim == 4 else y[0].T
-
-  return _torch_layer(shape, dtype, put, get)
-
-
-def _torch_layer(
-  shape: tuple[int, ...], dtype: Any, layout: Callable[[Any], Any], undo: Callable[[Any], Any]
-) -> Layer:
+  Or on tensors that are channels-first in memory; a matrix becomes one long example.
+  """
   import torch
 
   torch.set_num_threads(cores())
   kind = {2: torch.nn.BatchNorm1d, 4: torch.nn.BatchNorm2d}[len(shape)]
   layer = kind(shape[-1], eps=EPSILON, momentum=1 - MOMENTUM)
   evaluating = kind(shape[-1], eps=EPSILON).eval()
+  matrix = len(shape) == 2
 
   def put(x: Array) -> Any:
-    return layout(torch.from_numpy(x.astype(np.float32)).to(getattr(torch, np.dtype(dtype).name)))
+    given = torch.from_numpy(x.astype(np.float32)).to(getattr(torch, np.dtype(dtype).name))
+    if not channels_first:
+      return given if matrix else given.permute(0, 3, 1, 2)
+    return (given.T[None] if matrix else given.permute(0, 3, 1, 2)).contiguous()
+
+  def get(y: Any) -> Array:
+    if not matrix:
+      y = y.permute(0, 2, 3, 1)
+    elif channels_first:
+      y = y[0].T
+    return y.detach().float().numpy()
 
   def evaluate(x: Any) -> Any:
     with torch.inference_mode():
@@ -376,67 +290,33 @@ def _torch_layer(
     of = torch.autograd.grad(y, [x, layer.weight, layer.bias], cotangent)
     return y, of, (layer.running_mean, layer.running_var)
 
-  return Layer(
-    evaluate,
-    train,
-    gradients,
-    put,
-    get=lambda y: undo(y).detach().float().numpy(),
-    wait=lambda result: result,
-  )
+  return Layer(evaluate, train, gradients, put, get, wait=lambda result: result)
+
+
+def _made(build: Callable[..., Layer], module: str, *package: str, **options: Any) -> Framework:
+  return Framework(functools.partial(build, *package, **options), module)
 
 
 # jaxbn's ways in first, then the others.
 FRAMEWORKS = {
-  "jaxbn": Framework(_jaxbn, "jaxbn", "jaxbn"),
-  "jaxbn without state": Framework(_jaxbn_stateless, "jaxbn", "jaxbn"),
-  "jaxbn.linen": Framework(_jaxbn_linen, "jaxbn", "jaxbn"),
-  "jaxbn.nnx": Framework(_jaxbn_nnx, "jaxbn", "jaxbn"),
-  "flax.linen": Framework(_flax_linen, "flax", "flax"),
-  "flax.linen two-pass": Framework(
-    _flax_two_pass, "flax", "flax", "flax.linen two-pass is use_fast_variance=False."
-  ),
-  "flax.nnx": Framework(_flax_nnx, "flax", "flax"),
-  "haiku": Framework(
-    _haiku,
-    "haiku",
-    "dm-haiku",
-    "Haiku has no dtype of its own: its policy keeps all but the result in float32.",
-  ),
-  "equinox": Framework(
-    _equinox,
-    "equinox",
-    "equinox",
-    "Equinox takes channels first, so it is given channels first, and has no dtype of its own: "
-    "half-precision input is widened before it and its result rounded after it.",
-  ),
-  "keras": Framework(_keras, "keras", "keras", "Keras runs on its JAX backend."),
-  "torch": Framework(
-    _torch,
-    "torch",
-    "torch",
-    "PyTorch runs eagerly, on channels-last memory, with as many threads as JAX.",
-  ),
-  "torch channels-first": Framework(
-    _torch_channels_first,
-    "torch",
-    "torch",
-    "PyTorch is the more exact where memory is channels-first, and is measured there as well.",
-  ),
+  "jaxbn": _made(_jaxbn, "jaxbn"),
+  "jaxbn without state": _made(_jaxbn, "jaxbn", stateless=True),
+  "jaxbn.linen": _made(_linen, "jaxbn", "jaxbn.linen"),
+  "jaxbn.nnx": _made(_nnx, "jaxbn", "jaxbn.nnx"),
+  "flax.linen": _made(_linen, "flax", "flax.linen"),
+  "flax.linen two-pass": _made(_linen, "flax", "flax.linen", use_fast_variance=False),
+  "flax.nnx": _made(_nnx, "flax", "flax.nnx"),
+  "haiku": _made(_haiku, "haiku"),
+  "equinox": _made(_equinox, "equinox"),
+  "keras": _made(_keras, "keras"),
+  "torch": _made(_torch, "torch"),
+  "torch channels-first": _made(_torch, "torch", channels_first=True),
 }
-
-
-def _shared(build: Callable[..., Layer]) -> Callable[[tuple[int, ...], Any], Layer]:
-  return lambda shape, dtype: build(shape, dtype, AXIS)
-
-
 # With statistics that devices share: the same layers, by the option that each has for it.
 SHARED = {
-  "jaxbn": Framework(_shared(_jaxbn), "jaxbn", "jaxbn"),
-  "flax.linen": Framework(_shared(_flax_linen), "flax", "flax"),
-  "haiku": Framework(_shared(_haiku), "haiku", "dm-haiku"),
-  "equinox": Framework(_shared(_equinox), "equinox", "equinox"),
-  "torch SyncBatchNorm": Framework(
-    _torch_shared, "jax", "jax", "PyTorch's SyncBatchNorm refuses CPUs, and is here by its formula."
-  ),
+  "jaxbn": _made(_jaxbn, "jaxbn", axis_name=AXIS),
+  "flax.linen": _made(_linen, "flax", "flax.linen", axis_name=AXIS),
+  "haiku": _made(_haiku, "haiku", axis_name=AXIS),
+  "equinox": _made(_equinox, "equinox", axis_name=AXIS),
+  "torch SyncBatchNorm": _made(_torch_shared, "jax", axis_name=AXIS),
 }

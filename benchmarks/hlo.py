@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -30,13 +30,8 @@ FREE = frozenset({"parameter", "get-tuple-element", "tuple", "bitcast", "constan
 SLICES = frozenset({"slice", "dynamic-slice", "gather"})
 TRANSPARENT = frozenset({"bitcast", "convert", "copy", "reshape"})  # they read what is read of them
 COLLECTIVES = (
-  "all-reduce",
-  "all-gather",
-  "reduce-scatter",
-  "all-to-all",
-  "ragged-all-to-all",
-  "collective-permute",
-  "collective-broadcast",
+  *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
+  *("collective-permute", "collective-broadcast"),
 )
 _NAMED = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = ")
 
@@ -100,20 +95,21 @@ def parse(text: str) -> Program:
 
 def traffic(text: str) -> int:
   """Bytes that the kernels of the entry computation read and write."""
-  program = parse(text)
-  body = program.computations[program.entry]
-  total = 0
-  for i in program.kernels:
-    reads = (_reads(program, i, number, body[o].bytes) for number, o in _known(i, body))
-    total += i.bytes + sum(reads)
-  return total
+  return _traffic(parse(text), _reads)
 
 
 def traffic_as_printed(text: str) -> int:
   """The same without the two refinements, to compare with tools that lack them."""
-  program = _parse(text)
+  return _traffic(_parse(text), lambda program, kernel, number, size: size)
+
+
+def _traffic(program: Program, reads: Callable[[Program, Instruction, int, int], int]) -> int:
   body = program.computations[program.entry]
-  return sum(i.bytes + sum(body[o].bytes for _, o in _known(i, body)) for i in program.kernels)
+  return sum(
+    i.bytes
+    + sum(reads(program, i, n, body[o].bytes) for n, o in enumerate(i.operands) if o in body)
+    for i in program.kernels
+  )
 
 
 def collectives(text: str, devices: int) -> list[Collective]:
@@ -216,10 +212,6 @@ def shape_bytes(shape: str) -> int:
   )
 
 
-def _known(i: Instruction, body: dict[str, Instruction]) -> list[tuple[int, str]]:
-  return [(number, o) for number, o in enumerate(i.operands) if o in body]
-
-
 def _reads(program: Program, kernel: Instruction, number: int, size: int) -> int:
   """Bytes that a kernel reads of its operand of that number, whose size is given."""
   if kernel.op in SLICES and number == 0:
@@ -234,12 +226,10 @@ def _reads(program: Program, kernel: Instruction, number: int, size: int) -> int
 def _share_read(body: dict[str, Instruction], value: Instruction) -> float:
   """The share of a value that its users in a fused computation read: 1 unless all of them slice."""
   users = [i for i in body.values() if value.name in i.operands and i.op != "parameter"]
-  if not users:
-    return 1.0  # it is the result, or its reader is not understood
-  return min(1.0, sum(_share_of_user(body, i, value) for i in users))
-
-
-def _share_of_user(body: dict[str, Instruction], user: Instruction, value: Instruction) -> float:
-  if user.op in SLICES and user.operands[0] == value.name:
-    return user.bytes / max(1, value.bytes)
-  return _share_read(body, user) if user.op in TRANSPARENT else 1.0
+  share = 0.0 if users else 1.0  # it is the result, or its reader is not understood
+  for user in users:
+    if user.op in SLICES and user.operands[0] == value.name:
+      share += user.bytes / max(1, value.bytes)
+    else:
+      share += _share_read(body, user) if user.op in TRANSPARENT else 1.0
+  return min(1.0, share)

@@ -92,12 +92,8 @@ def all_reduce_seconds(
 ) -> float:
   """An all-reduce of `size` bytes in a slice of so many chips, `among` blocks of it or all of it.
 
-  Args:
-    chip: which.
-    size: bytes that each chip puts in.
-    chips: of the slice, or of several pods.
-    among: chips of a block that share among themselves only, or None: all.
-    hop: seconds from a chip to its neighbour.
+  `size` is what each chip puts in, `chips` those of the slice or of several pods, `among` those
+  that share among themselves only (None: all), `hop` the seconds from a chip to its neighbour.
   """
   among = among or chips
   if among > chip.pod:
@@ -149,12 +145,8 @@ def predict(
 ) -> Step:
   """A step of a compiled program on another number of chips, with other groups.
 
-  Args:
-    program: a row of the results, whose collectives are taken as they are: what is sent among the
-      members of a group there is sent among `group` chips here, all else among all.
-    chips: so many.
-    group: chips that share statistics, for a program that was compiled with groups.
-    hop: seconds from a chip to its neighbour.
+  What is sent among the members of a group in the program is sent among `group` chips here, and all
+  else among all.
   """
   chip = CHIPS[program["target"].split(":")[0]]
   grouped = program["statistics"] == "grouped"

@@ -1,4 +1,4 @@
-"""The networks that `benchmarks.compiled` compiles, with the norm layer as their parameter.
+"""The networks that are compiled and run, with the norm layer as their parameter.
 
 A norm is a factory: `norm(rectify)` gives a callable `(x, residual=None)` that normalizes x, adds
 the residual and, where `rectify`, applies the activation. A network hands over whole what a layer
@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,8 +22,6 @@ from jaxbn.linen import BatchNorm
 
 Layer = Callable[..., jax.Array]
 Norm = Callable[[bool], Layer]
-OPTIONS = {field.name for field in dataclasses.fields(BatchNorm)}
-TAKES_RESIDUAL = "residual" in inspect.signature(BatchNorm.__call__).parameters
 
 
 # Norms.
@@ -34,41 +30,33 @@ TAKES_RESIDUAL = "residual" in inspect.signature(BatchNorm.__call__).parameters
 def none(rectify: bool, *, dtype: Any, activation: Layer = nn.relu) -> Layer:
   """No normalization: what the network costs without."""
   del dtype
-  return _outside(lambda x: x, activation if rectify else None)
+  return outside(lambda x: x, activation if rectify else None)
 
 
 def flax(rectify: bool, *, dtype: Any, activation: Layer = nn.relu) -> Layer:
   """Flax's layer, and the rest as its users write it."""
   layer = nn.BatchNorm(use_running_average=False, momentum=0.9, dtype=dtype)
-  return _outside(layer, activation if rectify else None)
+  return outside(layer, activation if rectify else None)
 
 
 def jaxbn(
   rectify: bool, *, dtype: Any, activation: Layer = nn.relu, sums: bool = False, **options: Any
 ) -> Layer:
-  """Ours, with its activation inside where it has that option, and the residual where `sums`."""
+  """Ours, with its activation inside where nothing is added before it, or the sum too (`sums`)."""
   options = {"use_running_average": False, "momentum": 0.9, "dtype": dtype, **options}
 
   def call(x: jax.Array, residual: jax.Array | None = None) -> jax.Array:
-    if residual is None:
-      return _ours(activation if rectify else None, options)(x)
-    if sums:
-      return _ours(activation if rectify else None, options)(x, residual=residual)
-    y = residual + _ours(None, options)(x)  # an activation inside would come before the sum
-    return activation(y) if rectify else y
+    if residual is not None and not sums:
+      return outside(BatchNorm(**options), activation if rectify else None)(x, residual)
+    layer = BatchNorm(**options, activation=activation if rectify else None)
+    return layer(x, residual=residual)
 
   return call
 
 
-def _ours(activation: Layer | None, options: dict[str, Any]) -> Layer:
-  if activation is None:
-    return BatchNorm(**options)
-  if "activation" in OPTIONS:
-    return BatchNorm(**{**options, "activation": activation})
-  return _outside(BatchNorm(**options), activation)
+def outside(layer: Layer, activation: Layer | None) -> Layer:
+  """A layer with the sum and the activation after it."""
 
-
-def _outside(layer: Layer, activation: Layer | None) -> Layer:
   def call(x: jax.Array, residual: jax.Array | None = None) -> jax.Array:
     y = layer(x) if residual is None else residual + layer(x)
     return y if activation is None else activation(y)
@@ -79,83 +67,83 @@ def _outside(layer: Layer, activation: Layer | None) -> Layer:
 # Networks.
 
 
-class Bottleneck(nn.Module):
+class _Network(nn.Module):
+  """What the networks have in common."""
+
+  norm: Norm
+  dtype: Any
+
+  def conv(self, features: int, size: int, stride: int = 1, groups: int = 1) -> nn.Conv:
+    """A convolution before a norm."""
+    strides, options = (stride,) * 2, {"use_bias": False, "dtype": self.dtype}
+    return nn.Conv(features, (size,) * 2, strides, feature_group_count=groups, **options)
+
+  def upsample(self, features: int, size: int) -> nn.ConvTranspose:
+    """To twice the height and width."""
+    return nn.ConvTranspose(features, (size,) * 2, (2, 2), use_bias=False, dtype=self.dtype)
+
+  def imagenet_stem(self, x: jax.Array) -> jax.Array:
+    """To a quarter of the height and width."""
+    x = self.norm(True)(self.conv(64, 7, 2)(x))
+    return nn.max_pool(x, (3, 3), (2, 2), "SAME")
+
+
+class One(_Network):
+  """A network that is one layer, with its activation or without."""
+
+  rectify: bool = True
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return self.norm(self.rectify)(x.astype(self.dtype))
+
+
+class Bottleneck(_Network):
   """ResNet-50's block (He et al. 2016): 1x1, 3x3, 1x1."""
 
   features: int
   stride: int
-  norm: Norm
-  dtype: Any
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype)
-    y = self.norm(True)(conv(self.features, (1, 1))(x))
-    y = self.norm(True)(conv(self.features, (3, 3), (self.stride,) * 2)(y))
-    y = conv(4 * self.features, (1, 1))(y)
+    y = self.norm(True)(self.conv(self.features, 1)(x))
+    y = self.norm(True)(self.conv(self.features, 3, self.stride)(y))
+    y = self.conv(4 * self.features, 1)(y)
     if x.shape != y.shape:
-      x = self.norm(False)(conv(4 * self.features, (1, 1), (self.stride,) * 2)(x))
+      x = self.norm(False)(self.conv(4 * self.features, 1, self.stride)(x))
     return self.norm(True)(y, residual=x)
 
 
-class Basic(nn.Module):
+class Basic(_Network):
   """ResNet-18's block: 3x3, 3x3."""
 
   features: int
   stride: int
-  norm: Norm
-  dtype: Any
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype)
-    y = self.norm(True)(conv(self.features, (3, 3), (self.stride,) * 2)(x))
-    y = conv(self.features, (3, 3))(y)
+    y = self.norm(True)(self.conv(self.features, 3, self.stride)(x))
+    y = self.conv(self.features, 3)(y)
     if x.shape != y.shape:
-      x = self.norm(False)(conv(self.features, (1, 1), (self.stride,) * 2)(x))
+      x = self.norm(False)(self.conv(self.features, 1, self.stride)(x))
     return self.norm(True)(y, residual=x)
 
 
-class ResNet(nn.Module):
+class ResNet(_Network):
   """Stages of blocks, after ImageNet's stem or after CIFAR's."""
 
   block: Callable[..., nn.Module]
   stages: tuple[int, ...]
-  norm: Norm
-  dtype: Any
   large: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    window, stride = ((7, 7), (2, 2)) if self.large else ((3, 3), (1, 1))
-    x = nn.Conv(64, window, stride, use_bias=False, dtype=self.dtype)(x)
-    x = self.norm(True)(x)
-    if self.large:
-      x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
+    x = self.imagenet_stem(x) if self.large else self.norm(True)(self.conv(64, 3)(x))
     for i, blocks in enumerate(self.stages):
       for j in range(blocks):
-        stride_of_block = 2 if i and j == 0 else 1
-        x = self.block(64 * 2**i, stride_of_block, self.norm, self.dtype)(x)
+        stride = 2 if i and j == 0 else 1
+        x = self.block(self.norm, self.dtype, 64 * 2**i, stride)(x)
     return _classify(x)
-
-
-class _Network(nn.Module):
-  """What those have in common that are described by their norm and dtype alone."""
-
-  norm: Norm
-  dtype: Any
-
-  def conv(
-    self, features: int, window: tuple[int, int], stride: int = 1, groups: int = 1
-  ) -> nn.Conv:
-    return nn.Conv(
-      features,
-      window,
-      stride,
-      feature_group_count=groups,
-      use_bias=False,
-      dtype=self.dtype,
-    )
 
 
 class Vgg(_Network):
@@ -164,39 +152,64 @@ class Vgg(_Network):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     for features in (64, 128, 256):
-      x = self.conv(features, (3, 3))(x)
-      x = self.norm(True)(x)
+      x = self.norm(True)(self.conv(features, 3)(x))
       # Not max-pooling: XLA shares the zeros that its gradient starts from with the ReLU before it,
       # which then reads a tensor of zeros, and even the network without a norm pays for that.
       x = nn.avg_pool(x, (2, 2), (2, 2))
     return _classify(x)
 
 
+V2 = (
+  *((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2)),
+  *((6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)),
+)
+
+
 class MobileNet(_Network):
-  """Inverted residuals with depthwise convolutions (MobileNetV2, Sandler et al. 2018)."""
+  """Inverted residuals with depthwise convolutions (MobileNetV2, Sandler et al. 2018).
+
+  Stages are of expansion, features, blocks and the first one's stride, as in the paper's table 2.
+  """
+
+  stages: tuple[tuple[int, int, int, int], ...] = ((6, 24, 2, 2),)
+  stride: int = 1
+  last: int | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    x = self.norm(True)(self.conv(32, (3, 3))(x))
-    for features, stride in ((24, 2), (24, 1)):
-      wide = 6 * x.shape[-1]
-      y = self.norm(True)(self.conv(wide, (1, 1))(x))
-      y = self.norm(True)(self.conv(wide, (3, 3), stride, groups=wide)(y))
-      y = self.conv(features, (1, 1))(y)
-      x = self.norm(False)(y, residual=x) if x.shape == y.shape else self.norm(False)(y)
+    x = self.norm(True)(self.conv(32, 3, self.stride)(x))
+    for expansion, features, blocks, stride in self.stages:
+      for block in range(blocks):
+        x = self._block(x, expansion, features, stride if block == 0 else 1)
+    if self.last:
+      x = self.norm(True)(self.conv(self.last, 1)(x))
     return _classify(x)
+
+  def _block(self, x: jax.Array, expansion: int, features: int, stride: int) -> jax.Array:
+    wide = expansion * x.shape[-1]
+    y = self.norm(True)(self.conv(wide, 1)(x)) if expansion > 1 else x
+    y = self.norm(True)(self.conv(wide, 3, stride, groups=wide)(y))
+    y = self.conv(features, 1)(y)
+    return self.norm(False)(y, residual=x) if x.shape == y.shape else self.norm(False)(y)
 
 
 class DenseNet(_Network):
-  """One dense block (Huang et al. 2017): every layer normalizes all the outputs before it."""
+  """Dense blocks (Huang et al. 2017): every layer normalizes all the outputs before it."""
+
+  blocks: tuple[int, ...] = (3,)
+  large: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    x = self.conv(64, (3, 3))(x)
-    for _ in range(3):
-      y = self.conv(128, (1, 1))(self.norm(True)(x))
-      y = self.conv(32, (3, 3))(self.norm(True)(y))
-      x = jnp.concatenate([x, y], axis=-1)
+    x = self.imagenet_stem(x) if self.large else self.conv(64, 3)(x)
+    for number, layers in enumerate(self.blocks):
+      if number:
+        x = self.conv(x.shape[-1] // 2, 1)(self.norm(True)(x))
+        x = nn.avg_pool(x, (2, 2), (2, 2))
+      for _ in range(layers):
+        y = self.conv(128, 1)(self.norm(True)(x))
+        y = self.conv(32, 3)(self.norm(True)(y))
+        x = jnp.concatenate([x, y], axis=-1)
     return _classify(self.norm(True)(x))
 
 
@@ -208,9 +221,31 @@ class Generator(_Network):
     x = nn.Dense(8 * 8 * 256, use_bias=False, dtype=self.dtype)(x)
     x = self.norm(True)(x.reshape(-1, 8, 8, 256))
     for features in (128, 64):
-      x = nn.ConvTranspose(features, (4, 4), (2, 2), use_bias=False, dtype=self.dtype)(x)
-      x = self.norm(True)(x)
+      x = self.norm(True)(self.upsample(features, 4)(x))
     return jnp.tanh(nn.Conv(3, (3, 3), dtype=jnp.float32)(x))
+
+
+class UNet(_Network):
+  """Down and up again, with what was seen on the way down (Ronneberger et al. 2015), padded."""
+
+  features: tuple[int, ...] = (64, 128, 256, 512, 1024)
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    seen = []
+    for features in self.features[:-1]:
+      seen.append(self._twice(x, features))
+      x = nn.max_pool(seen[-1], (2, 2), (2, 2))
+    x = self._twice(x, self.features[-1])
+    for features, skip in zip(self.features[-2::-1], reversed(seen), strict=True):
+      x = jnp.concatenate([skip, self.upsample(features, 2)(x)], axis=-1)
+      x = self._twice(x, features)
+    return nn.Conv(3, (1, 1), dtype=jnp.float32)(x)
+
+  def _twice(self, x: jax.Array, features: int) -> jax.Array:
+    for _ in range(2):
+      x = self.norm(True)(self.conv(features, 3)(x))
+    return x
 
 
 def _classify(x: jax.Array) -> jax.Array:
@@ -234,36 +269,48 @@ class Network:
     """A batch."""
     return jax.ShapeDtypeStruct((self.batch, *self.shape), jnp.float32)
 
-  def normalized_bytes(self, dtype: Any) -> int:
-    """Bytes of all the tensors that the network normalizes, each counted once."""
-    sizes: list[int] = []
 
-    def record(rectify: bool, *, dtype: Any) -> Layer:
-      def see(x: jax.Array) -> jax.Array:
-        sizes.append(math.prod(x.shape))
-        return x
-
-      return _outside(see, nn.relu if rectify else None)
-
-    jax.eval_shape(self.model(record, dtype).init, jax.random.key(0), self.inputs())
-    return sum(sizes) * jnp.dtype(dtype).itemsize
+def _network(
+  title: str, shape: tuple[int, ...], batch: int, module: Callable[..., nn.Module], **options: Any
+) -> Network:
+  return Network(title, functools.partial(module, **options), shape, batch)
 
 
 NETWORKS = {
-  "resnet": Network(
+  "resnet50": _network(
+    "ResNet-50", (224, 224, 3), 128, ResNet, block=Bottleneck, stages=(3, 4, 6, 3), large=True
+  ),
+  "resnet": _network(
     "ResNet, bottleneck blocks",
-    functools.partial(ResNet, Bottleneck, (2, 2), large=True),
     (64, 64, 3),
     256,
+    ResNet,
+    block=Bottleneck,
+    stages=(2, 2),
+    large=True,
   ),
-  "basic": Network(
-    "ResNet, basic blocks", functools.partial(ResNet, Basic, (1, 1)), (32, 32, 3), 128
-  ),
-  "vgg": Network("VGG", Vgg, (32, 32, 3), 128),
-  "mobilenet": Network("MobileNetV2", MobileNet, (32, 32, 3), 128),
-  "densenet": Network("DenseNet block", DenseNet, (32, 32, 3), 128),
-  "generator": Network("GAN generator", Generator, (128,), 256),
+  "basic": _network("ResNet, basic blocks", (32, 32, 3), 128, ResNet, block=Basic, stages=(1, 1)),
+  "vgg": _network("VGG", (32, 32, 3), 128, Vgg),
+  "mobilenet": _network("MobileNetV2", (32, 32, 3), 128, MobileNet),
+  "densenet": _network("DenseNet block", (32, 32, 3), 128, DenseNet),
+  "generator": _network("GAN generator", (128,), 256, Generator),
 }
+# As they are trained.
+WHOLE = {
+  "resnet50": NETWORKS["resnet50"],
+  "mobilenet": _network(
+    "MobileNetV2", (224, 224, 3), 128, MobileNet, stages=V2, stride=2, last=1280
+  ),
+  "densenet": _network(
+    "DenseNet-121", (224, 224, 3), 64, DenseNet, blocks=(6, 12, 24, 16), large=True
+  ),
+  "unet": _network("U-Net", (256, 256, 3), 32, UNet),
+}
+# What a CPU compiles and runs in moments.
+SMALL_RESNET = _network("ResNet", (32, 32, 3), 64, ResNet, block=Basic, stages=(1, 1, 1))
+
+
+# A step of training.
 
 
 def train_step(

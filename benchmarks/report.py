@@ -1,84 +1,76 @@
-"""Writes docs/benchmarks.md and its charts from benchmarks/results/*.json, and from nothing else.
+"""Writes docs/benchmarks.md and its charts from benchmarks/results/*.json and docs/templates.
 
   python -m benchmarks.report
 
-No figure on that page is typed: each benchmark's module makes its chapter by `section(results)` and
-its charts by `draw(results, folder)`.
+No figure on that page is typed: each benchmark has a text in docs/templates, and a function `parts`
+that gives what the text leaves open.
 """
 
 from __future__ import annotations
 
-import importlib
-import pathlib
-from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Console
-
+from benchmarks import charts, compiled_report, numerics, speed, step
 from benchmarks import results as stored
 
-DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs"
+DOCS = stored.ROOT / "docs"
 PAGE = DOCS / "benchmarks.md"
-MODULES = ("compiled", "speed", "numerics")
+CHAPTERS = {
+  "compiled": compiled_report.parts,
+  "step": step.parts,
+  "speed": speed.parts,
+  "numerics": numerics.parts,
+}
 
 
 def main() -> None:
   """Writes the page and the charts, and says what is left out."""
-  console = Console()
   found = available()
   if not found:
     raise SystemExit("There are no results yet: run `make bench` first.")
-  for name in MODULES:
-    if name not in found:
-      console.print(f"{name} is left out: benchmarks/results/{name}.json does not exist.")
+  for name in CHAPTERS.keys() - found.keys():
+    print(f"{name} is left out: benchmarks/results/{name}.json does not exist.")
   PAGE.write_text(page(found))
-  written = [PAGE]
-  for name, results in found.items():
-    written += _module(name).draw(results, DOCS)
-  console.print(f"Wrote {', '.join(str(path.relative_to(DOCS.parent)) for path in written)}.")
+  written = [PAGE, *(path for path in charts.draw(found, DOCS))]
+  print(f"Wrote {', '.join(str(path.relative_to(DOCS.parent)) for path in written)}.")
 
 
 def available() -> dict[str, dict[str, Any]]:
   """The results that are there, by benchmark."""
-  found = {name: stored.read(name) for name in MODULES}
+  found = {name: stored.read(name) for name in CHAPTERS}
   return {name: results for name, results in found.items() if results is not None}
 
 
 def page(found: dict[str, dict[str, Any]]) -> str:
   """docs/benchmarks.md."""
-  sections = [_module(name).section(results).strip() for name, results in found.items()]
-  left_out = "\n".join(f"Not measured yet: {name}." for name in MODULES if name not in found)
-  parts = [_HEAD, *_origins(found), left_out, *sections]
-  return "\n\n".join(part for part in parts if part) + "\n"
+  origins = [
+    [name, f"`{results['command']}`", results["date"], _machine(results["machine"])]
+    for name, results in found.items()
+  ]
+  names = dict.fromkeys(name for results in found.values() for name in results["versions"])
+  versions = [
+    [name, *(results["versions"].get(name, "") for results in found.values())] for name in names
+  ]
+  return stored.fill(
+    "benchmarks",
+    {
+      "origins": stored.table([["benchmark", "command", "date", "machine"], *origins]),
+      "versions": stored.table([["version of", *found], *versions]),
+      "left_out": "\n".join(f"Not measured yet: {n}." for n in CHAPTERS if n not in found),
+      "chapters": "\n".join(section(name, results) for name, results in found.items()).strip(),
+    },
+  )
 
 
-_HEAD = """# Benchmarks
-
-Made by `python -m benchmarks.report` from the files in benchmarks/results, which `make bench` and
-`make bench-compiled` write. Nothing here is typed by hand."""
-
-
-def _origins(found: dict[str, dict[str, Any]]) -> Iterator[str]:
-  """Which command made what, when, on which machine, and with which versions."""
-  lines = [["benchmark", "command", "date", "machine"]]
-  for name, results in found.items():
-    lines.append([name, f"`{results['command']}`", results["date"], _machine(results["machine"])])
-  yield stored.table(lines)
-  names = list(dict.fromkeys(key for results in found.values() for key in results["versions"]))
-  lines = [["version of", *found]]
-  for name in names:
-    lines.append([name, *(results["versions"].get(name, "") for results in found.values())])
-  yield stored.table(lines)
+def section(name: str, results: dict[str, Any]) -> str:
+  """A chapter of it."""
+  return stored.fill(name, CHAPTERS[name](results))
 
 
 def _machine(machine: dict[str, Any]) -> str:
   """Whatever a benchmark says of its machine, most often a processor and its cores."""
   named = {"cpu": "{}", "cores": "{} cores"}
   return ", ".join(named.get(key, "{}").format(value) for key, value in machine.items())
-
-
-def _module(name: str) -> Any:
-  return importlib.import_module(f"benchmarks.{name}")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,7 @@ No TPU is needed: XLA compiles for a described slice, and what the program for o
 moves, keeps and sends is then a fact about that program. Each program is compiled in a process of
 its own and stored as soon as it is done. A later run traces all of them and compiles those that the
 same compiler has not compiled yet as they are now (`--fresh`: all), so that it goes on where it was
-interrupted.
-Then the same step runs on this machine, in one process and in two (`benchmarks.weak`).
+interrupted. Then the same step runs on this machine, in one process and in two (`benchmarks.weak`).
 
 `benchmarks.scaling_report` makes docs/scaling.md of it.
 """
@@ -22,21 +21,15 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import pathlib
-import subprocess
-import sys
 import time
 from typing import Any
 
-from rich.console import Console
-
 from benchmarks import compiled, hlo, weak
 from benchmarks import results as stored
+from benchmarks.results import Row
 from benchmarks.slices import NETWORKS, TARGETS, Program, layers, lower, programs
 
 COMMAND = "python -m benchmarks.scaling"
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-Row = dict[str, Any]
 
 
 def main() -> None:
@@ -47,23 +40,22 @@ def main() -> None:
     name, known = arguments.one
     print(json.dumps(row_of(Program(*name.split("/")), known)))
     return
-  console = Console()
   if why := compiled.missing("v5e"):
     raise SystemExit(why)
   rows = {row["name"]: row for row in (stored.read("scaling") or {"rows": []})["rows"]}
   wanted = [p for p in programs() if not arguments.only or arguments.only in str(p)]
   for number, program in enumerate(wanted, 1):
     known = "" if arguments.fresh else known_trace(rows.get(str(program)))
-    row = _in_process_of_its_own(program, known)
+    row = json.loads(stored.in_a_process("scaling", "--one", str(program), known)[-1])
     done = f"compiled in {row['compile_s']:.0f} s" if row else "as before"
-    console.print(f"{number}/{len(wanted)} {program}: {done}", markup=False)
+    print(f"{number}/{len(wanted)} {program}: {done}", flush=True)
     if row:
       rows[str(program)] = row
-      _write(rows)
+      write(rows)
   if arguments.only in (None, "weak"):
-    rows |= {row["name"]: row for row in weak.measure(console)}
-    _write(rows)
-  console.print("benchmarks/results/scaling.json is up to date.")
+    rows |= {row["name"]: row for row in weak.measure()}
+    write(rows)
+  print("benchmarks/results/scaling.json is up to date.")
 
 
 def known_trace(row: Row | None) -> str:
@@ -71,25 +63,15 @@ def known_trace(row: Row | None) -> str:
   return row.get("trace", "") if row and row["compiler"] == _compiler() else ""
 
 
-def _write(rows: dict[str, Row]) -> None:
+def write(rows: dict[str, Row]) -> None:
+  """All rows, in the order of the programs."""
   order = {str(program): number for number, program in enumerate(programs())}
   ordered = sorted(rows.values(), key=lambda row: order.get(row["name"], len(order)))
   stored.write("scaling", COMMAND, ordered, stored.FOLDER / "scaling.json")
 
 
-def _in_process_of_its_own(program: Program, known: str) -> Row | None:
-  command = [sys.executable, "-m", "benchmarks.scaling", "--one", str(program), known]
-  done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-  if done.returncode:
-    raise SystemExit(f"{program} could not be compiled:\n{done.stderr[-3000:]}")
-  return json.loads(done.stdout.splitlines()[-1])
-
-
 def _compiler() -> str:
   return f"libtpu {importlib.metadata.version('libtpu')}"
-
-
-# One program.
 
 
 def row_of(program: Program, known: str) -> Row | None:
@@ -135,9 +117,7 @@ def summary(found: list[hlo.Collective]) -> list[list[Any]]:
 
 
 def _arguments() -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.split("\n")[0])
   parser.add_argument("--only", metavar="TEXT", help="programs whose name has this in it")
   parser.add_argument("--fresh", action="store_true", help="compile again what is stored")
   parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)

@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from benchmarks import compiled, networks
+from benchmarks import compiled, floor, networks
 from benchmarks.networks import Network
 
 DTYPE = "bfloat16"
@@ -46,37 +46,15 @@ class Target:
 
 
 # A v4's chip is one device of two cores ("megacore"), as JAX sees it on a real one.
-TARGETS = {
-  target.topology: target
-  for target in (
-    Target("v5e:2x2", (2, 2, 1)),
-    Target("v5e:8x8", (2, 2, 1)),
-    Target("v5e:16x16", (2, 2, 1)),
-    Target("v4:8x8x16", (2, 2, 1), (("chip_config_name", "megacore"),)),
-  )
-}
-
-
-class One(nn.Module):
-  """A network that is one layer."""
-
-  norm: networks.Norm
-  dtype: Any
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    return self.norm(True)(x.astype(self.dtype))
+_SQUARE, _MEGACORE = (2, 2, 1), (("chip_config_name", "megacore"),)
+TARGETS = {name: Target(name, _SQUARE) for name in ("v5e:2x2", "v5e:8x8", "v5e:16x16")}
+TARGETS["v4:8x8x16"] = Target("v4:8x8x16", _SQUARE, _MEGACORE)
 
 
 # The batch is each chip's.
 NETWORKS = {
-  "layer": Network("One layer and its ReLU", One, (56, 56, 64), 32),
-  "resnet50": Network(
-    "ResNet-50",
-    functools.partial(networks.ResNet, networks.Bottleneck, (3, 4, 6, 3), large=True),
-    (224, 224, 3),
-    32,
-  ),
+  "layer": Network("One layer and its ReLU", networks.One, (56, 56, 64), 32),
+  "resnet50": dataclasses.replace(networks.NETWORKS["resnet50"], batch=32),
 }
 
 
@@ -103,10 +81,10 @@ WAYS = {
     ("shard_map", "grouped by index"),
     ("shard_map unchecked", "grouped by index"),
     ("jit", "synchronized"),
+    ("shard_map", "virtual batch"),  # as many examples as a group of chips has
+    ("jit", "virtual batch"),
   ],
 }
-if "virtual_batch_size" in networks.OPTIONS:  # as many examples as a group of chips has
-  WAYS["layer"] += [("shard_map", "virtual batch"), ("jit", "virtual batch")]
 
 
 def programs() -> list[Program]:
@@ -121,16 +99,8 @@ def programs() -> list[Program]:
 
 def layers(name: str) -> int:
   """How many norm layers a network has."""
-  seen: list[bool] = []
-
-  def record(rectify: bool, *, dtype: Any) -> networks.Layer:
-    seen.append(rectify)
-    return networks.none(rectify, dtype=dtype)
-
   network = dataclasses.replace(NETWORKS[name], batch=1)
-  model = network.model(record, jnp.float32)
-  jax.eval_shape(model.init, jax.random.key(0), network.inputs())
-  return len(seen)
+  return len(list(floor.layers(network, jnp.float32)))
 
 
 def lower(program: Program, devices: list[Any]) -> Any:
@@ -169,11 +139,12 @@ def norm(program: Program, chips: int) -> Callable[..., networks.Layer]:
   return functools.partial(networks.jaxbn, **options)
 
 
+# A step, what it takes, and which of its arguments and of its results are split.
 Built = tuple[Callable[..., Any], tuple[Any, ...], tuple[bool, ...], tuple[bool, ...]]
 
 
 def _training(program: Program, network: Network, model: nn.Module, mesh: Mesh) -> Built:
-  """A step of training, what it takes, and which of its arguments and results are split."""
+  """A step of training."""
   axes = mesh.axis_names if program.mode != "jit" else ()
   step, tx = networks.train_step(model, axes, _apart(program))
   arguments = networks.step_arguments(network, model, tx)

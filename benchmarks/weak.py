@@ -9,12 +9,10 @@ statistics take turns, so that what else the machine does falls on both. Both su
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import json
 import os
-import pathlib
 import socket
 import statistics
 import subprocess
@@ -22,7 +20,7 @@ import sys
 import time
 from typing import Any
 
-from rich.console import Console
+from benchmarks.results import ROOT, Row
 
 PROCESSES = (1, 2)
 ROUNDS = 2  # of runs with one process and with two, in turns
@@ -30,25 +28,19 @@ SAMPLES = 12  # of each step in a run
 STEPS = 4  # in a sample
 BATCH = 16  # of each process
 LIMIT = 600  # seconds that a run may take
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-Row = dict[str, Any]
+KINDS = ("local", "synchronized")
 
 
 def main() -> None:
   """Measures and prints the rows, or is one of the processes."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-  parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
-  arguments = parser.parse_args()
-  if arguments.worker:
-    number, processes, port, samples = map(int, arguments.worker[:4])
-    print(json.dumps(_worker(number, processes, port, samples, arguments.worker[4])))
-    return
-  console = Console()
-  for row in measure(console):
-    console.print(row)
+  if sys.argv[1:]:
+    number, processes, port, samples = map(int, sys.argv[1:5])
+    print(json.dumps(_worker(number, processes, port, samples, sys.argv[5])))
+  else:
+    print(*measure(), sep="\n")
 
 
-def measure(console: Console, rounds: int = ROUNDS, samples: int = SAMPLES) -> list[Row]:
+def measure(rounds: int = ROUNDS, samples: int = SAMPLES) -> list[Row]:
   """A row for each number of processes."""
   found: dict[int, list[dict[str, list[float]]]] = {processes: [] for processes in PROCESSES}
   load = 0.0
@@ -56,33 +48,23 @@ def measure(console: Console, rounds: int = ROUNDS, samples: int = SAMPLES) -> l
     for processes in PROCESSES:
       load = max(load, os.getloadavg()[0])
       found[processes].append(run(processes, samples))
-      console.print(f"{processes} processes: measured", markup=False)
+      print(f"{processes} processes: measured", flush=True)
   rows = [row_of(processes, runs) for processes, runs in found.items()]
-  alone = next(row for row in rows if row["processes"] == 1)
-  for row in rows:
-    row["load"] = load
-    row["efficiency_local"] = alone["local_min_ms"] / row["local_min_ms"]
-    row["efficiency_synchronized"] = alone["local_min_ms"] / row["synchronized_min_ms"]
-  return rows
+  alone = rows[PROCESSES.index(1)]["local_min_ms"]
+  efficiencies = [{f"efficiency_{k}": alone / row[f"{k}_min_ms"] for k in KINDS} for row in rows]
+  return [{**row, "load": load, **own} for row, own in zip(rows, efficiencies, strict=True)]
 
 
 def row_of(processes: int, runs: list[dict[str, list[float]]]) -> Row:
   """Minimum and median of the times, and of the ratios of neighbouring samples."""
-  local = [t for one in runs for t in one["local"]]
-  shared = [t for one in runs for t in one["synchronized"]]
+  times = {kind: [t for one in runs for t in one[kind]] for kind in KINDS}
+  local, shared = times.values()
+  row = {"kind": "weak", "name": f"weak/{processes}", "processes": processes, "batch": BATCH}
+  row |= {"layers": runs[0]["layers"], "samples": len(local), "steps": STEPS}
+  for kind, taken in times.items():
+    row |= {f"{kind}_min_ms": min(taken), f"{kind}_median_ms": statistics.median(taken)}
   ratios = [theirs / ours for theirs, ours in zip(shared, local, strict=True)]
-  return {
-    "kind": "weak",
-    "name": f"weak/{processes}",
-    "processes": processes,
-    "batch": BATCH,
-    "layers": runs[0]["layers"],
-    "samples": len(local),
-    "steps": STEPS,
-    "local_min_ms": min(local),
-    "local_median_ms": statistics.median(local),
-    "synchronized_min_ms": min(shared),
-    "synchronized_median_ms": statistics.median(shared),
+  return row | {
     "ratio_of_min": min(shared) / min(local),
     "ratio_median": statistics.median(ratios),
   }
@@ -93,20 +75,14 @@ def run(processes: int, samples: int, network: str = "resnet") -> Any:
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
+  command = [sys.executable, "-m", "benchmarks.weak"]
   environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-  workers = []
-  for number in range(processes):
-    command = [sys.executable, "-m", "benchmarks.weak", "--worker"]
-    workers.append(
-      subprocess.Popen(
-        [*command, *map(str, (number, processes, port, samples, network))],
-        env=environment,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-      )
-    )
+  options: Any = {"env": environment, "cwd": ROOT, "text": True}
+  options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+  workers = [
+    subprocess.Popen([*command, *map(str, (number, processes, port, samples, network))], **options)
+    for number in range(processes)
+  ]
   try:
     outputs = [worker.communicate(timeout=LIMIT) for worker in workers]
   finally:
@@ -122,28 +98,23 @@ def run(processes: int, samples: int, network: str = "resnet") -> Any:
 
 
 def _worker(number: int, processes: int, port: int, samples: int, network: str) -> Row:
-  _keep_to_one_core(number)
+  if hasattr(os, "sched_setaffinity"):  # so that two on two cores have each what one had
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[number % len(cores)]})
   import jax
 
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   if processes > 1:
     jax.distributed.initialize(f"127.0.0.1:{port}", processes, number)
   steps, layers = _steps(network)
-  times: dict[str, list[float]] = {name: [] for name in steps}
-  for name in steps:
-    _time(steps[name])  # compiles
+  times: dict[str, list[float]] = {kind: [] for kind in KINDS}
+  for kind in KINDS:
+    _time(steps[kind])  # compiles
   for sample in range(samples):
     # Whichever comes first in a pair has the other's sweepings in its cache: change about.
-    for name in sorted(steps, reverse=bool(sample % 2)):
-      times[name].append(1e3 * _time(steps[name]))
+    for kind in KINDS if sample % 2 == 0 else KINDS[::-1]:
+      times[kind].append(1e3 * _time(steps[kind]))
   return {**times, "layers": layers}
-
-
-def _keep_to_one_core(number: int) -> None:
-  """So that two processes on two cores have each what one process had."""
-  if hasattr(os, "sched_setaffinity"):
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[number % len(cores)]})
 
 
 def _time(step: Any) -> float:
@@ -164,13 +135,13 @@ def _steps(name: str) -> tuple[dict[str, Any], int]:
   import numpy as np
   from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-  from benchmarks import compiled, networks
+  from benchmarks import networks
 
   axes = ("batch",)
   mesh = Mesh(np.array(jax.devices()), axes)
   whole, split = (NamedSharding(mesh, PartitionSpec(*s)) for s in ((), axes))
-  tiny = functools.partial(networks.ResNet, networks.Basic, (1,))
-  known = {"resnet": compiled.CPU_NETWORK, "tiny": networks.Network("", tiny, (8, 8, 3), BATCH)}
+  tiny = functools.partial(networks.ResNet, block=networks.Basic, stages=(1,))
+  known = {"resnet": networks.SMALL_RESNET, "tiny": networks.Network("", tiny, (8, 8, 3), BATCH)}
   network = dataclasses.replace(known[name], batch=BATCH)
   rng = np.random.default_rng(jax.process_index())
   images = rng.normal(size=(BATCH, *network.shape)).astype(np.float32)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import compiled, networks
+from benchmarks import charts, compiled, compiled_report, floor, networks, report
 
 PROGRAM = {
   "kind": "program",
@@ -38,7 +38,7 @@ def rows():
     program("jaxbn", 60.0, target="v5e"),
     {"kind": "skipped", "target": "cpu", "why": "CPU: left out, for this test."},
   ]
-  compiled._compare(every)
+  compiled.compare(every)
   return every
 
 
@@ -63,7 +63,7 @@ def test_the_tax_is_what_a_norm_adds_on_the_same_target():
 
 
 def test_where_flax_is_better_is_said_and_nothing_else():
-  kernels, moved = compiled.losses(rows())
+  kernels, moved = compiled_report.losses(rows())
   assert kernels == "H100 bfloat16 VGG, jaxbn: kernels 12 against 10."
   assert moved == "TPU v5e bfloat16 VGG, jaxbn: bytes moved 50 MB against 30 MB."
 
@@ -71,14 +71,14 @@ def test_where_flax_is_better_is_said_and_nothing_else():
 def test_a_hair_is_no_loss():
   every = rows()
   every[2] = program("jaxbn", 200.5, 30.01, compile_s=2.1)
-  compiled._compare(every)
-  assert not [sentence for sentence in compiled.losses(every) if sentence.startswith("H100")]
+  compiled.compare(every)
+  assert not [sentence for sentence in compiled_report.losses(every) if sentence.startswith("H100")]
 
 
 def test_the_section_is_made_of_the_results_alone():
   stored = results()
   before = copy.deepcopy(stored)
-  text = compiled.section(stored)
+  text = report.section("compiled", stored)
   assert stored == before
   assert text.startswith("## ")
   assert "| VGG | jaxbn | 160 MB | 60 MB | 1.20 | 2 MB | 12 | 2.0 s |" in text
@@ -90,17 +90,17 @@ def test_the_section_is_made_of_the_results_alone():
 def test_a_section_without_losses_says_so():
   stored = results()
   stored["rows"] = stored["rows"][:2]
-  assert "Nowhere in these tables." in compiled.section(stored)
+  assert "Nowhere in these tables." in report.section("compiled", stored)
 
 
 def test_the_picture_is_drawn(tmp_path):
-  (file,) = compiled.draw(results(), tmp_path)
+  (file,) = charts.draw({"compiled": results()}, tmp_path)
   assert file.name == "benchmarks-compiled.png"
   assert file.read_bytes().startswith(b"\x89PNG")
 
 
 def test_no_programs_no_picture(tmp_path):
-  assert compiled.draw({**results(), "rows": []}, tmp_path) == []
+  assert charts.draw({"compiled": {**results(), "rows": []}}, tmp_path) == []
 
 
 @pytest.mark.parametrize("target", ["h100", "v5e"])
@@ -108,7 +108,7 @@ def test_a_missing_compiler_is_a_sentence(target, monkeypatch):
   monkeypatch.setattr(compiled, "_installed", lambda package: False)
   assert compiled.missing("cpu") is None
   why = compiled.missing(target)
-  assert why.startswith(f"{compiled.TITLES[target]}: left out, for want of ")
+  assert why.startswith(f"{compiled_report.TITLES[target]}: left out, for want of ")
   assert "'.[compiled]'" in why
 
 
@@ -124,11 +124,11 @@ def test_a_compiler_that_does_not_start_is_a_sentence(monkeypatch):
 
 def test_an_unknown_name_is_refused():
   with pytest.raises(argparse.ArgumentTypeError, match="h200: not among h100, v5e, cpu"):
-    compiled._names_of(compiled.TITLES)("h100,h200")
+    compiled.names_of(compiled_report.TITLES)("h100,h200")
 
 
 def test_all_reduces_are_counted():
-  found = compiled._shared("pmap", False, nn.BatchNorm(False, axis_name="batch"), False)
+  found = compiled.all_reduces("pmap", False, nn.BatchNorm(False, axis_name="batch"), False)
   assert found == [2 * 4 * compiled.SHARED_SHAPE[-1]]  # Flax's mean and mean square
 
 
@@ -164,4 +164,5 @@ def test_a_norm_normalizes_then_adds_then_activates(norm):
 
 def test_normalized_bytes_by_hand():
   per_example = 32 * 32 * 64 + 16 * 16 * 128 + 8 * 8 * 256
-  assert networks.NETWORKS["vgg"].normalized_bytes("bfloat16") == 2 * 128 * per_example
+  sizes = [size for size, _ in floor.layers(networks.NETWORKS["vgg"], "bfloat16")]
+  assert sum(sizes) == 2 * 128 * per_example

@@ -8,7 +8,7 @@ import json
 import jax
 import pytest
 
-from benchmarks import hlo, networks, scaling, scaling_report, slices, weak
+from benchmarks import charts, hlo, networks, scaling, scaling_report, slices, weak
 from benchmarks import results as stored
 
 pytestmark = pytest.mark.optimized
@@ -21,8 +21,8 @@ PIECES = 4  # in which each travels forward where devices share by name
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
   """The same programs on smaller data, and a smaller ResNet."""
-  resnet = functools.partial(networks.ResNet, networks.Basic, (1,))
-  made = {"layer": (slices.One, (4, 4, CHANNELS)), "resnet50": (resnet, (8, 8, 3))}
+  resnet = functools.partial(networks.ResNet, block=networks.Basic, stages=(1,))
+  made = {"layer": (networks.One, (4, 4, CHANNELS)), "resnet50": (resnet, (8, 8, 3))}
   for name, (module, shape) in made.items():
     network = networks.Network(name, module, shape, 2)
     monkeypatch.setitem(slices.NETWORKS, name, network)
@@ -119,7 +119,7 @@ def test_rows_are_written_in_the_order_of_the_programs(tmp_path, monkeypatch):
   monkeypatch.setattr(stored, "FOLDER", tmp_path)
   names = [str(program) for program in slices.programs()]
   assert len(names) == len(set(names))
-  scaling._write({name: {"name": name} for name in ("weak/1", names[5], names[2])})
+  scaling.write({name: {"name": name} for name in ("weak/1", names[5], names[2])})
   assert [row["name"] for row in stored.read("scaling")["rows"]] == [names[2], names[5], "weak/1"]
 
 
@@ -242,10 +242,10 @@ def test_a_group_has_as_few_chips_as_have_enough_examples(batch, group):
   assert group == 1 or group * batch < 2 * scaling_report.ENOUGH
 
 
-def test_the_figure_is_drawn(tmp_path, monkeypatch):
-  monkeypatch.setattr(scaling_report, "FIGURE", tmp_path / "scaling.png")
-  scaling_report.draw(results())
-  assert scaling_report.FIGURE.read_bytes().startswith(b"\x89PNG")
+def test_the_figure_is_drawn(tmp_path):
+  (file,) = charts.draw({"scaling": results()}, tmp_path)
+  assert file.name == "scaling.png"
+  assert file.read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_stored_results_name_no_computer():

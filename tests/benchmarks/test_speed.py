@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import speed
+from benchmarks import charts, report, speed
 from benchmarks.frameworks import EPSILON, FRAMEWORKS, Framework, Layer, missing
 from tests import oracle
 
@@ -69,7 +69,7 @@ def test_calls_are_timed_in_turns():
 
 def test_a_pair_gives_a_row_for_every_case(monkeypatch):
   same = Layer(*[lambda *inputs: inputs] * 6)
-  framework = Framework(lambda shape, dtype: same, "numpy", "numpy")
+  framework = Framework(lambda shape, dtype: same, "numpy")
   monkeypatch.setattr(speed, "FRAMEWORKS", dict.fromkeys(FRAMEWORKS, framework))
   found = list(speed.pair_rows("flax.linen", TINY))
   assert [(one["dtype"], one["kind"]) for one in found] == [
@@ -97,7 +97,9 @@ def test_a_library_beside_itself_wins_and_loses_nothing():
   twice = [row(speed.TWICE, 1.5), row("flax.linen", 0.5)]
   assert [one.split()[0] for one in speed.losses(twice)] == ["flax.linen"]
   assert speed.relative_to_flax(twice) == {"jaxbn": {"4x3": 0.5}, "flax.linen": {"4x3": 1.0}}
-  assert "| flax.linen twice | float32 |" in speed.section({"rows": [*rows(), *all_kinds(1.5)]})
+  assert "| flax.linen twice | float32 |" in report.section(
+    "speed", {"rows": [*rows(), *all_kinds(1.5)]}
+  )
 
 
 def test_losses_count_what_is_beyond_the_noise():
@@ -123,7 +125,7 @@ def test_times_relative_to_flax_go_through_jaxbn():
 
 
 def test_the_section_says_what_the_rows_say():
-  text = speed.section({"rows": rows()})
+  text = report.section("speed", {"rows": rows()})
   assert "| flax.linen | float32 | 0.50 (0.50) | 0.50 (0.50) | 0.50 (0.50) | 0.50: " in text
   assert "| float32 | forward | 8x8 | 3 |  | 3.00 |" in text
   assert "- torch is faster in 1 of 7 cases" in text
@@ -132,4 +134,6 @@ def test_the_section_says_what_the_rows_say():
 
 
 def test_the_chart_is_drawn(tmp_path):
-  assert [path.stat().st_size > 0 for path in speed.draw({"rows": rows()}, tmp_path)] == [True]
+  assert [
+    path.stat().st_size > 0 for path in charts.draw({"speed": {"rows": rows()}}, tmp_path)
+  ] == [True]

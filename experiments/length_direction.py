@@ -1,6 +1,6 @@
 """Length and direction apart (Kohler et al. 2019): GDNP beside gradient descent.
 
-  python -m examples.papers.length_direction [picture.png]
+  python -m experiments.length_direction [picture.png]
 
 Least squares on real data (scikit-learn's diabetes study), and a halfspace with Gaussian inputs.
 Prints after how many steps each method is near the least loss, and draws docs/length_direction.png.

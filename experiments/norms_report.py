@@ -1,9 +1,9 @@
-"""Puts what `benchmarks.norms` found into docs/choosing.md and draws docs/norms.png.
+"""Puts what `experiments.norms` found into docs/choosing.md and draws docs/norms.png.
 
-  python -m benchmarks.norms_report
+  python -m experiments.norms_report
 
 The advice on that page is written by hand; its tables, between the two marks, and the figure are
-made from benchmarks/results/norms.json, and from nothing else.
+made from experiments/results/norms.json, and from nothing else.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from benchmarks import results as stored
+from experiments.norms import FOLDER
 
 DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs"
 PAGE, FIGURE = DOCS / "choosing.md", DOCS / "norms.png"
@@ -28,7 +29,7 @@ REFERENCE = "batch"
 
 def main() -> None:
   """Prints the tables, draws the figure, and puts both into the page."""
-  results = stored.read("norms")
+  results = stored.read("norms", FOLDER)
   if results is None:
     raise SystemExit("There are no results yet: run `make compare-norms` first.")
   tables = section(results)

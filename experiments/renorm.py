@@ -1,6 +1,6 @@
 """Batch renormalization (Ioffe 2017) beside batch normalization, where batches are small.
 
-  python -m examples.papers.renorm [folder]
+  python -m experiments.renorm [folder]
 
 Small networks learn scikit-learn's digits with batches of 2 to 32 examples, drawn evenly or from
 two classes at a time (the paper has experiments on small minibatches and on some that are not
@@ -31,7 +31,7 @@ from rich.table import Table
 
 import jaxbn
 from benchmarks import results as stored
-from examples.papers.digits import Split, batches, digits
+from experiments.digits import Split, batches, digits
 from jaxbn.variants import renorm
 
 FOLDER = Path("docs")
@@ -278,7 +278,7 @@ def page(found: dict[str, Any]) -> str:
   rates = ", ".join(map(str, plan["learning_rates"]))
   parts = [
     "# Batch renormalization where batches are small",
-    "Made by `python -m examples.papers.renorm` from what it found, renorm.json. Nothing here is "
+    "Made by `python -m experiments.renorm` from what it found, renorm.json. Nothing here is "
     "typed by hand.",
     f"scikit-learn's digits, {plan['epochs']} epochs of stochastic gradient descent with momentum "
     "and a learning rate that falls as a cosine to 0. Each layer is normalized before its ReLU. "

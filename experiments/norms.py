@@ -1,7 +1,7 @@
 """Each norm on one task: accuracy, divergence and step time, against batch sizes and depths.
 
-  python -m benchmarks.norms           minutes on two cores
-  python -m benchmarks.norms --long    more data and batch sizes, and three seeds
+  python -m experiments.norms           minutes on two cores
+  python -m experiments.norms --long    more data and batch sizes, and three seeds
 
 A small ResNet on Fashion-MNIST, with the trainer's own step (`examples.steps`) in a scan over the
 batches. Every run sees the same number of examples. Each norm has the learning rate, of `RATES`,
@@ -19,6 +19,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import pathlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +37,7 @@ from benchmarks.frameworks import cores
 from examples import data, models, settings, steps
 from examples.norms import NORMS
 
+FOLDER = pathlib.Path(__file__).resolve().parent / "results"
 REFERENCE_BATCH = 128
 RATES, MOMENTUM = (0.05, 0.2, 0.8), 0.9  # at the reference batch
 HELD_OUT = 5_000  # training images, by which a rate is chosen
@@ -90,7 +92,7 @@ def main() -> None:
   cases = [case for base in bases for case in departures(base, setting)]
   rows = [row for rows in in_parallel(run, cases, "Training", console) for row in rows]
   rows += step_times(console)
-  stored.write("norms", command, rows, stored.FOLDER / "norms.json")
+  stored.write("norms", command, rows, FOLDER / "norms.json")
   console.print(f"It took {(time.perf_counter() - started) / 60:.1f} minutes.")
 
 

@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 
 from benchmarks import results
-from examples.papers import recurrent
-from examples.papers.digits import Split, digits
+from experiments import recurrent
+from experiments.digits import Split, digits
 
-DOCS = pathlib.Path(recurrent.__file__).resolve().parents[2] / "docs"
+DOCS = pathlib.Path(recurrent.__file__).resolve().parents[1] / "docs"
 
 
 def test_sequences_hold_all_pixels_in_the_task_s_order():
@@ -58,7 +58,7 @@ def test_a_tiny_run_writes_results_page_and_picture(tmp_path, monkeypatch):
     assert np.all((np.array(row["accuracies"]) >= 0) & (np.array(row["accuracies"]) <= 1))
     assert np.all(np.isfinite(row["losses"]))
   written = json.loads((tmp_path / "recurrent.json").read_text())
-  page = recurrent.page(written, results.read("recurrent"))
+  page = recurrent.page(written, results.read(recurrent.cost.NAME, recurrent.cost.FOLDER))
   assert (tmp_path / "recurrent.md").read_text() == page
   assert (tmp_path / "recurrent.png").read_bytes().startswith(b"\x89PNG")
   assert "Test accuracy in %" in console.export_text()
@@ -83,5 +83,5 @@ def test_a_difference_within_the_spread_is_called_that():
 
 def test_the_page_in_the_repository_is_what_the_results_make():
   found = json.loads((DOCS / "recurrent.json").read_text())
-  page = recurrent.page(found, results.read("recurrent"))
-  assert (DOCS / "recurrent.md").read_text() == page, "run examples.papers.recurrent"
+  page = recurrent.page(found, results.read(recurrent.cost.NAME, recurrent.cost.FOLDER))
+  assert (DOCS / "recurrent.md").read_text() == page, "run experiments.recurrent"

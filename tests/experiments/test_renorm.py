@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from examples.papers import digits, renorm
+from experiments import digits, renorm
 
-DOCS = pathlib.Path(renorm.__file__).resolve().parents[2] / "docs"
+DOCS = pathlib.Path(renorm.__file__).resolve().parents[1] / "docs"
 LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 7))
 
 
@@ -58,4 +58,4 @@ def test_a_tiny_run_writes_results_page_and_picture(tmp_path, monkeypatch):
 
 def test_the_page_in_the_repository_is_what_the_results_make():
   found = json.loads((DOCS / "renorm.json").read_text())
-  assert (DOCS / "renorm.md").read_text() == renorm.page(found), "run examples.papers.renorm"
+  assert (DOCS / "renorm.md").read_text() == renorm.page(found), "run experiments.renorm"

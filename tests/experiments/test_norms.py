@@ -2,9 +2,9 @@
 
 import json
 
-from benchmarks import norms, norms_report
 from benchmarks import results as stored
-from benchmarks.norms import Case
+from experiments import norms, norms_report
+from experiments.norms import Case
 
 TINY = Case("batch", batch_size=32, examples=640, seeds=2, rate=0.4, dataset="digits")
 
@@ -70,7 +70,7 @@ def test_its_tables_show_means_spreads_divergence_and_ratios(tmp_path):
 
 
 def test_the_page_shows_what_was_found():
-  results = stored.read("norms")
+  results = stored.read("norms", norms.FOLDER)
   assert results is not None
   page = norms_report.PAGE.read_text()
   assert norms_report.spliced(page, norms_report.section(results)) == page

@@ -5,7 +5,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from examples.papers import length_direction
+from experiments import length_direction
 
 
 @pytest.fixture(autouse=True)

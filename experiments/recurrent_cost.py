@@ -1,7 +1,7 @@
 """What a step of recurrent batch normalization costs on the CPU, beside the plain cell's.
 
-  python -m benchmarks.recurrent            a minute; writes benchmarks/results/recurrent.json
-  python -m benchmarks.recurrent --quick    a look, written nowhere
+  python -m experiments.recurrent_cost            a minute; writes results/recurrent_cost.json
+  python -m experiments.recurrent_cost --quick    a look, written nowhere
 
 The cells of jaxbn.linen and of flax.linen (OptimizedLSTMCell, GRUCell) run under nn.RNN, compiled,
 in one process and in turns, as in benchmarks.speed.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import pathlib
 import statistics
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -25,7 +26,9 @@ import jaxbn.linen
 from benchmarks import results as stored
 from benchmarks.speed import Plan, in_turns
 
-COMMAND = "python -m benchmarks.recurrent"
+NAME = "recurrent_cost"
+COMMAND = f"python -m experiments.{NAME}"
+FOLDER = pathlib.Path(__file__).resolve().parent / "results"
 GOAL = 1.6  # times the plain cell's time
 KINDS = ("forward", "forward and backward")
 Row = dict[str, Any]
@@ -71,8 +74,8 @@ def main() -> None:
   console = Console()
   console.print(table(rows))
   if not quick:
-    path = stored.FOLDER / "recurrent.json"
-    stored.write("recurrent", COMMAND, rows, path)
+    path = FOLDER / f"{NAME}.json"
+    stored.write(NAME, COMMAND, rows, path)
     console.print(f"Wrote {os.path.relpath(path)}.")
 
 

@@ -1,6 +1,6 @@
 """Recurrent batch normalization (Cooijmans et al. 2016) beside a plain LSTM, on rows of pixels.
 
-  python -m examples.papers.recurrent [folder]
+  python -m experiments.recurrent [folder]
 
 An LSTM reads scikit-learn's digits row by row, pixel by pixel, and pixel by pixel in a random order
 that is the same for all, and says at the end which digit it was (the paper's sequential MNIST, in
@@ -31,9 +31,9 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxbn.linen
-from benchmarks import recurrent as cost
 from benchmarks import results as stored
-from examples.papers.digits import Split, batches, digits
+from experiments import recurrent_cost as cost
+from experiments.digits import Split, batches, digits
 from jaxbn.variants.recurrent import forget_gates_at_one
 
 FOLDER = Path("docs")
@@ -336,8 +336,8 @@ def page(found: dict[str, Any], costs: dict[str, Any] | None) -> str:
   rates = " and ".join(map(str, plan["learning_rates"]))
   parts = [
     "# Recurrent batch normalization",
-    "Made by `python -m examples.papers.recurrent` from what it found, recurrent.json, and from "
-    "benchmarks/results/recurrent.json. Nothing here is typed by hand.",
+    "Made by `python -m experiments.recurrent` from what it found, recurrent.json, and from "
+    "experiments/results/recurrent_cost.json. Nothing here is typed by hand.",
     f"## Learning\n\nAn LSTM of {plan['units']} units reads scikit-learn's 8x8 digits row by row "
     "(8 steps of 8 numbers), pixel by pixel (64 steps of 1), or pixel by pixel in a random order "
     "that is the same for all, and says from its last hidden state which digit it was. Beside the "
@@ -402,7 +402,7 @@ def main(
 
 def write(found: dict[str, Any], folder: Path) -> None:
   """The page that the results make, and its picture."""
-  (folder / "recurrent.md").write_text(page(found, stored.read("recurrent")))
+  (folder / "recurrent.md").write_text(page(found, stored.read(cost.NAME, cost.FOLDER)))
   draw(found, folder / "recurrent.png")
 
 
