@@ -52,6 +52,7 @@ def test_fields_are_flax_s_in_its_order_then_ours():
     ("masked_value", None),
     ("activation", None),
     ("virtual_batch_size", None),
+    ("choose", None),
   ]
   assert ends(OURS) == ends(FLAX)
 

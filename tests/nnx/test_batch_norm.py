@@ -51,6 +51,7 @@ def test_the_constructor_takes_flax_s_arguments_then_ours():
     ("masked_value", None),
     ("activation", None),
     ("virtual_batch_size", None),
+    ("choose", None),
   ]
 
 
