@@ -26,15 +26,16 @@ _READERS = "sum", "squares", "tangent of moments", "tangent of y", "y"
 
 
 # What is fastest on the platform that the program is compiled for; all compute the same. On a CPU a
-# branch on data costs nothing, elsewhere a round trip or both of its sides.
+# branch on data costs nothing, elsewhere a round trip or both of its sides: it shows in the times of
+# `make bench`, and in the bytes moved on the TPU.
 by_platform = lax.platform_dependent
 
 
 def traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
   """The function, traced and lowered once for all layers whose first argument and shapes are alike.
 
-  XLA inlines the calls. Without it the training step of a ResNet takes 1.5 times as long to trace
-  and lower.
+  XLA inlines the calls. Without it each layer is traced anew: it shows in the compile times of
+  `make bench-step`, most where they come from the cache.
   """
   return jax.jit(function, static_argnums=0)
 
@@ -42,7 +43,8 @@ def traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
 def traced_once_if_lasting(function: Callable[..., Any]) -> Callable[..., Any]:
   """`traced_once`, unless the activation of the plan in front is not one that a cache may hold.
 
-  One that is new in each call would be compiled anew in each, and kept.
+  One that is new in each call would be compiled anew in each, and kept: tests/test_hoisted.py
+  counts compilations.
   """
   jitted = traced_once(function)
 
@@ -61,7 +63,8 @@ def apart(values: Any) -> Any:
 
   A barrier around a few numbers per channel keeps what is made of them and x from being merged, and
   so stored: on the CPU x - pivot between the two sums of the forward pass, on a GPU ReLU's mask
-  from the forward pass to the backward one.
+  from the forward pass to the backward one. It shows in the passes and in the bytes moved of
+  `make bench-compiled`.
   """
   return lax.optimization_barrier(values)
 
@@ -71,8 +74,8 @@ def apart_on_gpus(values: Any, unlike: jax.Array) -> Any:
   """Behind a barrier of their own on GPUs; elsewhere behind the same as by `apart`.
 
   A GPU's column sums are kernels that read the data once however much they compute, but XLA gives
-  one sum at a time what it needs, and stores ReLU's mask for two. On CPUs and TPUs it fuses two
-  sums that share their y, and only those.
+  one sum at a time what it needs, and stores ReLU's mask for two: it shows in the bytes moved on
+  the H100. On CPUs and TPUs XLA fuses two sums that share their y, and only those.
   """
 
   def alike(values: Any, unlike: jax.Array) -> Any:
@@ -88,8 +91,9 @@ def apart_on_gpus(values: Any, unlike: jax.Array) -> Any:
 def own_copy(x: jax.Array, reader: str) -> jax.Array:
   """x, of which XLA for CPUs does not see that other readers convert the same.
 
-  It would convert bfloat16 x to float32 once, and store that for all: 12 passes over x become 16 in
-  a step. What needs no conversion is shared as it is; accelerators convert as they read.
+  It would convert bfloat16 x to float32 once, and store that for all: it shows in the passes on
+  the CPU in bfloat16. What needs no conversion is shared as it is; accelerators convert as they
+  read.
   """
   converted = jnp.finfo(x.dtype).bits < 32
   return _behind_barriers(x, _READERS.index(reader)) if converted else x
@@ -108,15 +112,18 @@ def _behind_barriers(x: jax.Array, number: int) -> jax.Array:
 def recomputing(linear: Callable[..., Any]) -> Callable[..., Any]:
   """The function, of which nothing but the arguments is kept for a transposition.
 
-  Without it a scan over layers, or a derivative outside of jit, keeps what partial evaluation
-  finds: four arrays of x's size and not x alone. Without `prevent_cse`, which would keep XLA from
-  fusing, a compiled program is the same.
+  Without it a scan over layers, or a derivative outside of jit, keeps more arrays of x's size than
+  x: tests/test_activation.py counts them. Without `prevent_cse`, which would keep XLA from fusing, a
+  compiled program is the same.
   """
   return jax.checkpoint(linear, prevent_cse=False)
 
 
 def nonzero(tangents: Any) -> Any:
-  """None for what is not differentiated, so that nothing is computed with it, and no sum taken."""
+  """None for what is not differentiated, so that nothing is computed with it.
+
+  Zeros would be summed and moved like any numbers: it shows wherever x itself has no derivative.
+  """
 
   def is_zero(tangent: Any) -> bool:
     return isinstance(tangent, SymbolicZero)
@@ -128,7 +135,8 @@ def nonzero(tangents: Any) -> Any:
 def all_hold(conditions: jax.Array) -> jax.Array:
   """jnp.all, under vmap for the whole batch, so that a branch on it stays a branch.
 
-  A condition for each example would make it a select, for which both sides are computed.
+  A condition for each example would make it a select, for which both sides are computed: it shows
+  in a program under vmap, where tests/test_measure.py looks for the branch.
   """
   return jnp.all(conditions)
 
