@@ -26,8 +26,8 @@ _READERS = "sum", "squares", "tangent of moments", "tangent of y", "y"
 
 
 # What is fastest on the platform that the program is compiled for; all compute the same. On a CPU a
-# branch on data costs nothing, elsewhere a round trip or both of its sides: it shows in the times of
-# `make bench`, and in the bytes moved on the TPU.
+# branch on data costs nothing, elsewhere a round trip or both of its sides: it shows in the times
+# of `make bench`, and in the bytes moved on the TPU.
 by_platform = lax.platform_dependent
 
 
@@ -113,8 +113,8 @@ def recomputing(linear: Callable[..., Any]) -> Callable[..., Any]:
   """The function, of which nothing but the arguments is kept for a transposition.
 
   Without it a scan over layers, or a derivative outside of jit, keeps more arrays of x's size than
-  x: tests/test_activation.py counts them. Without `prevent_cse`, which would keep XLA from fusing, a
-  compiled program is the same.
+  x: tests/test_activation.py counts them. Without `prevent_cse`, which would keep XLA from fusing,
+  a compiled program is the same.
   """
   return jax.checkpoint(linear, prevent_cse=False)
 
