@@ -210,7 +210,8 @@ def layer_rows(shape: tuple[int, ...] = LAYER_SHAPE) -> list[Row]:
   cases = {"alone": False, "with ReLU": True}
   for dtype, case, variant in itertools.product(("float32", "bfloat16"), cases, (FLAX, OURS)):
     x = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-    model = networks.One(functools.partial(variant.norm, dtype=x.dtype), x.dtype, cases[case])
+    body = functools.partial(networks.one, rectify=cases[case])
+    model = networks.Net(functools.partial(variant.norm, dtype=x.dtype), x.dtype, body)
     variables = jax.eval_shape(model.init, jax.random.key(0), x)
     compiled = jax.jit(functools.partial(backward, model)).lower(variables, x, x).compile()
     row: Row = {"kind": "layer", "target": "cpu", "dtype": dtype, "shape": list(shape)}

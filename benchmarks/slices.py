@@ -53,7 +53,7 @@ TARGETS["v4:8x8x16"] = Target("v4:8x8x16", _SQUARE, _MEGACORE)
 
 # The batch is each chip's.
 NETWORKS = {
-  "layer": Network("One layer and its ReLU", networks.One, (56, 56, 64), 32),
+  "layer": Network("One layer and its ReLU", networks.one, (56, 56, 64), 32),
   "resnet50": dataclasses.replace(networks.NETWORKS["resnet50"], batch=32),
 }
 

@@ -140,8 +140,7 @@ def _steps(name: str) -> tuple[dict[str, Any], int]:
   axes = ("batch",)
   mesh = Mesh(np.array(jax.devices()), axes)
   whole, split = (NamedSharding(mesh, PartitionSpec(*s)) for s in ((), axes))
-  tiny = functools.partial(networks.ResNet, block=networks.Basic, stages=(1,))
-  known = {"resnet": networks.SMALL_RESNET, "tiny": networks.Network("", tiny, (8, 8, 3), BATCH)}
+  known = {"resnet": networks.SMALL_RESNET, "tiny": networks.TINY_RESNET}
   network = dataclasses.replace(known[name], batch=BATCH)
   rng = np.random.default_rng(jax.process_index())
   images = rng.normal(size=(BATCH, *network.shape)).astype(np.float32)

@@ -1,5 +1,7 @@
 """The least that a norm adds, place by place, as the table in docs/benchmarks.md counts it."""
 
+import functools
+
 import flax.linen as nn
 import jax.numpy as jnp
 import pytest
@@ -9,38 +11,29 @@ from benchmarks import floor, networks
 CHANNELS = 4
 
 
-class Place(nn.Module):
+def at(net, x, place):
   """A norm between two convolutions, and what is done with its result."""
-
-  norm: networks.Norm
-  dtype: object
-  place: str
-
-  @nn.compact
-  def __call__(self, x):
-    def conv(x):
-      return nn.Conv(CHANNELS, (1, 1), dtype=self.dtype)(x)
-
-    x = conv(x)
-    if self.place == "activation":
-      return conv(self.norm(True)(x))
-    if self.place == "sum":
-      return conv(self.norm(True)(conv(x), residual=x))
-    if self.place == "projection":
-      return conv(self.norm(True)(conv(x), residual=self.norm(False)(x)))
-    if self.place == "last":
-      return self.norm(True)(x)
-    if self.place == "neither":
-      return conv(self.norm(False)(x))
-    if self.place == "sum alone":
-      return conv(self.norm(False)(conv(x), residual=x))
-    if self.place == "mean":
-      return self.norm(True)(x).mean((1, 2))
-    if self.place == "mean alone":
-      return self.norm(False)(x).mean((1, 2))
-    if self.place == "average of four":
-      return conv(nn.avg_pool(self.norm(True)(x), (2, 2), (2, 2)))
-    return nn.Conv(CHANNELS, (1, 1), dtype=jnp.float32)(self.norm(True)(x))
+  conv = functools.partial(net.conv, features=CHANNELS, size=1)
+  x = conv(x)
+  if place == "activation":
+    return conv(net.norm(True)(x))
+  if place == "sum":
+    return conv(net.norm(True)(conv(x), residual=x))
+  if place == "projection":
+    return conv(net.norm(True)(conv(x), residual=net.norm(False)(x)))
+  if place == "last":
+    return net.norm(True)(x)
+  if place == "neither":
+    return conv(net.norm(False)(x))
+  if place == "sum alone":
+    return conv(net.norm(False)(conv(x), residual=x))
+  if place == "mean":
+    return net.norm(True)(x).mean((1, 2))
+  if place == "mean alone":
+    return net.norm(False)(x).mean((1, 2))
+  if place == "average of four":
+    return conv(nn.avg_pool(net.norm(True)(x), (2, 2), (2, 2)))
+  return nn.Conv(CHANNELS, (1, 1), dtype=jnp.float32)(net.norm(True)(x))
 
 
 @pytest.mark.parametrize(
@@ -59,10 +52,7 @@ class Place(nn.Module):
   ],
 )
 def test_passes_by_place(place, passes):
-  def module(norm, dtype):
-    return Place(norm, dtype, place)
-
-  network = networks.Network(place, module, (16, 16, 3), 2)
+  network = networks.Network(place, at, (16, 16, 3), 2, {"place": place})
   found = list(floor.layers(network, jnp.bfloat16))
   size = 2 * 2 * 16 * 16 * CHANNELS
   assert [of for of, _ in found] == [size] * len(passes)

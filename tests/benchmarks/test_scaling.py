@@ -2,7 +2,7 @@
 
 import collections
 import copy
-import functools
+import dataclasses
 import json
 
 import jax
@@ -21,10 +21,9 @@ PIECES = 4  # in which each travels forward where devices share by name
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
   """The same programs on smaller data, and a smaller ResNet."""
-  resnet = functools.partial(networks.ResNet, block=networks.Basic, stages=(1,))
-  made = {"layer": (networks.One, (4, 4, CHANNELS)), "resnet50": (resnet, (8, 8, 3))}
-  for name, (module, shape) in made.items():
-    network = networks.Network(name, module, shape, 2)
+  layer = networks.Network("layer", networks.one, (4, 4, CHANNELS), 2)
+  resnet = dataclasses.replace(networks.TINY_RESNET, title="resnet50")
+  for name, network in {"layer": layer, "resnet50": resnet}.items():
     monkeypatch.setitem(slices.NETWORKS, name, network)
 
 
