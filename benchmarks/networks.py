@@ -196,7 +196,8 @@ def generator(net: Net, x: jax.Array) -> jax.Array:
 
 def unet(net: Net, x: jax.Array) -> jax.Array:
   """Down and up again, with what was seen on the way down (Ronneberger et al. 2015), padded."""
-  features, seen = (64, 128, 256, 512, 1024), []
+  features: tuple[int, ...] = (64, 128, 256, 512, 1024)
+  seen: list[jax.Array] = []
   for wide in features:
     if seen:
       x = nn.max_pool(x, (2, 2), (2, 2))

@@ -10,6 +10,7 @@ import os
 import pathlib
 import platform
 import re
+import statistics
 import string
 import subprocess
 import sys
@@ -28,6 +29,7 @@ DISTRIBUTIONS = (
   *("jaxbn", "jax", "jaxlib", "flax", "dm-haiku", "equinox", "keras", "torch", "numpy"),
   *("jax-cuda12-plugin", "libtpu"),
 )
+LIMIT = 1800  # seconds that a process may take
 Row = dict[str, Any]
 Columns = Mapping[str, str]  # by heading: how a row is written there, as in "{seconds:.1f} s"
 
@@ -93,6 +95,7 @@ def in_a_process(module: str, *arguments: str, **environment: str) -> list[str]:
     env={**os.environ, **environment},
     capture_output=True,
     text=True,
+    timeout=LIMIT,
   )
   if done.returncode:
     raise SystemExit(f"{module} {' '.join(arguments)} failed:\n{done.stderr[-3000:]}")
@@ -117,6 +120,11 @@ def of(rows: Iterable[Row], **where: Any) -> list[Row]:
 def short(value: float) -> float:
   """To four digits, which is more than a time has."""
   return float(f"{value:.4g}")
+
+
+def min_and_median(milliseconds: list[float], whose: str = "") -> Row:
+  median = statistics.median(milliseconds)
+  return {f"{whose}min_ms": short(min(milliseconds)), f"{whose}median_ms": short(median)}
 
 
 def table(lines: list[list[str]], right: Iterable[int] = ()) -> str:

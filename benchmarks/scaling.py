@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -27,7 +26,7 @@ from typing import Any
 from benchmarks import compiled, hlo, weak
 from benchmarks import results as stored
 from benchmarks.results import Row
-from benchmarks.slices import NETWORKS, TARGETS, Program, layers, lower, programs
+from benchmarks.slices import NETWORKS, Program, devices_of, layers, lower, programs
 
 COMMAND = "python -m benchmarks.scaling"
 
@@ -76,7 +75,7 @@ def _compiler() -> str:
 
 def row_of(program: Program, known: str) -> Row | None:
   """Compiles a program and reads off what one chip does in it; None if its trace is the known."""
-  devices = TARGETS[program.target].devices()
+  devices = devices_of(program.target)
   lowered = lower(program, devices)
   trace = digest(lowered)
   if trace == known:
@@ -90,7 +89,7 @@ def row_of(program: Program, known: str) -> Row | None:
   return {
     "kind": "program",
     "name": str(program),
-    **dataclasses.asdict(program),
+    **program._asdict(),
     "chips": len(devices),
     "batch": NETWORKS[program.network].batch,
     "layers": layers(program.network),

@@ -97,7 +97,7 @@ def _counts(rows: list[Row]) -> Iterator[str]:
       yield _by_slice(chosen, "GFLOP", lambda row: f"{row['flops'] / 1e9:,.1f}", _memory)
   names = {row["name"] for row in rows}
   begun = {_way(row) for row in of(rows, kind="program")}
-  missing = [str(p) for p in programs() if _way(vars(p)) in begun and str(p) not in names]
+  missing = [str(p) for p in programs() if _way(p._asdict()) in begun and str(p) not in names]
   if missing:  # what is compiled for some slices and not for all
     yield f"Not compiled yet: {', '.join(missing)}."
 
