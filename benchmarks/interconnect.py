@@ -34,7 +34,6 @@ class Chip:
   title: str
   flops: float
   memory_rate: float
-  memory: float
   link: float
   shapes: dict[int, tuple[int, ...]]  # of slices, and of blocks in them, by the number of chips
   ring_of: int  # an axis whose length this divides is closed to a ring
@@ -52,7 +51,6 @@ CHIPS = {
     title="TPU v5e",
     flops=197e12,
     memory_rate=819e9,
-    memory=16e9,
     link=400e9 / 4 / 2,  # of a chip with four links, both directions
     shapes={
       **{1: (1, 1), 2: (1, 2), 4: (2, 2), 8: (2, 4), 16: (4, 4)},
@@ -67,7 +65,6 @@ CHIPS = {
     title="TPU v4",
     flops=275e12,
     memory_rate=1200e9,
-    memory=32 * 2**30,
     link=4.5e10,
     shapes={
       **{1: (1, 1, 1), 2: (1, 2, 1), 4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4)},
