@@ -91,18 +91,23 @@ Job = tuple[str, Callable[[], list[Row]]]  # a title, and what gives the rows
 
 def main() -> None:
   """Compiles everything that can be, prints the chapter and writes the rows."""
-  arguments = _arguments()
+  parser = stored.parser(__doc__, COMMAND)
+  parser.add_argument("--targets", type=names_of(TITLES), help=f"of {', '.join(TITLES)}")
+  parser.add_argument("--networks", type=names_of(NETWORKS), help=f"of {', '.join(NETWORKS)}")
+  arguments = parser.parse_args()
+  whole = not (arguments.targets or arguments.networks)
   prepare()
-  why = {target: missing(target) for target in arguments.targets}
+  names = arguments.networks or (["vgg"] if arguments.quick else list(NETWORKS))
+  why = {target: missing(target) for target in arguments.targets or TITLES}
   rows: list[Row] = [{"kind": "skipped", "target": t, "why": why[t]} for t in why if why[t]]
   there = [target for target in why if not why[target]]
-  work = [job for t in there for job in jobs(t, arguments.networks, arguments.quick)]
+  work = [job for t in there for job in jobs(t, names, arguments.quick)]
   for title, run in track(work, "Compiling"):
     start = time.perf_counter()
     rows += run()
     print(f"{title}: {time.perf_counter() - start:.0f} s", flush=True)
   compare(rows)
-  stored.conclude("compiled", COMMAND, rows, compiled_report.parts, arguments.json)
+  stored.conclude("compiled", COMMAND, rows, compiled_report.parts, arguments, whole)
 
 
 def jobs(target: str, names: list[str], quick: bool) -> list[Job]:
@@ -111,7 +116,7 @@ def jobs(target: str, names: list[str], quick: bool) -> list[Job]:
     return [("CPU: layer", layer_rows), ("CPU: all-reduces", collective_rows)]
   every: list[Job] = []
   for dtype in DTYPES[target][: 1 if quick else None]:
-    for name in names or NETWORKS:
+    for name in names:
       # Float32 is for one large network: the others would say the same in twice the time. And what
       # takes longest to compile is for the H100.
       if name != "resnet" and (dtype == "float32" or (name, target) == ("resnet50", "v5e")):
@@ -313,18 +318,6 @@ def compare(rows: list[Row]) -> None:
 
 
 # Start.
-
-
-def _arguments() -> argparse.Namespace:
-  parser = stored.parser(__doc__, COMMAND)
-  parser.add_argument("--targets", type=names_of(TITLES), help=f"of {', '.join(TITLES)}")
-  parser.add_argument("--networks", type=names_of(NETWORKS), help=f"of {', '.join(NETWORKS)}")
-  arguments = parser.parse_args()
-  if not (arguments.quick or arguments.targets or arguments.networks):
-    arguments.json = arguments.json or stored.FOLDER / "compiled.json"  # never a part of it
-  arguments.targets = arguments.targets or list(TITLES)
-  arguments.networks = arguments.networks or (["vgg"] if arguments.quick else [])
-  return arguments
 
 
 def names_of(known: Iterable[str]) -> Callable[[str], list[str]]:

@@ -23,6 +23,7 @@ import numpy as np
 
 EPSILON = 1e-5
 MOMENTUM = 0.99
+TWICE = "flax.linen twice"
 DEVICES, AXIS = 4, "devices"  # of SHARED
 DISTRIBUTIONS = {"haiku": "dm-haiku"}  # where it is installed by another name than imported
 Array = np.ndarray
@@ -304,6 +305,7 @@ FRAMEWORKS = {
   "jaxbn.linen": _made(_linen, "jaxbn", "jaxbn.linen"),
   "jaxbn.nnx": _made(_nnx, "jaxbn", "jaxbn.nnx"),
   "flax.linen": _made(_linen, "flax", "flax.linen"),
+  TWICE: _made(_linen, "flax", "flax.linen"),  # beside itself
   "flax.linen two-pass": _made(_linen, "flax", "flax.linen", use_fast_variance=False),
   "flax.nnx": _made(_nnx, "flax", "flax.nnx"),
   "haiku": _made(_haiku, "haiku"),

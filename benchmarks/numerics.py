@@ -93,7 +93,6 @@ def main() -> None:
   parser = stored.parser(__doc__, COMMAND)
   parser.add_argument("--largest", type=int, default=EXPONENTS[-1], help="exponent of the sizes")
   arguments = parser.parse_args()
-  whole = not arguments.quick and arguments.largest == EXPONENTS[-1]
   few = 6 if arguments.quick else 1
   sizes = [2**e for e in EXPONENTS[::few] if e <= arguments.largest]
   absent = {name: missing(name) for name in COMPARED if name in FRAMEWORKS}
@@ -102,8 +101,8 @@ def main() -> None:
   names = tuple(name for name in FRAMEWORKS if name in absent and not absent[name])
   every = points(RATIOS[::few], sizes)
   rows = [row for point in track(every, "Points") for row in rows_at(point, names)]
-  path = arguments.json or (stored.FOLDER / "numerics.json" if whole else None)
-  stored.conclude("numerics", COMMAND, rows, parts, path)
+  whole = arguments.largest == EXPONENTS[-1]
+  stored.conclude("numerics", COMMAND, rows, parts, arguments, whole)
 
 
 def points(ratios: tuple[float, ...], sizes: list[int]) -> list[Point]:

@@ -152,11 +152,17 @@ def fill(template: str, parts: Mapping[str, Any]) -> str:
 
 
 def conclude(
-  name: str, command: str, rows: list[Row], parts: Callable[[Row], Row], path: pathlib.Path | None
+  name: str,
+  command: str,
+  rows: list[Row],
+  parts: Callable[[Row], Row],
+  arguments: argparse.Namespace,
+  whole: bool = True,
 ) -> None:
-  """Prints the chapter that the rows make, and writes them if there is a path."""
+  """Prints the chapter that the rows make, and writes them if they are whole or a path is given."""
   console = Console()
   console.print(Markdown(fill(name, parts(made(name, command, rows)))))
-  if path:
+  path = FOLDER / f"{name}.json" if whole and not arguments.quick else None
+  if path := arguments.json or path:
     write(name, command, rows, path)
     console.print(f"Wrote {os.path.relpath(path)}.")

@@ -28,6 +28,7 @@ from benchmarks import networks
 from benchmarks import results as stored
 from benchmarks.networks import SMALL_RESNET, WHOLE, Network
 from benchmarks.results import Row, of, short, tabulate
+from benchmarks.speed import Plan, in_turns
 
 COMMAND = "python -m benchmarks.step"
 NORMS = {"flax": networks.flax, "jaxbn": networks.jaxbn}
@@ -47,10 +48,9 @@ def main() -> None:
     print(json.dumps(seconds_to_compile(SMALL_RESNET, ALL_NORMS[arguments.compile])[0]))
     return
   rows = [{**row, **origin()} for row in run(arguments.quick)]
-  path = arguments.json or (None if arguments.quick else stored.FOLDER / "step.json")
   old = [] if arguments.quick else (stored.read("step") or {"rows": []})["rows"]
   rows = [row for row in old if row["device"] != rows[0]["device"]] + rows
-  stored.conclude("step", COMMAND, rows, parts, path)
+  stored.conclude("step", COMMAND, rows, parts, arguments)
 
 
 def origin() -> Row:
@@ -93,17 +93,9 @@ def step_rows(name: str, network: Network, dtype: str, rounds: int) -> list[Row]
     row["peak_MB"] = (held - memory.alias_size_in_bytes) / 1e6 + row["temp_MB"]
     rows.append(row)
     steps.append(_running(compiled, arguments))
-  times: list[list[float]] = [[] for _ in steps]
-  for number in range(rounds + 1):
-    turns = list(zip(steps, times, strict=True))
-    for step, taken in turns[:: -1 if number % 2 else 1]:
-      start = time.perf_counter()
-      step()
-      taken.append(1e3 * (time.perf_counter() - start))
-  for row, taken in zip(rows, times, strict=True):
-    row |= {"rounds": rounds, "median_ms": short(statistics.median(taken[1:]))}
-    row["min_ms"] = short(min(taken[1:]))
-  return rows
+  times = in_turns(steps, Plan((), rounds, 0.0))
+  measured = ({"rounds": rounds} | stored.min_and_median(taken) for taken in times)
+  return [row | ms for row, ms in zip(rows, measured, strict=True)]
 
 
 def seconds_to_compile(
