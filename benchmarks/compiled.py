@@ -78,7 +78,6 @@ class Variant(NamedTuple):
 
   @property
   def norm(self) -> Callable[..., networks.Layer]:
-    """The factory with its activation."""
     return functools.partial(self.factory, activation=getattr(nn, self.activation))
 
 
@@ -135,8 +134,7 @@ def jobs(target: str, names: list[str], quick: bool) -> list[Job]:
 
 def missing(target: str) -> str | None:
   """In a sentence why nothing can be compiled for a target, and what to do; None if it can."""
-  absent = [package for package in REQUIRED[target] if not _installed(package)]
-  if absent:
+  if absent := [package for package in REQUIRED[target] if not _installed(package)]:
     return (
       f"{TITLES[target]}: left out, for want of {' and '.join(absent)}; install the extra into an "
       "environment of its own: python -m venv .venv-compiled && "
@@ -162,21 +160,17 @@ def program_rows(target: str, dtype: str, name: str, variant: Variant) -> list[R
   compiled = traced.lower(lowering_platforms=("cuda" if target == "h100" else "tpu",)).compile()
   seconds = time.perf_counter() - start
   text = compiled.as_text() or ""
-  if target == "h100":
-    moved, as_printed = float(hlo.traffic(text)), float(hlo.traffic_as_printed(text))
-  else:  # layouts are padded there, which the compiler's own count knows
-    moved = as_printed = _counted(compiled)
+  # On a TPU layouts are padded, which the compiler's own count knows.
+  moved = hlo.traffic(text) if target == "h100" else _counted(compiled)
   row: Row = {"kind": "program", "target": target, "dtype": dtype, "network": name}
   row["compiler"] = f"{compiler} {importlib.metadata.version(compiler)}"
-  row |= {"activation": variant.activation, "norm": variant.label}
-  row |= {"MB": moved / 1e6, "MB_operands_as_printed": as_printed / 1e6}
+  row |= {"activation": variant.activation, "norm": variant.label, "MB": moved / 1e6}
   row["floor_MB"] = floor_bytes(network, jnp.dtype(dtype)) / 1e6
   row["temp_MB"] = compiled.memory_analysis().temp_size_in_bytes / 1e6
   return [{**row, "kernels": len(hlo.parse(text).kernels), "compile_s": seconds}]
 
 
 def _counted(compiled: Any) -> float:
-  """The compiler's own count of the bytes that are read and written."""
   return (compiled.cost_analysis() or {})["bytes accessed"]
 
 
@@ -209,17 +203,18 @@ def quiet() -> Iterator[None]:
 # The CPU.
 
 
-def layer_rows(shape: tuple[int, ...] = LAYER_SHAPE) -> list[Row]:
+def layer_rows() -> list[Row]:
   """XLA's count of the bytes of one layer, forward and backward, in passes over its input."""
-  rows = []
+  rows: list[Row] = []
   cases = {"alone": False, "with ReLU": True}
   for dtype, case, variant in itertools.product(("float32", "bfloat16"), cases, (FLAX, OURS)):
-    x = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-    body = functools.partial(networks.one, rectify=cases[case])
-    model = networks.Net(functools.partial(variant.norm, dtype=x.dtype), x.dtype, body)
+    options = {"rectify": cases[case]}
+    network = networks.Network("One layer", networks.one, LAYER_SHAPE[1:], LAYER_SHAPE[0], options)
+    x = jax.ShapeDtypeStruct(LAYER_SHAPE, jnp.dtype(dtype))
+    model = network.model(variant.norm, x.dtype)
     variables = jax.eval_shape(model.init, jax.random.key(0), x)
     compiled = jax.jit(functools.partial(backward, model)).lower(variables, x, x).compile()
-    row: Row = {"kind": "layer", "target": "cpu", "dtype": dtype, "shape": list(shape)}
+    row: Row = {"kind": "layer", "target": "cpu", "dtype": dtype, "shape": list(LAYER_SHAPE)}
     row |= {"case": case, "norm": variant.label}
     rows.append({**row, "passes": _counted(compiled) / (x.size * x.dtype.itemsize)})
   return rows
@@ -261,8 +256,7 @@ def collective_rows() -> list[Row]:
     row: Row = {"kind": "collectives", "target": "cpu", "devices": DEVICES, "how": how}
     row |= {"shape": list(SHARED_SHAPE), "mask": mask, "norm": label}
     row |= {"forward": len(forward), "forward_bytes": sum(forward)}
-    row["backward"] = len(both) - len(forward)
-    row["backward_bytes"] = sum(both) - sum(forward)
+    row |= {"backward": len(both) - len(forward), "backward_bytes": sum(both) - sum(forward)}
     rows.append(row)
   return rows
 
@@ -278,7 +272,11 @@ def all_reduces(how: str, both: bool, model: nn.Module, masked: bool) -> list[in
   specs = (WHOLE, *[SPLIT] * len(data))
   mesh = Mesh(np.array(_devices("cpu")[:DEVICES]), ("batch",))
   if how == "pmap":
-    spread, data = _by_pmap(call, both, mesh, len(data)), tuple(map(_shards, data))
+    axes = (None, *[0] * len(data))
+    summed = functools.partial(_summed, call) if both else call
+    spread = jax.pmap(summed, axis_name="batch", in_axes=axes, devices=list(mesh.devices))
+    shapes = [(DEVICES, a.shape[0] // DEVICES, *a.shape[1:]) for a in data]
+    data = tuple(a.update(shape=shape) for a, shape in zip(data, shapes, strict=True))
   elif how == "shard_map":
     spread = jax.jit(jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=results))
   else:
@@ -288,19 +286,10 @@ def all_reduces(how: str, both: bool, model: nn.Module, masked: bool) -> list[in
   return [i.bytes for i in hlo.parse(text).all_reduces]
 
 
-def _by_pmap(call: Callable[..., Any], both: bool, mesh: Mesh, data: int) -> Any:
-  def summed(*arguments: Any) -> Any:
-    found = list(call(*arguments))
-    if both:  # the other two ways sum the parameters' gradients by themselves
-      found[2] = jax.lax.psum(found[2], "batch")
-    return found
-
-  axes = (None, *[0] * data)
-  return jax.pmap(summed, axis_name="batch", in_axes=axes, devices=list(mesh.devices))
-
-
-def _shards(a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct((DEVICES, a.shape[0] // DEVICES, *a.shape[1:]), a.dtype)
+def _summed(call: Callable[..., Any], *arguments: Any) -> Any:
+  """Under pmap: the other two ways sum the parameters' gradients by themselves."""
+  y, new, of_parameters, of_x = call(*arguments)
+  return y, new, jax.lax.psum(of_parameters, "batch"), of_x
 
 
 # What follows from the rows.
@@ -312,8 +301,7 @@ def compare(rows: list[Row]) -> None:
   for row in rows:
     if none := baselines.get(compiled_report.case(row)):
       row["temp_over_none_MB"] = row["temp_MB"] - none["temp_MB"]
-      for key in ("MB", "MB_operands_as_printed"):
-        row[f"tax_{key}"] = row[key] - none[key]
+      row["tax_MB"] = row["MB"] - none["MB"]
       row["tax_over_floor"] = row["tax_MB"] / row["floor_MB"]
 
 

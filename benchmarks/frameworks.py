@@ -75,35 +75,30 @@ def _jaxbn(
   """Without running statistics in training, bfloat16 has a pivot, too."""
   import jaxbn
 
-  options: dict[str, Any] = {"momentum": MOMENTUM, "epsilon": EPSILON, "dtype": dtype}
+  options = {"momentum": MOMENTUM, "epsilon": EPSILON, "dtype": dtype, "axis_name": axis_name}
 
   def apply(parameters: Any, state: Any, x: Any, train: bool) -> tuple[Any, Any]:
     scale, bias = parameters
-    statistics = None if train and stateless else state
-    y, new = jaxbn.batch_norm(
-      x, scale, bias, statistics, use_running_average=not train, axis_name=axis_name, **options
-    )
+    given = None if train and stateless else state
+    y, new = jaxbn.batch_norm(x, scale, bias, given, use_running_average=not train, **options)
     return y, state if stateless else new
 
   parameters = jnp.ones(shape[-1]), jnp.zeros(shape[-1])
   return _jax_layer(apply, parameters, jaxbn.init(shape[-1]), axis_name)
 
 
-def _linen(
-  package: str, shape: Shape, dtype: Any, axis_name: str | None = None, **options: Any
-) -> Layer:
+def _linen(package: str, shape: Shape, dtype: Any, **options: Any) -> Layer:
   module = importlib.import_module(package).BatchNorm
-  layer = module(momentum=MOMENTUM, epsilon=EPSILON, dtype=dtype, axis_name=axis_name, **options)
+  layer = module(momentum=MOMENTUM, epsilon=EPSILON, dtype=dtype, **options)
   empty = jnp.zeros((2, *shape[1:]), dtype)
   variables = layer.init(jax.random.key(0), empty, use_running_average=True)
 
   def apply(parameters: Any, state: Any, x: Any, train: bool) -> tuple[Any, Any]:
     variables = {"params": parameters, "batch_stats": state}
-    if not train:
-      return layer.apply(variables, x, use_running_average=True), state
-    y, updates = layer.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
-    return y, updates["batch_stats"]
+    y, new = layer.apply(variables, x, use_running_average=not train, mutable=["batch_stats"])
+    return y, new["batch_stats"]
 
+  axis_name = options.get("axis_name")
   return _jax_layer(apply, variables["params"], variables["batch_stats"], axis_name)
 
 

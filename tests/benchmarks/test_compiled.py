@@ -24,8 +24,7 @@ PROGRAM = {
 
 
 def program(norm, mb, temp_mb=10.0, **changes):
-  sizes = {"norm": norm, "MB": mb, "MB_operands_as_printed": mb - 1, "temp_MB": temp_mb}
-  return {**PROGRAM, **sizes, **changes}
+  return {**PROGRAM, "norm": norm, "MB": mb, "temp_MB": temp_mb, **changes}
 
 
 def rows():
