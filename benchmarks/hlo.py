@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -110,6 +110,13 @@ def traffic(text: str) -> int:
   body, kernels = program.computations[program.entry], program.kernels
   operands = [(i, n, body[o].bytes) for i in kernels for n, o in enumerate(i.operands) if o in body]
   return sum(i.bytes for i in kernels) + sum(_reads(program, *operand) for operand in operands)
+
+
+def memory_bytes(executable: Any) -> tuple[int, int]:
+  """Of a compiled program: its temporary memory, and that with arguments and results."""
+  memory = executable.memory_analysis()
+  held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+  return memory.temp_size_in_bytes, held + memory.temp_size_in_bytes
 
 
 def collectives(text: str, devices: int) -> list[Collective]:

@@ -33,7 +33,11 @@ COMMAND = "python -m benchmarks.scaling"
 
 def main() -> None:
   """Compiles what is missing, measures, and writes after each."""
-  arguments = _arguments()
+  parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.split("\n")[0])
+  parser.add_argument("--only", metavar="TEXT", help="programs whose name has this in it")
+  parser.add_argument("--fresh", action="store_true", help="compile again what is stored")
+  parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+  arguments = parser.parse_args()
   compiled.prepare()
   if arguments.one:
     name, known = arguments.one
@@ -83,9 +87,8 @@ def row_of(program: Program, known: str) -> Row | None:
   start = time.perf_counter()
   executable = lowered.compile()
   seconds = time.perf_counter() - start
-  costs, memory = executable.cost_analysis() or {}, executable.memory_analysis()
+  costs, (temp, peak) = executable.cost_analysis() or {}, hlo.memory_bytes(executable)
   found = hlo.collectives(executable.as_text() or "", len(devices))
-  held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
   return {
     "kind": "program",
     "name": str(program),
@@ -95,8 +98,8 @@ def row_of(program: Program, known: str) -> Row | None:
     "layers": layers(program.network),
     "flops": costs["flops"],
     "bytes": costs["bytes accessed"],
-    "temp_bytes": memory.temp_size_in_bytes,
-    "memory_bytes": held + memory.temp_size_in_bytes,
+    "temp_bytes": temp,
+    "memory_bytes": peak,
     "traced_all_reduces": lowered.as_text().count("stablehlo.all_reduce"),
     "collectives": summary(found),
     "compile_s": seconds,
@@ -113,14 +116,6 @@ def digest(lowered: Any) -> str:
 def summary(found: list[hlo.Collective]) -> list[list[Any]]:
   """Equal collectives once: operation, bytes, members, algorithm and how many there are."""
   return [[*one, count] for one, count in sorted(collections.Counter(found).items())]
-
-
-def _arguments() -> argparse.Namespace:
-  parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.split("\n")[0])
-  parser.add_argument("--only", metavar="TEXT", help="programs whose name has this in it")
-  parser.add_argument("--fresh", action="store_true", help="compile again what is stored")
-  parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
-  return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import networks
+from benchmarks import hlo, networks
 from benchmarks import results as stored
 from benchmarks.networks import SMALL_RESNET, WHOLE, Network
 from benchmarks.results import Row, of, short, tabulate
@@ -56,9 +56,8 @@ def main() -> None:
 def origin() -> Row:
   """The device, and what else a figure depends on."""
   device, machine = jax.devices()[0], stored.machine()
-  where = device.device_kind
-  if device.platform == "cpu":
-    where = f"CPU, {machine['cpu']}, {machine['cores']} cores"
+  cpu = f"CPU, {machine['cpu']}, {machine['cores']} cores"
+  where = cpu if device.platform == "cpu" else device.device_kind
   made = {"device": device.device_kind, "machine": where, "jax": jax.__version__}
   return made | {"date": datetime.date.today().isoformat()}
 
@@ -68,16 +67,13 @@ def run(quick: bool) -> list[Row]:
   platform, rows = jax.default_backend(), []
   seconds_to_compile(SMALL_RESNET, networks.none)  # the first of a process takes longer
   for name in ["mobilenet"] if quick else WHOLE:
-    network = small(WHOLE[name]) if platform == "cpu" else WHOLE[name]
-    dtype = "float32" if platform == "cpu" else "bfloat16"
+    network, dtype = WHOLE[name], "bfloat16"
+    if platform == "cpu":
+      dtype, batch = "float32", network.batch // 16
+      network = dataclasses.replace(network, batch=batch, shape=(64, 64, 3))
     rows += step_rows(name, network, dtype, 2 if quick else ROUNDS[platform])
     print(f"{network.title}: done", flush=True)
   return rows + [compile_row(norm, 1 if quick else PROCESSES) for norm in ALL_NORMS]
-
-
-def small(network: Network) -> Network:
-  """For a CPU: a sixteenth of the batch and pictures of 64 by 64."""
-  return dataclasses.replace(network, batch=network.batch // 16, shape=(64, 64, 3))
 
 
 def step_rows(name: str, network: Network, dtype: str, rounds: int) -> list[Row]:
@@ -85,17 +81,13 @@ def step_rows(name: str, network: Network, dtype: str, rounds: int) -> list[Row]
   load, rows, steps = os.getloadavg()[0], [], []
   for norm, factory in NORMS.items():
     seconds, compiled, arguments = seconds_to_compile(network, factory, dtype)
-    memory = compiled.memory_analysis()
+    temp, peak = hlo.memory_bytes(compiled)
     row = {"kind": "step", "network": name, "norm": norm, "dtype": dtype, "batch": network.batch}
     row |= {"shape": list(network.shape), "compile_s": short(seconds), "load": load}
-    row["temp_MB"] = memory.temp_size_in_bytes / 1e6
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    row["peak_MB"] = (held - memory.alias_size_in_bytes) / 1e6 + row["temp_MB"]
-    rows.append(row)
+    rows.append(row | {"temp_MB": temp / 1e6, "peak_MB": peak / 1e6, "rounds": rounds})
     steps.append(_running(compiled, arguments))
   times = in_turns(steps, Plan((), rounds, 0.0))
-  measured = ({"rounds": rounds} | stored.min_and_median(taken) for taken in times)
-  return [row | ms for row, ms in zip(rows, measured, strict=True)]
+  return [row | stored.min_and_median(taken) for row, taken in zip(rows, times, strict=True)]
 
 
 def seconds_to_compile(
@@ -130,17 +122,15 @@ def _running(compiled: Any, shapes: Any) -> Callable[[], None]:
 
 def compile_row(norm: str, processes: int) -> Row:
   """The small ResNet's step in fresh processes: cold, and where JAX's cache on disk has it."""
-  cold: list[float] = []
-  cached: list[float] = []
+  taken: dict[str, list[float]] = {"cold_s": [], "cached_s": []}
   for _ in range(processes):
     with tempfile.TemporaryDirectory() as folder:
       cache = {"JAX_COMPILATION_CACHE_DIR": folder}
       cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-      for seconds in (cold, cached):
+      for seconds in taken.values():
         seconds.append(float(stored.in_a_process("step", "--compile", norm, **cache)[-1]))
-  row: Row = {"kind": "compile", "norm": norm, "processes": processes}
-  row["cold_s"], row["cached_s"] = (short(statistics.median(s)) for s in (cold, cached))
-  return row
+  medians = {key: short(statistics.median(seconds)) for key, seconds in taken.items()}
+  return {"kind": "compile", "norm": norm, "processes": processes, **medians}
 
 
 # What the rows say.
