@@ -18,12 +18,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import importlib.metadata
-import importlib.util
 import itertools
 import os
 import pathlib
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -89,7 +88,6 @@ Job = tuple[str, Callable[[], list[Row]]]  # a title, and what gives the rows
 
 
 def main() -> None:
-  """Compiles everything that can be, prints the chapter and writes the rows."""
   parser = stored.parser(__doc__, COMMAND)
   parser.add_argument("--targets", type=names_of(TITLES), help=f"of {', '.join(TITLES)}")
   parser.add_argument("--networks", type=names_of(NETWORKS), help=f"of {', '.join(NETWORKS)}")
@@ -110,7 +108,6 @@ def main() -> None:
 
 
 def jobs(target: str, names: list[str], quick: bool) -> list[Job]:
-  """What is compiled for a target."""
   if target == "cpu":
     return [("CPU: layer", layer_rows), ("CPU: all-reduces", collective_rows)]
   every: list[Job] = []
@@ -151,9 +148,7 @@ def missing(target: str) -> str | None:
 def program_rows(target: str, dtype: str, name: str, variant: Variant) -> list[Row]:
   """A step of training, compiled for one device of the target."""
   network, compiler = NETWORKS[name], REQUIRED[target][0]
-  model = network.model(variant.norm, jnp.dtype(dtype))
-  step, tx = networks.train_step(model)
-  arguments = networks.step_arguments(network, model, tx)
+  step, arguments = networks.step_of(network, variant.norm, dtype)
   sharding = NamedSharding(Mesh(np.array(_devices(target)[:1]), ("batch",)), WHOLE)
   start = time.perf_counter()
   traced = jax.jit(step, in_shardings=sharding).trace(*arguments)
@@ -163,7 +158,7 @@ def program_rows(target: str, dtype: str, name: str, variant: Variant) -> list[R
   # On a TPU layouts are padded, which the compiler's own count knows.
   moved = hlo.traffic(text) if target == "h100" else _counted(compiled)
   row: Row = {"kind": "program", "target": target, "dtype": dtype, "network": name}
-  row["compiler"] = f"{compiler} {importlib.metadata.version(compiler)}"
+  row["compiler"] = f"{compiler} {stored.version(compiler)}"
   row |= {"activation": variant.activation, "norm": variant.label, "MB": moved / 1e6}
   row["floor_MB"] = floor_bytes(network, jnp.dtype(dtype)) / 1e6
   row["temp_MB"] = compiled.memory_analysis().temp_size_in_bytes / 1e6
@@ -336,21 +331,14 @@ def prepare() -> None:
 
 def _nvcc() -> pathlib.Path | None:
   """The folder of the `ptxas` that pip installs, which is not on the PATH."""
-  if not importlib.util.find_spec("nvidia"):
-    return None
-  spec = importlib.util.find_spec("nvidia.cuda_nvcc")
-  folders = [pathlib.Path(p) / "bin" for p in (spec and spec.submodule_search_locations) or ()]
+  folders = (pathlib.Path(path) / "nvidia" / "cuda_nvcc" / "bin" for path in sys.path)
   return next((folder for folder in folders if (folder / "ptxas").exists()), None)
 
 
 def _installed(package: str) -> bool:
   if package == "ptxas":
     return shutil.which("ptxas") is not None or _nvcc() is not None
-  try:
-    importlib.metadata.version(package)
-  except importlib.metadata.PackageNotFoundError:
-    return False
-  return True
+  return stored.version(package) is not None
 
 
 if __name__ == "__main__":

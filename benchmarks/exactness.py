@@ -27,7 +27,6 @@ Layer = Callable[..., Any]
 
 
 def main() -> None:
-  """Prints the table."""
   jax.config.update("jax_num_cpu_devices", DEVICES)
   lines = [["case", f"flax {flax.__version__}", "jaxbn"]]
   lines += [[case, f"{of_flax:.2g}", f"{of_jaxbn:.2g}"] for case, of_flax, of_jaxbn in rows()]

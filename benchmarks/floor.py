@@ -22,7 +22,6 @@ Uses = dict[Any, list[Any]]
 
 
 def floor_bytes(network: Network, dtype: Any) -> int:
-  """Of all the norms of a network."""
   return sum(floor for _, floor in layers(network, dtype))
 
 

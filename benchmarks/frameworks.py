@@ -10,11 +10,12 @@ Every library is optional: `missing` says in one sentence which one is not there
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import os
+import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -47,16 +48,9 @@ class Layer(NamedTuple):
   wait: Callable[[Any], Any]  # returns when its argument has been computed
 
 
-class Framework(NamedTuple):
-  """How to build a library's layer for a shape and a NumPy dtype, and what is imported for it."""
-
-  build: Callable[[Shape, Any], Layer]
-  module: str
-
-
 def missing(name: str) -> str | None:
   """Why a framework of FRAMEWORKS is left out, in a sentence; None where it is there."""
-  module = FRAMEWORKS[name].module
+  module = re.split("[ .]", name)[0]
   if importlib.util.find_spec(module) is not None:
     return None
   return f"{name} is left out: {DISTRIBUTIONS.get(module, module)} is not installed."
@@ -235,7 +229,7 @@ def _jax_layer(
     of_parameters, of_x = pullback(cotangent)
     return y, (of_x, of_parameters), new_state
 
-  evaluate, train = (jax.jit(functools.partial(on_devices, train=t)) for t in (False, True))
+  evaluate, train = (jax.jit(partial(on_devices, train=t)) for t in (False, True))
   return Layer(
     evaluate=lambda x: evaluate(parameters, state, x)[0],
     train=lambda x: train(parameters, state, x),
@@ -289,31 +283,25 @@ def _torch(shape: Shape, dtype: Any, channels_first: bool = False) -> Layer:
   return Layer(evaluate, train, gradients, put, get, wait=lambda result: result)
 
 
-def _made(build: Callable[..., Layer], module: str, *package: str, **options: Any) -> Framework:
-  return Framework(functools.partial(build, *package, **options), module)
-
-
-# jaxbn's ways in first, then the others.
-FRAMEWORKS = {
-  "jaxbn": _made(_jaxbn, "jaxbn"),
-  "jaxbn without state": _made(_jaxbn, "jaxbn", stateless=True),
-  "jaxbn.linen": _made(_linen, "jaxbn", "jaxbn.linen"),
-  "jaxbn.nnx": _made(_nnx, "jaxbn", "jaxbn.nnx"),
-  "flax.linen": _made(_linen, "flax", "flax.linen"),
-  TWICE: _made(_linen, "flax", "flax.linen"),  # beside itself
-  "flax.linen two-pass": _made(_linen, "flax", "flax.linen", use_fast_variance=False),
-  "flax.nnx": _made(_nnx, "flax", "flax.nnx"),
-  "haiku": _made(_haiku, "haiku"),
-  "equinox": _made(_equinox, "equinox"),
-  "keras": _made(_keras, "keras"),
-  "torch": _made(_torch, "torch"),
-  "torch channels-first": _made(_torch, "torch", channels_first=True),
+# How to build each layer for a shape and a NumPy dtype: jaxbn's ways in first, then the others'. A
+# name begins with the module that is imported.
+FRAMEWORKS: dict[str, Callable[..., Layer]] = {
+  "jaxbn": _jaxbn,
+  "jaxbn without state": partial(_jaxbn, stateless=True),
+  "jaxbn.linen": partial(_linen, "jaxbn.linen"),
+  "jaxbn.nnx": partial(_nnx, "jaxbn.nnx"),
+  "flax.linen": partial(_linen, "flax.linen"),
+  TWICE: partial(_linen, "flax.linen"),  # beside itself
+  "flax.linen two-pass": partial(_linen, "flax.linen", use_fast_variance=False),
+  "flax.nnx": partial(_nnx, "flax.nnx"),
+  "haiku": _haiku,
+  "equinox": _equinox,
+  "keras": _keras,
+  "torch": _torch,
+  "torch channels-first": partial(_torch, channels_first=True),
 }
 # With statistics that devices share: the same layers, by the option that each has for it.
 SHARED = {
-  "jaxbn": _made(_jaxbn, "jaxbn", axis_name=AXIS),
-  "flax.linen": _made(_linen, "flax", "flax.linen", axis_name=AXIS),
-  "haiku": _made(_haiku, "haiku", axis_name=AXIS),
-  "equinox": _made(_equinox, "equinox", axis_name=AXIS),
-  "torch SyncBatchNorm": _made(_torch_shared, "jax", axis_name=AXIS),
+  name: partial(FRAMEWORKS.get(name, _torch_shared), axis_name=AXIS)
+  for name in ("jaxbn", "flax.linen", "haiku", "equinox", "torch SyncBatchNorm")
 }

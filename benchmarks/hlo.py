@@ -89,7 +89,6 @@ class Program(NamedTuple):
 
 
 def parse(text: str) -> Program:
-  """Reads the text of a compiled program."""
   computations: dict[str, dict[str, Instruction]] = {}
   entry = ""
   body: dict[str, Instruction] = {}

@@ -59,7 +59,6 @@ def entered() -> tuple[set[tuple[str, int]], int]:
 
 
 def table() -> str:
-  """The figures, as the page has them."""
   functions, depth = entered()
   aside = sum(name in ASIDE for name, _ in functions)
   read = sorted({name for name, _ in functions} - ASIDE - {"_track.py"})

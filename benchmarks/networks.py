@@ -102,7 +102,6 @@ class Net(nn.Module):
 
 
 def one(net: Net, x: jax.Array, rectify: bool = True) -> jax.Array:
-  """One layer, with its activation or without."""
   return net.norm(rectify)(x.astype(net.dtype))
 
 
@@ -128,7 +127,6 @@ def residual(net: Net, x: jax.Array, block: str, features: int, stride: int) -> 
 def resnet(
   net: Net, x: jax.Array, block: str, stages: tuple[int, ...], large: bool = False
 ) -> jax.Array:
-  """Stages of so many blocks."""
   x = net.stem(x, large)
   places = [(stage, number) for stage, blocks in enumerate(stages) for number in range(blocks)]
   for at, (stage, number) in enumerate(places):
@@ -299,6 +297,13 @@ def step_arguments(network: Network, model: nn.Module, tx: Any) -> tuple[Any, ..
   images = len(outputs.shape) == 4
   targets = outputs if images else jax.ShapeDtypeStruct(outputs.shape[:1], jnp.int32)
   return params, stats, jax.eval_shape(tx.init, params), inputs, targets
+
+
+def step_of(network: Network, norm: Callable[..., Layer], dtype: str) -> tuple[Any, Any]:
+  """A step of a network with a norm, and the shapes that it takes."""
+  model = network.model(norm, jnp.dtype(dtype))
+  step, tx = train_step(model)
+  return step, step_arguments(network, model, tx)
 
 
 def _loss(outputs: jax.Array, targets: jax.Array) -> jax.Array:

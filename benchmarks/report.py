@@ -24,7 +24,6 @@ CHAPTERS = {
 
 
 def main() -> None:
-  """Writes the page and the charts, and says what is left out."""
   found = available()
   if not found:
     raise SystemExit("There are no results yet: run `make bench` first.")
@@ -36,13 +35,11 @@ def main() -> None:
 
 
 def available() -> dict[str, dict[str, Any]]:
-  """The results that are there, by benchmark."""
   found = {name: stored.read(name) for name in CHAPTERS}
   return {name: results for name, results in found.items() if results is not None}
 
 
 def page(found: dict[str, dict[str, Any]]) -> str:
-  """docs/benchmarks.md."""
   origins = [["benchmark", "command", "date", "machine"]]
   for name, results in found.items():
     machine = "{cpu}, {cores} cores, {system}".format_map(results["machine"])

@@ -64,27 +64,24 @@ def read(name: str, folder: pathlib.Path | None = None) -> dict[str, Any] | None
 
 def versions() -> dict[str, str]:
   """Python's, and of the libraries those that are installed."""
-  found = {"python": platform.python_version()}
-  for distribution in DISTRIBUTIONS:
-    try:
-      found[distribution] = importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-      continue
-  return found
+  found = {name: installed for name in DISTRIBUTIONS if (installed := version(name))}
+  return {"python": platform.python_version(), **found}
+
+
+def version(distribution: str) -> str | None:
+  """None where it is not installed."""
+  try:
+    return importlib.metadata.version(distribution)
+  except importlib.metadata.PackageNotFoundError:
+    return None
 
 
 def machine() -> dict[str, Any]:
   """The processor and the system, nothing that names the computer."""
-  return {"cpu": _processor(), "cores": cores(), "system": platform.system()}
-
-
-def _processor() -> str:
-  try:
-    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-  except OSError:
-    lines = []
-  names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-  return names[0] if names else platform.processor() or platform.machine()
+  linux = pathlib.Path("/proc/cpuinfo")
+  named = re.search(r"model name\s*: *(.+)", linux.read_text()) if linux.exists() else None
+  cpu = named[1].strip() if named else platform.processor() or platform.machine()
+  return {"cpu": cpu, "cores": cores(), "system": platform.system()}
 
 
 def in_a_process(module: str, *arguments: str, **environment: str) -> list[str]:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import collections
 import hashlib
-import importlib.metadata
 import json
 import time
 from typing import Any
@@ -32,7 +31,6 @@ COMMAND = "python -m benchmarks.scaling"
 
 
 def main() -> None:
-  """Compiles what is missing, measures, and writes after each."""
   parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.split("\n")[0])
   parser.add_argument("--only", metavar="TEXT", help="programs whose name has this in it")
   parser.add_argument("--fresh", action="store_true", help="compile again what is stored")
@@ -74,7 +72,7 @@ def write(rows: dict[str, Row]) -> None:
 
 
 def _compiler() -> str:
-  return f"libtpu {importlib.metadata.version('libtpu')}"
+  return f"libtpu {stored.version('libtpu')}"
 
 
 def row_of(program: Program, known: str) -> Row | None:

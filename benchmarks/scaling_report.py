@@ -29,7 +29,6 @@ ENOUGH = 32  # examples that a choice of group aims at, or up to four times as m
 
 
 def main() -> None:
-  """Writes the page and the figure."""
   from benchmarks import charts  # which draws what this module computes
 
   results = stored.read("scaling")
@@ -41,7 +40,6 @@ def main() -> None:
 
 
 def page(results: Row) -> str:
-  """docs/scaling.md."""
   rows, versions = results["rows"], results["versions"]
   named = [f"{name} {versions[name]}" for name in ("jax", "flax", "libtpu") if name in versions]
   needed = [(chip, statistics) for chip in WHERE for statistics in ("local", "grouped")]

@@ -126,7 +126,6 @@ def lower(program: Program, devices: list[Any]) -> Any:
 
 
 def norm(program: Program, chips: int) -> Callable[..., networks.Layer]:
-  """The norm of a program's layers."""
   if program.statistics == "none":
     return networks.none
   options: dict[str, Any] = {}

@@ -70,7 +70,6 @@ QUICK = Plan(((16, 8, 8, 32), (256, 64)), 3, 0.0)
 
 
 def main() -> None:
-  """Times everything that is installed, prints the chapter and writes the rows."""
   parser = stored.parser(__doc__, COMMAND)
   parser.add_argument("--repeats", type=int, help="of every call, at least (21; 3 if quick)")
   parser.add_argument("--pair", choices=PAIRS, help="time one pair here and print its rows")
@@ -98,7 +97,7 @@ def pair_rows(theirs: str, plan: Plan) -> Iterator[Row]:
   ours = PAIRS[theirs]
   for shape in plan.shapes:
     for dtype in DTYPES:
-      layers = [FRAMEWORKS[name].build(shape, jnp.dtype(dtype)) for name in (ours, theirs)]
+      layers = [FRAMEWORKS[name](shape, jnp.dtype(dtype)) for name in (ours, theirs)]
       calls = [_calls(layer, shape, dtype) for layer in layers]
       for kind in KINDS:
         ours_ms, theirs_ms = in_turns([call[kind] for call in calls], plan)
@@ -172,7 +171,6 @@ def _calls(layer: Layer, shape: tuple[int, ...], dtype: str) -> dict[str, Callab
 
 
 def parts(results: Row) -> Row:
-  """What docs/templates/speed.md leaves open."""
   rows = results["rows"]
   timed = [row for row in rows if "framework" in row]
   return {

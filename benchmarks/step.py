@@ -40,7 +40,6 @@ KINDS = {"cpu": "CPU", "H100": "NVIDIA H100", "A100": "NVIDIA A100", "TPU": "TPU
 
 
 def main() -> None:
-  """Times, prints the chapter, and writes the rows beside those of other devices."""
   parser = stored.parser(__doc__, COMMAND)
   parser.add_argument("--compile", choices=ALL_NORMS, help="compile the small ResNet here")
   arguments = parser.parse_args()
@@ -94,9 +93,7 @@ def seconds_to_compile(
   network: Network, factory: Callable[..., networks.Layer], dtype: str = "float32"
 ) -> tuple[float, Any, Any]:
   """Of tracing, lowering and compiling a step, with the step and the shapes that it takes."""
-  model = network.model(factory, jnp.dtype(dtype))
-  step, tx = networks.train_step(model)
-  arguments = networks.step_arguments(network, model, tx)
+  step, arguments = networks.step_of(network, factory, dtype)
   jax.clear_caches()
   start = time.perf_counter()
   compiled = jax.jit(step, donate_argnums=(0, 1, 2)).lower(*arguments).compile()
@@ -145,7 +142,6 @@ STEPS = {
 
 
 def parts(results: Row) -> Row:
-  """What docs/templates/step.md leaves open."""
   rows = results["rows"]
   devices = dict.fromkeys(row["device"] for row in rows)
   never = [title for word, title in KINDS.items() if not any(word in device for device in devices)]
