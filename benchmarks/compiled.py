@@ -72,11 +72,11 @@ class Variant(NamedTuple):
   """A norm as a row of the tables: its label, its factory and the activation that goes with it."""
 
   label: str
-  factory: Callable[..., networks.Layer]
+  factory: networks.Norm
   activation: str = "relu"
 
   @property
-  def norm(self) -> Callable[..., networks.Layer]:
+  def norm(self) -> networks.Norm:
     return functools.partial(self.factory, activation=getattr(nn, self.activation))
 
 
@@ -148,7 +148,8 @@ def missing(target: str) -> str | None:
 def program_rows(target: str, dtype: str, name: str, variant: Variant) -> list[Row]:
   """A step of training, compiled for one device of the target."""
   network, compiler = NETWORKS[name], REQUIRED[target][0]
-  step, arguments = networks.step_of(network, variant.norm, dtype)
+  model = network.model(variant.norm, jnp.dtype(dtype))
+  step, arguments = networks.train_step(model), networks.step_arguments(network, model)
   sharding = NamedSharding(Mesh(np.array(_devices(target)[:1]), ("batch",)), WHOLE)
   start = time.perf_counter()
   traced = jax.jit(step, in_shardings=sharding).trace(*arguments)

@@ -1,9 +1,8 @@
 """The networks that are compiled and run, with the norm layer as their parameter.
 
-A norm is a factory: `norm(rectify)` gives a callable `(x, residual=None)` that normalizes x, adds
-the residual and, where `rectify`, applies the activation. A network hands over whole what a layer
-might do at once, so that a norm which does it inside and one which leaves it to the network compute
-the same function.
+A norm is a function: `norm(x, rectify=True, residual=None)` normalizes x, adds the residual and,
+where `rectify`, applies the activation. A network hands over whole what a layer might do at once,
+so that a norm which does it inside and one which leaves it outside compute the same function.
 """
 
 from __future__ import annotations
@@ -20,46 +19,47 @@ import optax
 
 from jaxbn.linen import BatchNorm
 
-Layer = Callable[..., jax.Array]
-Norm = Callable[[bool], Layer]
+Norm = Callable[..., jax.Array]
+Activation = Callable[[jax.Array], jax.Array]
 
 
 # Norms.
 
 
-def none(rectify: bool, *, dtype: Any, activation: Layer = nn.relu) -> Layer:
-  del dtype
-  return outside(lambda x: x, activation if rectify else None)
+def none(*inputs: Any, dtype: Any, **options: Any) -> jax.Array:
+  return outside(lambda x: x, *inputs, **options)
 
 
-def flax(rectify: bool, *, dtype: Any, activation: Layer = nn.relu) -> Layer:
+def flax(*inputs: Any, dtype: Any, **options: Any) -> jax.Array:
   layer = nn.BatchNorm(use_running_average=False, momentum=0.9, dtype=dtype)
-  return outside(layer, activation if rectify else None)
+  return outside(layer, *inputs, **options)
+
+
+def outside(
+  layer: Activation,
+  x: jax.Array,
+  rectify: bool = True,
+  residual: jax.Array | None = None,
+  activation: Activation = nn.relu,
+) -> jax.Array:
+  """A layer with the sum and the activation after it."""
+  y = layer(x) if residual is None else residual + layer(x)
+  return activation(y) if rectify else y
 
 
 def jaxbn(
-  rectify: bool, *, dtype: Any, activation: Layer = nn.relu, sums: bool = False, **options: Any
-) -> Layer:
+  x: jax.Array,
+  rectify: bool = True,
+  residual: jax.Array | None = None,
+  activation: Activation = nn.relu,
+  sums: bool = False,
+  **options: Any,
+) -> jax.Array:
   """Ours, with its activation inside where nothing is added before it, or the sum too (`sums`)."""
-  options = {"use_running_average": False, "momentum": 0.9, "dtype": dtype, **options}
-
-  def call(x: jax.Array, residual: jax.Array | None = None) -> jax.Array:
-    if residual is not None and not sums:
-      return outside(BatchNorm(**options), activation if rectify else None)(x, residual)
-    layer = BatchNorm(**options, activation=activation if rectify else None)
-    return layer(x, residual=residual)
-
-  return call
-
-
-def outside(layer: Layer, activation: Layer | None) -> Layer:
-  """A layer with the sum and the activation after it."""
-
-  def call(x: jax.Array, residual: jax.Array | None = None) -> jax.Array:
-    y = layer(x) if residual is None else residual + layer(x)
-    return y if activation is None else activation(y)
-
-  return call
+  options = {"use_running_average": False, "momentum": 0.9, **options}
+  if residual is not None and not sums:
+    return outside(BatchNorm(**options), x, rectify, residual, activation)
+  return BatchNorm(**options, activation=activation if rectify else None)(x, residual=residual)
 
 
 # Networks.
@@ -84,7 +84,7 @@ class Net(nn.Module):
 
   def conv_norm(self, x: jax.Array, *conv: int, **options: int) -> jax.Array:
     """A convolution, its norm and the activation."""
-    return self.norm(True)(self.conv(x, *conv, **options))
+    return self.norm(self.conv(x, *conv, **options))
 
   def upsample(self, x: jax.Array, features: int, size: int) -> jax.Array:
     """To twice the height and width."""
@@ -102,7 +102,7 @@ class Net(nn.Module):
 
 
 def one(net: Net, x: jax.Array, rectify: bool = True) -> jax.Array:
-  return net.norm(rectify)(x.astype(net.dtype))
+  return net.norm(x.astype(net.dtype), rectify)
 
 
 # Residual blocks (He et al. 2016): of each convolution the multiple of the block's features, its
@@ -117,11 +117,11 @@ def residual(net: Net, x: jax.Array, block: str, features: int, stride: int) -> 
   """A block of BLOCKS, with a projection beside it where the shape changes."""
   y = x
   for number, (multiple, size, strides) in enumerate(BLOCKS[block]):
-    y = net.norm(True)(y) if number else y
+    y = net.norm(y) if number else y
     y = net.conv(y, multiple * features, size, stride if strides else 1)
   if x.shape != y.shape:
-    x = net.norm(False)(net.conv(x, y.shape[-1], 1, stride))
-  return net.norm(True)(y, residual=x)
+    x = net.norm(net.conv(x, y.shape[-1], 1, stride), False)
+  return net.norm(y, residual=x)
 
 
 def resnet(
@@ -164,7 +164,7 @@ def mobilenet(
       y = net.conv_norm(x, wide, 1) if expansion > 1 else x
       y = net.conv_norm(y, wide, 3, 1 if block else first_stride, groups=wide)
       y = net.conv(y, features, 1)
-      x = net.norm(False)(y, residual=x if x.shape == y.shape else None)
+      x = net.norm(y, False, x if x.shape == y.shape else None)
   return net.classify(net.conv_norm(x, last, 1) if last else x)
 
 
@@ -175,20 +175,20 @@ def densenet(
   x = net.stem(x, large) if large else net.conv(x, 64, 3)
   for number, layers in enumerate(blocks):
     if number:
-      x = net.conv(net.norm(True)(x), x.shape[-1] // 2, 1)
+      x = net.conv(net.norm(x), x.shape[-1] // 2, 1)
       x = nn.avg_pool(x, (2, 2), (2, 2))
     for _ in range(layers):
-      y = net.conv_norm(net.conv(net.norm(True)(x), 128, 1), 32, 3)
+      y = net.conv(net.norm(net.conv(net.norm(x), 128, 1)), 32, 3)
       x = jnp.concatenate([x, y], axis=-1)
-  return net.classify(net.norm(True)(x))
+  return net.classify(net.norm(x))
 
 
 def generator(net: Net, x: jax.Array) -> jax.Array:
   """Transposed convolutions from noise to images (DCGAN, Radford et al. 2016)."""
   x = nn.Dense(8 * 8 * 256, use_bias=False, dtype=net.dtype)(x)
-  x = net.norm(True)(x.reshape(-1, 8, 8, 256))
+  x = net.norm(x.reshape(-1, 8, 8, 256))
   for features in (128, 64):
-    x = net.norm(True)(net.upsample(x, features, 4))
+    x = net.norm(net.upsample(x, features, 4))
   return jnp.tanh(nn.Conv(3, (3, 3), dtype=jnp.float32)(x))
 
 
@@ -217,7 +217,7 @@ class Network:
   batch: int
   options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-  def model(self, norm: Callable[..., Layer], dtype: Any) -> Net:
+  def model(self, norm: Norm, dtype: Any) -> Net:
     body = functools.partial(self.body, **self.options)
     return Net(functools.partial(norm, dtype=dtype), dtype, body)
 
@@ -260,16 +260,17 @@ TINY_RESNET = Network("ResNet", resnet, (8, 8, 3), 2, {"block": "Basic", "stages
 
 # A step of training.
 
+OPTIMIZER = optax.sgd(0.1, momentum=0.9)
+
 
 def train_step(
   model: nn.Module, axes: tuple[str, ...] = (), apart: tuple[str, ...] = ()
-) -> tuple[Callable[..., Any], optax.GradientTransformation]:
-  """One step of training and the optimizer whose state it takes.
+) -> Callable[..., Any]:
+  """One step of training.
 
   Under shard_map, `axes` are those that the batch lies on; its checks then sum the gradients too.
   `apart` are those among them along which the layers' statistics differ.
   """
-  tx = optax.sgd(0.1, momentum=0.9)
 
   def step(params: Any, stats: Any, opt_state: Any, inputs: jax.Array, targets: jax.Array) -> Any:
     def loss(params: Any) -> tuple[jax.Array, Any]:
@@ -278,10 +279,10 @@ def train_step(
       return mean(_loss(outputs, targets), axes), new.get("batch_stats", {})
 
     (value, new_stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
-    updates, opt_state = tx.update(grads, opt_state, params)
+    updates, opt_state = OPTIMIZER.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), mean(new_stats, apart), opt_state, value
 
-  return step, tx
+  return step
 
 
 def mean(tree: Any, axes: tuple[str, ...]) -> Any:
@@ -289,21 +290,14 @@ def mean(tree: Any, axes: tuple[str, ...]) -> Any:
   return jax.lax.pmean(tree, axes) if axes else tree
 
 
-def step_arguments(network: Network, model: nn.Module, tx: Any) -> tuple[Any, ...]:
+def step_arguments(network: Network, model: nn.Module) -> tuple[Any, ...]:
   """What a step takes, as shapes."""
   inputs = network.inputs()
   outputs, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), inputs)
   params, stats = variables["params"], variables.get("batch_stats", {})
   images = len(outputs.shape) == 4
   targets = outputs if images else jax.ShapeDtypeStruct(outputs.shape[:1], jnp.int32)
-  return params, stats, jax.eval_shape(tx.init, params), inputs, targets
-
-
-def step_of(network: Network, norm: Callable[..., Layer], dtype: str) -> tuple[Any, Any]:
-  """A step of a network with a norm, and the shapes that it takes."""
-  model = network.model(norm, jnp.dtype(dtype))
-  step, tx = train_step(model)
-  return step, step_arguments(network, model, tx)
+  return params, stats, jax.eval_shape(OPTIMIZER.init, params), inputs, targets
 
 
 def _loss(outputs: jax.Array, targets: jax.Array) -> jax.Array:

@@ -114,8 +114,8 @@ def lower(program: Program, devices: list[Any]) -> Any:
     step, arguments = layer_step(network, model, sums, apart)
     specs = {"in_specs": (whole, split, split), "out_specs": (split, whole, whole, split)}
   else:
-    step, tx = networks.train_step(model, () if program.mode == "jit" else names, apart)
-    arguments = networks.step_arguments(network, model, tx)
+    step = networks.train_step(model, () if program.mode == "jit" else names, apart)
+    arguments = networks.step_arguments(network, model)
     specs = {"in_specs": (*[whole] * 3, split, split), "out_specs": (whole,) * 4}
     donated = (0, 1, 2)
   if program.mode != "jit":
@@ -125,7 +125,7 @@ def lower(program: Program, devices: list[Any]) -> Any:
   return jitted.trace(*arguments).lower(lowering_platforms=(devices[0].platform,))
 
 
-def norm(program: Program, chips: int) -> Callable[..., networks.Layer]:
+def norm(program: Program, chips: int) -> networks.Norm:
   if program.statistics == "none":
     return networks.none
   options: dict[str, Any] = {}

@@ -31,8 +31,8 @@ from benchmarks.results import Row, of, short, tabulate
 from benchmarks.speed import Plan, in_turns
 
 COMMAND = "python -m benchmarks.step"
-NORMS = {"flax": networks.flax, "jaxbn": networks.jaxbn}
-ALL_NORMS = {"none": networks.none, **NORMS}
+NORMS: dict[str, networks.Norm] = {"flax": networks.flax, "jaxbn": networks.jaxbn}
+ALL_NORMS: dict[str, networks.Norm] = {"none": networks.none, **NORMS}
 ROUNDS = {"cpu": 11, "gpu": 30, "tpu": 30}
 PROCESSES = 3  # in which the small ResNet is compiled
 # Kinds of devices that users train on, by a word in JAX's name of them.
@@ -90,10 +90,11 @@ def step_rows(name: str, network: Network, dtype: str, rounds: int) -> list[Row]
 
 
 def seconds_to_compile(
-  network: Network, factory: Callable[..., networks.Layer], dtype: str = "float32"
+  network: Network, factory: networks.Norm, dtype: str = "float32"
 ) -> tuple[float, Any, Any]:
   """Of tracing, lowering and compiling a step, with the step and the shapes that it takes."""
-  step, arguments = networks.step_of(network, factory, dtype)
+  model = network.model(factory, jnp.dtype(dtype))
+  step, arguments = networks.train_step(model), networks.step_arguments(network, model)
   jax.clear_caches()
   start = time.perf_counter()
   compiled = jax.jit(step, donate_argnums=(0, 1, 2)).lower(*arguments).compile()

@@ -16,24 +16,24 @@ def at(net, x, place):
   conv = functools.partial(net.conv, features=CHANNELS, size=1)
   x = conv(x)
   if place == "activation":
-    return conv(net.norm(True)(x))
+    return conv(net.norm(x))
   if place == "sum":
-    return conv(net.norm(True)(conv(x), residual=x))
+    return conv(net.norm(conv(x), residual=x))
   if place == "projection":
-    return conv(net.norm(True)(conv(x), residual=net.norm(False)(x)))
+    return conv(net.norm(conv(x), residual=net.norm(x, False)))
   if place == "last":
-    return net.norm(True)(x)
+    return net.norm(x)
   if place == "neither":
-    return conv(net.norm(False)(x))
+    return conv(net.norm(x, False))
   if place == "sum alone":
-    return conv(net.norm(False)(conv(x), residual=x))
+    return conv(net.norm(conv(x), False, x))
   if place == "mean":
-    return net.norm(True)(x).mean((1, 2))
+    return net.norm(x).mean((1, 2))
   if place == "mean alone":
-    return net.norm(False)(x).mean((1, 2))
+    return net.norm(x, False).mean((1, 2))
   if place == "average of four":
-    return conv(nn.avg_pool(net.norm(True)(x), (2, 2), (2, 2)))
-  return nn.Conv(CHANNELS, (1, 1), dtype=jnp.float32)(net.norm(True)(x))
+    return conv(nn.avg_pool(net.norm(x), (2, 2), (2, 2)))
+  return nn.Conv(CHANNELS, (1, 1), dtype=jnp.float32)(net.norm(x))
 
 
 @pytest.mark.parametrize(
