@@ -84,7 +84,7 @@ NONE, FLAX = Variant("none", networks.none), Variant("flax", networks.flax)
 OURS = Variant("jaxbn", networks.jaxbn)
 SUMS = Variant("jaxbn, sum inside", functools.partial(networks.jaxbn, sums=True))
 LEAKY = [variant._replace(activation="leaky_relu") for variant in (NONE, FLAX, OURS)]
-Job = tuple[str, Callable[[], list[Row]]]  # a title, and what gives the rows
+Job = Callable[[], list[Row]]
 
 
 def main() -> None:
@@ -107,23 +107,21 @@ def main() -> None:
   stored.conclude("compiled", COMMAND, rows, compiled_report.parts, arguments, whole)
 
 
-def jobs(target: str, names: list[str], quick: bool) -> list[Job]:
+def jobs(target: str, names: list[str], quick: bool) -> Iterator[tuple[str, Job]]:
+  """What is compiled for a target, with its title."""
   if target == "cpu":
-    return [("CPU: layer", layer_rows), ("CPU: all-reduces", collective_rows)]
-  every: list[Job] = []
-  for dtype in DTYPES[target][: 1 if quick else None]:
-    for name in names:
-      # Float32 is for one large network: the others would say the same in twice the time. And what
-      # takes longest to compile is for the H100.
-      if name != "resnet" and (dtype == "float32" or (name, target) == ("resnet50", "v5e")):
-        continue
-      variants = [NONE, FLAX, OURS] + [SUMS] * (name in ("resnet", "basic"))
-      if (target, name) == ("h100", "resnet") and not quick:
-        variants += LEAKY
-      for variant in variants:
-        title = f"{TITLES[target]} {dtype} {name}: {variant.label}, {variant.activation}"
-        every.append((title, functools.partial(program_rows, target, dtype, name, variant)))
-  return every
+    yield from (("CPU: layer", layer_rows), ("CPU: all-reduces", collective_rows))
+    return
+  for dtype, name in itertools.product(DTYPES[target][: 1 if quick else None], names):
+    # Float32 is for one large network: the others would say the same in twice the time. And what
+    # takes longest to compile is for the H100.
+    if name != "resnet" and (dtype == "float32" or (name, target) == ("resnet50", "v5e")):
+      continue
+    variants = [NONE, FLAX, OURS] + [SUMS] * (name in ("resnet", "basic"))
+    variants += LEAKY * ((target, name) == ("h100", "resnet") and not quick)
+    for variant in variants:
+      title = f"{TITLES[target]} {dtype} {name}: {variant.label}, {variant.activation}"
+      yield title, functools.partial(program_rows, target, dtype, name, variant)
 
 
 # Programs for an accelerator.

@@ -130,8 +130,8 @@ def resnet(
   x = net.stem(x, large)
   places = [(stage, number) for stage, blocks in enumerate(stages) for number in range(blocks)]
   for at, (stage, number) in enumerate(places):
-    options = {"features": 64 * 2**stage, "stride": 2 if stage and number == 0 else 1}
-    body = functools.partial(residual, block=block, **options)
+    stride = 2 if stage and number == 0 else 1
+    body = functools.partial(residual, block=block, features=64 * 2**stage, stride=stride)
     x = Net(net.norm, net.dtype, body, name=f"{block}_{at}")(x)
   return net.classify(x)
 

@@ -223,13 +223,14 @@ def parts(results: Row) -> Row:
 def standing(rows: list[Row]) -> str:
   """A list of where another library is better, or one sentence that there is none."""
   compared = [(p, error, worst_of(rows, p, error)) for p in panels_of(rows) for error in ERRORS]
-  lost = [one for one in compared if one[2][0] > 1]
+  lost = [
+    f"\n- {name} is more exact in {panel} ({error}), at worst at {point}, where jaxbn's error is "
+    f"{ours:.2g} and its own {best:.2g}."
+    for panel, error, (ratio, ours, best, name, point) in compared
+    if ratio > 1
+  ]
   text = f"- jaxbn is the best or level with the best in {len(compared) - len(lost)} of "
-  text += f"{len(compared)} comparisons, each at every point of its axis."
-  for panel, error, (_, ours, best, name, point) in lost:
-    text += f"\n- {name} is more exact in {panel} ({error}), at worst at {point}, where jaxbn's "
-    text += f"error is {ours:.2g} and its own {best:.2g}."
-  return text
+  return text + "".join([f"{len(compared)} comparisons, each at every point of its axis.", *lost])
 
 
 def worst_of(rows: list[Row], panel: Panel, error: str) -> tuple[float, float, float, str, str]:

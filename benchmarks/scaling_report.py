@@ -281,10 +281,9 @@ WEAK = {
 def _measured(rows: list[Row]) -> str:
   if not rows:
     return "Not measured yet."
-  parts = {key: rows[0][key] for key in ("layers", "batch", "samples", "steps")}
-  parts["load"] = f"{max(row['load'] for row in rows):.1f}"
-  parts["table"] = tabulate(rows, {}, WEAK)
   faster = min(row["ratio_median"] for row in rows) < 0.95
+  load = f"{max(row['load'] for row in rows):.1f}"
+  parts = rows[0] | {"load": load, "table": tabulate(rows, {}, WEAK)}
   parts["faster"] = stored.fill("scaling-faster", {}) if faster else ""
   return stored.fill("scaling-measured", parts).strip()
 

@@ -114,22 +114,16 @@ def _steps(network: Network) -> tuple[dict[str, Callable[..., None]], int]:
   labels = rng.integers(0, 1000, BATCH).astype(np.int32)
   data = [jax.make_array_from_process_local_data(split, local) for local in (images, labels)]
   steps: dict[str, Callable[..., None]] = {}
-  layers = 0
+  specs = (*[whole.spec] * 3, *[split.spec] * 2)
   for kind, axis, apart in (("local", None, axes), ("synchronized", axes, ())):
     model = network.model(functools.partial(networks.jaxbn, axis_name=axis), images.dtype)
-    specs = (*[whole.spec] * 3, *[split.spec] * 2)
-    spread = jax.shard_map(
-      networks.train_step(model, axes, apart),
-      mesh=mesh,
-      in_specs=specs,
-      out_specs=(whole.spec,) * 4,
-    )
+    step = networks.train_step(model, axes, apart)
+    spread = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=(whole.spec,) * 4)
     variables = jax.jit(model.init, out_shardings=whole)(jax.random.key(0), images[:2])
     params, stats = variables["params"], variables["batch_stats"]
     state = params, stats, jax.jit(networks.OPTIMIZER.init, out_shardings=whole)(params)
     steps[kind] = functools.partial(_run, jax.jit(spread), state, data)
-    layers = len(jax.tree.leaves(stats)) // 2
-  return steps, layers
+  return steps, len(jax.tree.leaves(stats)) // 2
 
 
 def _run(step: Callable[..., Any], state: tuple[Any, ...], data: list[jax.Array]) -> None:
