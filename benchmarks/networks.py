@@ -178,7 +178,7 @@ def densenet(
       x = net.conv(net.norm(x), x.shape[-1] // 2, 1)
       x = nn.avg_pool(x, (2, 2), (2, 2))
     for _ in range(layers):
-      y = net.conv(net.norm(net.conv(net.norm(x), 128, 1)), 32, 3)
+      y = net.conv(net.conv_norm(net.norm(x), 128, 1), 32, 3)
       x = jnp.concatenate([x, y], axis=-1)
   return net.classify(net.norm(x))
 
