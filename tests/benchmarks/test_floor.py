@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import floor, networks
+from benchmarks import results as stored
+from benchmarks.results import of
 
 CHANNELS = 4
 
@@ -59,3 +61,10 @@ def test_passes_by_place(place, passes):
   # A mean is not nothing, but one in 256.
   assert sorted(least / size for _, least in found) == pytest.approx(passes, rel=0.005)
   assert floor.floor_bytes(network, jnp.bfloat16) == sum(least for _, least in found)
+
+
+def test_the_stored_floors_are_those_of_the_networks():
+  rows = of(stored.read("compiled")["rows"], kind="program")
+  for name, dtype, floor_mb in {(r["network"], r["dtype"], r["floor_MB"]) for r in rows}:
+    found = floor.floor_bytes(networks.NETWORKS[name], jnp.dtype(dtype))
+    assert found == pytest.approx(1e6 * floor_mb), name
