@@ -21,12 +21,12 @@ RED = "#c8452c"
 def draw(found: dict[str, Row], folder: pathlib.Path) -> list[pathlib.Path]:
   """The charts of the results by name, into a folder; the files that were written."""
   written = []
-  for name in found.keys() & CHARTS.keys():
+  for name in sorted(found.keys() & CHARTS.keys()):
     file, chart = CHARTS[name]
     if figure := chart(found[name]):
       figure.savefig(folder / file)
       written.append(folder / file)
-  return sorted(written)
+  return written
 
 
 def _figure(width: float, height: float, title: str) -> Figure:
@@ -47,11 +47,6 @@ def _legend_below(figure: Figure, columns: int) -> None:
   )
 
 
-def _plain(axes: Any, grid: str = "both") -> None:
-  axes.grid(axis=grid, alpha=0.25)
-  axes.spines[["top", "right"]].set_visible(False)
-
-
 # Compiled programs.
 
 COLORS = {"flax": "#9bb8d3", "jaxbn": RED, "jaxbn, sum inside": "#e39a6c"}
@@ -60,33 +55,25 @@ COLORS = {"flax": "#9bb8d3", "jaxbn": RED, "jaxbn, sum inside": "#e39a6c"}
 def compiled(results: Row) -> Figure | None:
   """Every tax over its floor, a panel for each target and dtype; none if there are no programs."""
   rows = [row for row in of(results["rows"], kind="program") if row["norm"] != "none"]
-  if not rows:
-    return None
   panels = list(dict.fromkeys((row["target"], row["dtype"]) for row in rows))
+  if not panels:
+    return None
   groups = [of(rows, target=target, dtype=dtype) for target, dtype in panels]
-  widest = max(len(_titles(group)) for group in groups)
-  figure = _figure(
-    max(8.0, 1.75 * widest),
-    3.1 * len(panels),
-    "Bytes that a norm adds to a step, over the least it can add",
-  )
+  widest = max(len(set(map(compiled_report.title, group))) for group in groups)
+  title = "Bytes that a norm adds to a step, over the least it can add"
+  figure = _figure(max(8.0, 1.75 * widest), 3.1 * len(panels), title)
   grid = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
   for axes, (target, dtype), group in zip(grid, panels, groups, strict=True):
     _bars(axes, group, widest)
     padded = " (padded layouts)" if target == "v5e" else ""
     axes.set_title(f"{compiled_report.TITLES[target]}, {dtype}{padded}", fontsize=10)
-    axes.set_ylabel("tax / floor")
   _legend_below(figure, 4)
   return figure
 
 
-def _titles(rows: list[Row]) -> list[str]:
-  return list(dict.fromkeys(map(compiled_report.title, rows)))
-
-
 def _bars(axes: Any, rows: list[Row], places: int) -> None:
   """A group of bars for each network, and the floor; room for so many networks."""
-  names = _titles(rows)
+  names = list(dict.fromkeys(map(compiled_report.title, rows)))
   for at, name in enumerate(names):
     group = [row for row in rows if compiled_report.title(row) == name]
     for number, row in enumerate(group):
@@ -97,7 +84,7 @@ def _bars(axes: Any, rows: list[Row], places: int) -> None:
       axes.annotate(f"{tall:.2f}", (x, max(0, tall) + 0.03), ha="center", va="bottom", **style)
   axes.axhline(1, color="black", linewidth=1, linestyle="--", label="floor")
   axes.set_xticks(range(len(names)), [name.replace(", ", ",\n") for name in names], fontsize=8)
-  axes.set_xlim(-0.5, places - 0.5)
+  axes.set(xlim=(-0.5, places - 0.5), ylabel="tax / floor")
   axes.margins(y=0.12)
   axes.spines[["top", "right"]].set_visible(False)
 
@@ -140,9 +127,10 @@ def _relative_times(axes: Any, rows: list[Row]) -> None:
   for between in range(1, len(shapes)):
     axes.axvline(between - 0.5, color="grey", linewidth=0.5, alpha=0.5)
   axes.set_yscale("log", base=2)
+  axes.grid(axis="y", alpha=0.25)
+  axes.spines[["top", "right"]].set_visible(False)
   axes.yaxis.set_major_formatter("{x:g}")
   axes.set_xticks(range(len(shapes)), shapes, rotation=20, fontsize="small")
-  _plain(axes, "y")
 
 
 # Exactness.
@@ -181,12 +169,9 @@ def errors(results: Row) -> Figure:
 
 def _errors_of(axes: Any, panel: numerics.Panel, found: dict[float, dict[str, Row]]) -> None:
   """Between limits that the libraries set: what is beyond them is drawn on the edge."""
-  compared = numerics.COMPARED
-  drawable = [
-    e for c in found.values() for k, r in c.items() if k in compared and (e := r["largest"])
-  ]
-  low, high = (min(drawable) / 4, max(drawable) * 4) if drawable else (1e-9, 1)
-  low = max(low, 1e-8)
+  rows = [row for cell in found.values() for name, row in cell.items() if name in numerics.COMPARED]
+  drawable = [row["largest"] for row in rows if row["largest"]] or [4e-9, 0.25]
+  low, high = max(min(drawable) / 4, 1e-8), max(drawable) * 4
   for name, style in STYLES.items():
     xs = [at for at, cell in found.items() if name in cell]
     ys = [numerics.finite(found[at][name]["largest"]) for at in xs]
@@ -202,21 +187,16 @@ def _errors_of(axes: Any, panel: numerics.Panel, found: dict[float, dict[str, Ro
 
 # Many chips.
 
-SHARING = {
-  "local": "#8a8a8a",
-  f"groups of {GROUP}": "#4c86b8",
-  "groups of 16": "#7fb069",
-  "synchronized": RED,
-}
+COLORS_OF_SHARING = dict(
+  zip(scaling_report.SHARING, ("#8a8a8a", "#4c86b8", "#7fb069", RED), strict=True)
+)
 
 
 def chips(results: Row) -> Figure:
   """Efficiency over chips of each kind, and a group's cost over its size."""
-  batch, quick, slow = NETWORKS["resnet50"].batch, 1e6 * HOP, 1e6 * SLOW_HOP
-  title = (
-    f"Predicted: ResNet-50, {batch} images on each chip, {quick:.0f} (line) to {slow:.1f} µs a hop"
-  )
-  figure = _figure(12, 4.4, title)
+  hops = f"{1e6 * HOP:.0f} (line) to {1e6 * SLOW_HOP:.1f} µs a hop"
+  batch = NETWORKS["resnet50"].batch
+  figure = _figure(12, 4.4, f"Predicted: ResNet-50, {batch} images on each chip, {hops}")
   *efficiencies, cost = figure.subplots(1, 3)
   for axes, name in zip(efficiencies, CHIPS, strict=True):
     _efficiencies(axes, results["rows"], name)
@@ -228,7 +208,7 @@ def chips(results: Row) -> Figure:
 def _efficiencies(axes: Any, rows: list[Row], name: str) -> None:
   counts = [n for n in scaling_report.CHIP_COUNTS if n >= GROUP]
   steps = {n: [scaling_report.steps(rows, name, n, hop) for hop in (HOP, SLOW_HOP)] for n in counts}
-  for sharing, color in SHARING.items():
+  for sharing, color in COLORS_OF_SHARING.items():
     at = [n for n in counts if sharing in steps[n][0]]
     quick, slow = ([100 * steps[n][k][sharing].efficiency for n in at] for k in (0, 1))
     _band(axes, at, quick, slow, color=color, label=sharing)
@@ -248,8 +228,7 @@ def _group_costs(axes: Any, rows: list[Row]) -> None:
     quick, slow = ([1e3 * cost(rows, name, chips, n, h) for n in at] for h in (HOP, SLOW_HOP))
     _band(axes, at, quick, slow, color=color, label=f"{chips:,} {CHIPS[name].title}")
   _chip_axis(axes, groups, "chips in a group")
-  axes.set_ylabel("added to a step, ms")
-  axes.set_ylim(bottom=0)
+  axes.set(ylabel="added to a step, ms", ylim=(0, None))
   axes.set_title("What a group costs", fontsize=10)
   axes.legend(frameon=False, fontsize=8, loc="upper left")
 
@@ -265,7 +244,8 @@ def _chip_axis(axes: Any, counts: Iterable[int], label: str) -> None:
   axes.set_xticks(list(counts), [str(n) for n in counts], fontsize=8, rotation=45)
   axes.minorticks_off()
   axes.set_xlabel(label)
-  _plain(axes)
+  axes.grid(alpha=0.25)
+  axes.spines[["top", "right"]].set_visible(False)
 
 
 CHARTS: dict[str, tuple[str, Callable[[Row], Figure | None]]] = {

@@ -18,12 +18,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import importlib.metadata
-import importlib.util
 import itertools
 import os
 import pathlib
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -73,12 +72,11 @@ class Variant(NamedTuple):
   """A norm as a row of the tables: its label, its factory and the activation that goes with it."""
 
   label: str
-  factory: Callable[..., networks.Layer]
+  factory: networks.Norm
   activation: str = "relu"
 
   @property
-  def norm(self) -> Callable[..., networks.Layer]:
-    """The factory with its activation."""
+  def norm(self) -> networks.Norm:
     return functools.partial(self.factory, activation=getattr(nn, self.activation))
 
 
@@ -86,43 +84,44 @@ NONE, FLAX = Variant("none", networks.none), Variant("flax", networks.flax)
 OURS = Variant("jaxbn", networks.jaxbn)
 SUMS = Variant("jaxbn, sum inside", functools.partial(networks.jaxbn, sums=True))
 LEAKY = [variant._replace(activation="leaky_relu") for variant in (NONE, FLAX, OURS)]
-Job = tuple[str, Callable[[], list[Row]]]  # a title, and what gives the rows
+Job = Callable[[], list[Row]]
 
 
 def main() -> None:
-  """Compiles everything that can be, prints the chapter and writes the rows."""
-  arguments = _arguments()
+  parser = stored.parser(__doc__, COMMAND)
+  parser.add_argument("--targets", type=names_of(TITLES), help=f"of {', '.join(TITLES)}")
+  parser.add_argument("--networks", type=names_of(NETWORKS), help=f"of {', '.join(NETWORKS)}")
+  arguments = parser.parse_args()
+  whole = not (arguments.targets or arguments.networks)
   prepare()
-  why = {target: missing(target) for target in arguments.targets}
+  names = arguments.networks or (["vgg"] if arguments.quick else list(NETWORKS))
+  why = {target: missing(target) for target in arguments.targets or TITLES}
   rows: list[Row] = [{"kind": "skipped", "target": t, "why": why[t]} for t in why if why[t]]
   there = [target for target in why if not why[target]]
-  work = [job for t in there for job in jobs(t, arguments.networks, arguments.quick)]
+  work = [job for t in there for job in jobs(t, names, arguments.quick)]
   for title, run in track(work, "Compiling"):
     start = time.perf_counter()
     rows += run()
     print(f"{title}: {time.perf_counter() - start:.0f} s", flush=True)
   compare(rows)
-  stored.conclude("compiled", COMMAND, rows, compiled_report.parts, arguments.json)
+  stored.conclude("compiled", COMMAND, rows, compiled_report.parts, arguments, whole)
 
 
-def jobs(target: str, names: list[str], quick: bool) -> list[Job]:
-  """What is compiled for a target."""
+def jobs(target: str, names: list[str], quick: bool) -> Iterator[tuple[str, Job]]:
+  """What is compiled for a target, with its title."""
   if target == "cpu":
-    return [("CPU: layer", layer_rows), ("CPU: all-reduces", collective_rows)]
-  every: list[Job] = []
-  for dtype in DTYPES[target][: 1 if quick else None]:
-    for name in names or NETWORKS:
-      # Float32 is for one large network: the others would say the same in twice the time. And what
-      # takes longest to compile is for the H100.
-      if name != "resnet" and (dtype == "float32" or (name, target) == ("resnet50", "v5e")):
-        continue
-      variants = [NONE, FLAX, OURS] + [SUMS] * (name in ("resnet", "basic"))
-      if (target, name) == ("h100", "resnet") and not quick:
-        variants += LEAKY
-      for variant in variants:
-        title = f"{TITLES[target]} {dtype} {name}: {variant.label}, {variant.activation}"
-        every.append((title, functools.partial(program_rows, target, dtype, name, variant)))
-  return every
+    yield from (("CPU: layer", layer_rows), ("CPU: all-reduces", collective_rows))
+    return
+  for dtype, name in itertools.product(DTYPES[target][: 1 if quick else None], names):
+    # Float32 is for one large network: the others would say the same in twice the time. And what
+    # takes longest to compile is for the H100.
+    if name != "resnet" and (dtype == "float32" or (name, target) == ("resnet50", "v5e")):
+      continue
+    variants = [NONE, FLAX, OURS] + [SUMS] * (name in ("resnet", "basic"))
+    variants += LEAKY * ((target, name) == ("h100", "resnet") and not quick)
+    for variant in variants:
+      title = f"{TITLES[target]} {dtype} {name}: {variant.label}, {variant.activation}"
+      yield title, functools.partial(program_rows, target, dtype, name, variant)
 
 
 # Programs for an accelerator.
@@ -130,8 +129,7 @@ def jobs(target: str, names: list[str], quick: bool) -> list[Job]:
 
 def missing(target: str) -> str | None:
   """In a sentence why nothing can be compiled for a target, and what to do; None if it can."""
-  absent = [package for package in REQUIRED[target] if not _installed(package)]
-  if absent:
+  if absent := [package for package in REQUIRED[target] if not _installed(package)]:
     return (
       f"{TITLES[target]}: left out, for want of {' and '.join(absent)}; install the extra into an "
       "environment of its own: python -m venv .venv-compiled && "
@@ -149,29 +147,24 @@ def program_rows(target: str, dtype: str, name: str, variant: Variant) -> list[R
   """A step of training, compiled for one device of the target."""
   network, compiler = NETWORKS[name], REQUIRED[target][0]
   model = network.model(variant.norm, jnp.dtype(dtype))
-  step, tx = networks.train_step(model)
-  arguments = networks.step_arguments(network, model, tx)
+  step, arguments = networks.train_step(model), networks.step_arguments(network, model)
   sharding = NamedSharding(Mesh(np.array(_devices(target)[:1]), ("batch",)), WHOLE)
   start = time.perf_counter()
   traced = jax.jit(step, in_shardings=sharding).trace(*arguments)
   compiled = traced.lower(lowering_platforms=("cuda" if target == "h100" else "tpu",)).compile()
   seconds = time.perf_counter() - start
   text = compiled.as_text() or ""
-  if target == "h100":
-    moved, as_printed = float(hlo.traffic(text)), float(hlo.traffic_as_printed(text))
-  else:  # layouts are padded there, which the compiler's own count knows
-    moved = as_printed = _counted(compiled)
+  # On a TPU layouts are padded, which the compiler's own count knows.
+  moved = hlo.traffic(text) if target == "h100" else _counted(compiled)
   row: Row = {"kind": "program", "target": target, "dtype": dtype, "network": name}
-  row["compiler"] = f"{compiler} {importlib.metadata.version(compiler)}"
-  row |= {"activation": variant.activation, "norm": variant.label}
-  row |= {"MB": moved / 1e6, "MB_operands_as_printed": as_printed / 1e6}
+  row["compiler"] = f"{compiler} {stored.version(compiler)}"
+  row |= {"activation": variant.activation, "norm": variant.label, "MB": moved / 1e6}
   row["floor_MB"] = floor_bytes(network, jnp.dtype(dtype)) / 1e6
   row["temp_MB"] = compiled.memory_analysis().temp_size_in_bytes / 1e6
   return [{**row, "kernels": len(hlo.parse(text).kernels), "compile_s": seconds}]
 
 
 def _counted(compiled: Any) -> float:
-  """The compiler's own count of the bytes that are read and written."""
   return (compiled.cost_analysis() or {})["bytes accessed"]
 
 
@@ -204,16 +197,18 @@ def quiet() -> Iterator[None]:
 # The CPU.
 
 
-def layer_rows(shape: tuple[int, ...] = LAYER_SHAPE) -> list[Row]:
+def layer_rows() -> list[Row]:
   """XLA's count of the bytes of one layer, forward and backward, in passes over its input."""
-  rows = []
+  rows: list[Row] = []
   cases = {"alone": False, "with ReLU": True}
   for dtype, case, variant in itertools.product(("float32", "bfloat16"), cases, (FLAX, OURS)):
-    x = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-    model = networks.One(functools.partial(variant.norm, dtype=x.dtype), x.dtype, cases[case])
+    options = {"rectify": cases[case]}
+    network = networks.Network("One layer", networks.one, LAYER_SHAPE[1:], LAYER_SHAPE[0], options)
+    x = jax.ShapeDtypeStruct(LAYER_SHAPE, jnp.dtype(dtype))
+    model = network.model(variant.norm, x.dtype)
     variables = jax.eval_shape(model.init, jax.random.key(0), x)
     compiled = jax.jit(functools.partial(backward, model)).lower(variables, x, x).compile()
-    row: Row = {"kind": "layer", "target": "cpu", "dtype": dtype, "shape": list(shape)}
+    row: Row = {"kind": "layer", "target": "cpu", "dtype": dtype, "shape": list(LAYER_SHAPE)}
     row |= {"case": case, "norm": variant.label}
     rows.append({**row, "passes": _counted(compiled) / (x.size * x.dtype.itemsize)})
   return rows
@@ -255,8 +250,7 @@ def collective_rows() -> list[Row]:
     row: Row = {"kind": "collectives", "target": "cpu", "devices": DEVICES, "how": how}
     row |= {"shape": list(SHARED_SHAPE), "mask": mask, "norm": label}
     row |= {"forward": len(forward), "forward_bytes": sum(forward)}
-    row["backward"] = len(both) - len(forward)
-    row["backward_bytes"] = sum(both) - sum(forward)
+    row |= {"backward": len(both) - len(forward), "backward_bytes": sum(both) - sum(forward)}
     rows.append(row)
   return rows
 
@@ -272,7 +266,11 @@ def all_reduces(how: str, both: bool, model: nn.Module, masked: bool) -> list[in
   specs = (WHOLE, *[SPLIT] * len(data))
   mesh = Mesh(np.array(_devices("cpu")[:DEVICES]), ("batch",))
   if how == "pmap":
-    spread, data = _by_pmap(call, both, mesh, len(data)), tuple(map(_shards, data))
+    axes = (None, *[0] * len(data))
+    summed = functools.partial(_summed, call) if both else call
+    spread = jax.pmap(summed, axis_name="batch", in_axes=axes, devices=list(mesh.devices))
+    shapes = [(DEVICES, a.shape[0] // DEVICES, *a.shape[1:]) for a in data]
+    data = tuple(a.update(shape=shape) for a, shape in zip(data, shapes, strict=True))
   elif how == "shard_map":
     spread = jax.jit(jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=results))
   else:
@@ -282,19 +280,10 @@ def all_reduces(how: str, both: bool, model: nn.Module, masked: bool) -> list[in
   return [i.bytes for i in hlo.parse(text).all_reduces]
 
 
-def _by_pmap(call: Callable[..., Any], both: bool, mesh: Mesh, data: int) -> Any:
-  def summed(*arguments: Any) -> Any:
-    found = list(call(*arguments))
-    if both:  # the other two ways sum the parameters' gradients by themselves
-      found[2] = jax.lax.psum(found[2], "batch")
-    return found
-
-  axes = (None, *[0] * data)
-  return jax.pmap(summed, axis_name="batch", in_axes=axes, devices=list(mesh.devices))
-
-
-def _shards(a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct((DEVICES, a.shape[0] // DEVICES, *a.shape[1:]), a.dtype)
+def _summed(call: Callable[..., Any], *arguments: Any) -> Any:
+  """Under pmap: the other two ways sum the parameters' gradients by themselves."""
+  y, new, of_parameters, of_x = call(*arguments)
+  return y, new, jax.lax.psum(of_parameters, "batch"), of_x
 
 
 # What follows from the rows.
@@ -306,24 +295,11 @@ def compare(rows: list[Row]) -> None:
   for row in rows:
     if none := baselines.get(compiled_report.case(row)):
       row["temp_over_none_MB"] = row["temp_MB"] - none["temp_MB"]
-      for key in ("MB", "MB_operands_as_printed"):
-        row[f"tax_{key}"] = row[key] - none[key]
+      row["tax_MB"] = row["MB"] - none["MB"]
       row["tax_over_floor"] = row["tax_MB"] / row["floor_MB"]
 
 
 # Start.
-
-
-def _arguments() -> argparse.Namespace:
-  parser = stored.parser(__doc__, COMMAND)
-  parser.add_argument("--targets", type=names_of(TITLES), help=f"of {', '.join(TITLES)}")
-  parser.add_argument("--networks", type=names_of(NETWORKS), help=f"of {', '.join(NETWORKS)}")
-  arguments = parser.parse_args()
-  if not (arguments.quick or arguments.targets or arguments.networks):
-    arguments.json = arguments.json or stored.FOLDER / "compiled.json"  # never a part of it
-  arguments.targets = arguments.targets or list(TITLES)
-  arguments.networks = arguments.networks or (["vgg"] if arguments.quick else [])
-  return arguments
 
 
 def names_of(known: Iterable[str]) -> Callable[[str], list[str]]:
@@ -354,21 +330,14 @@ def prepare() -> None:
 
 def _nvcc() -> pathlib.Path | None:
   """The folder of the `ptxas` that pip installs, which is not on the PATH."""
-  if not importlib.util.find_spec("nvidia"):
-    return None
-  spec = importlib.util.find_spec("nvidia.cuda_nvcc")
-  folders = [pathlib.Path(p) / "bin" for p in (spec and spec.submodule_search_locations) or ()]
+  folders = (pathlib.Path(path) / "nvidia" / "cuda_nvcc" / "bin" for path in sys.path)
   return next((folder for folder in folders if (folder / "ptxas").exists()), None)
 
 
 def _installed(package: str) -> bool:
   if package == "ptxas":
     return shutil.which("ptxas") is not None or _nvcc() is not None
-  try:
-    importlib.metadata.version(package)
-  except importlib.metadata.PackageNotFoundError:
-    return False
-  return True
+  return stored.version(package) is not None
 
 
 if __name__ == "__main__":

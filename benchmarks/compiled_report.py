@@ -39,7 +39,6 @@ ALL_REDUCES = {
 
 
 def parts(results: Row) -> Row:
-  """What docs/templates/compiled.md leaves open."""
   rows, worse = results["rows"], losses(results["rows"])
   layer = {"dtype": "{dtype}", "layer": "{case}", "norm": "{norm}"}
   shared = [
@@ -66,10 +65,10 @@ def _programs(rows: list[Row]) -> list[str]:
   return found
 
 
-def title(row: Row) -> str:
+def title(row: Row, between: str = ", ") -> str:
   """The network's, and the activation's where it is none of the usual."""
   name = NETWORKS[row["network"]].title
-  return name if row["activation"] == "relu" else f"{name}, {row['activation']}"
+  return name if row["activation"] == "relu" else f"{name}{between}{row['activation']}"
 
 
 def case(row: Row) -> tuple[Any, ...]:
@@ -82,8 +81,7 @@ def losses(rows: list[Row]) -> list[str]:
   flax = {case(row): row for row in rows if row.get("norm") == "flax"}
   found = []
   for row in rows:
-    theirs = flax.get(case(row))
-    if theirs is None or not row["norm"].startswith("jaxbn"):
+    if not row.get("norm", "").startswith("jaxbn") or not (theirs := flax.get(case(row))):
       continue
     worse = [
       f"{name} {shown.format(row[key])} against {shown.format(theirs[key])}"
@@ -96,14 +94,12 @@ def losses(rows: list[Row]) -> list[str]:
 
 
 def _name(row: Row) -> str:
-  words = [TITLES[row["target"]], row.get("dtype")]
-  if "network" in row:
-    words.append(title(row).replace(f", {row['activation']}", f" {row['activation']}"))
-  if row["kind"] == "layer":
-    words.append(f"layer {row['case']}")
   if row["kind"] == "collectives":
-    words.append(f"{row['devices']} devices under {row['how']}{' with a mask' * row['mask']}")
-  return " ".join(word for word in words if word)
+    on = f"{row['devices']} devices under {row['how']}{' with a mask' * row['mask']}"
+    return f"{TITLES[row['target']]} {on}"
+  program = row["kind"] == "program"
+  what = title(row, " ") if program else f"layer {row['case']}"
+  return f"{TITLES[row['target']]} {row['dtype']} {what}"
 
 
 def _versions(results: Row) -> str:

@@ -8,8 +8,8 @@ as it comes (float32, default arguments) in jaxbn and in the installed Flax, on 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import flax
@@ -27,7 +27,6 @@ Layer = Callable[..., Any]
 
 
 def main() -> None:
-  """Prints the table."""
   jax.config.update("jax_num_cpu_devices", DEVICES)
   lines = [["case", f"flax {flax.__version__}", "jaxbn"]]
   lines += [[case, f"{of_flax:.2g}", f"{of_jaxbn:.2g}"] for case, of_flax, of_jaxbn in rows()]
@@ -44,8 +43,7 @@ def large_mean(layer: Layer, ratio: float) -> float:
   """A batch whose mean is `ratio` standard deviations from zero."""
   x = (ratio + np.random.default_rng(0).normal(size=(4096, 64))).astype(np.float32)
   model = layer(use_running_average=False)
-  variables = model.init(jax.random.key(0), x)
-  return _worst(model.apply(variables, x, mutable=["batch_stats"])[0] - _reference(x))
+  return _worst(_train(model, model.init(jax.random.key(0), x), x)[0] - _reference(x))
 
 
 def shared(layer: Layer, ratio: float, steps: int) -> float:
@@ -53,12 +51,8 @@ def shared(layer: Layer, ratio: float, steps: int) -> float:
   rng = np.random.default_rng(0)
   model = layer(use_running_average=False, axis_name="batch")
   variables = model.init(jax.random.key(0), np.zeros((1, 64), np.float32))
-
-  @functools.partial(jax.pmap, axis_name="batch", in_axes=(None, 0), out_axes=(0, None))
-  def step(variables: Any, x: jax.Array) -> tuple[jax.Array, Any]:
-    y, updates = model.apply(variables, x, mutable=["batch_stats"])
-    return y, {**variables, **updates}
-
+  train = partial(_train, model)
+  step = jax.pmap(train, axis_name="batch", in_axes=(None, 0), out_axes=(0, None))
   for _ in range(steps):
     x = (ratio + rng.normal(size=(DEVICES, 1024, 64))).astype(np.float32)
     y, variables = step(variables, x)
@@ -73,12 +67,8 @@ def masked(layer: Layer, counts: tuple[int, ...]) -> float:
   mask = np.arange(64) < np.array(counts)[:, None]
   model = layer(use_running_average=False, axis_name="batch")
   variables = model.init(jax.random.key(0), x[0])
-
-  def step(x: jax.Array, mask: jax.Array) -> jax.Array:
-    return model.apply(variables, x, mask=mask[:, None], mutable=["batch_stats"])[0]
-
-  y = jax.pmap(step, axis_name="batch")(x, mask)
-  return _worst(np.asarray(y)[mask] - _reference(x[mask]))
+  step = jax.pmap(lambda x, mask: _train(model, variables, x, mask=mask)[0], axis_name="batch")
+  return _worst(np.asarray(step(x, mask[..., None]))[mask] - _reference(x[mask]))
 
 
 def nan_in_padding(layer: Layer) -> float:
@@ -89,7 +79,7 @@ def nan_in_padding(layer: Layer) -> float:
   variables = model.init(jax.random.key(0), x)
 
   def loss(params: Any, x: jax.Array) -> jax.Array:
-    y, _ = model.apply({**variables, "params": params}, x, mask=mask, mutable=["batch_stats"])
+    y, _ = _train(model, {**variables, "params": params}, x, mask=mask)
     return jnp.where(mask, y**3, 0).sum()
 
   gradient = jax.grad(loss)(variables["params"], np.where(mask, x, np.nan))["scale"]
@@ -104,8 +94,7 @@ def evaluation(layer: Layer) -> float:
   batches = [(3 + 2 * rng.normal(size=(256, 16))).astype(np.float32) for _ in range(20)]
   variables = model.init(jax.random.key(0), batches[0], use_running_average=False)
   for x in batches:
-    _, updates = model.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
-    variables = {**variables, **updates}
+    _, variables = _train(model, variables, x, use_running_average=False)
   y = model.apply(variables, batches[-1], use_running_average=True)
   return _worst(np.asarray(y) - (batches[-1] - 3) / 2)
 
@@ -117,9 +106,14 @@ def after_a_nan_batch(layer: Layer) -> float:
   x = np.random.default_rng(0).normal(size=(256, 8)).astype(np.float32)
   variables = model.init(jax.random.key(0), x)
   for batch in [x] * 20 + [np.full_like(x, np.nan)]:
-    _, updates = model.apply(variables, batch, mutable=["batch_stats"])
-    variables = {**variables, **updates}
+    _, variables = _train(model, variables, batch)
   return _worst(variables["batch_stats"]["mean"] - x.astype(np.float64).mean(0))
+
+
+def _train(model: nn.Module, variables: Any, x: Any, **options: Any) -> tuple[Any, Any]:
+  """The output, and the variables with the running statistics that come of it."""
+  y, updates = model.apply(variables, x, **options, mutable=["batch_stats"])
+  return y, {**variables, **updates}
 
 
 def _reference(x: np.ndarray) -> np.ndarray:
@@ -131,19 +125,17 @@ def _worst(error: Any) -> float:
   return float(np.abs(error).max())
 
 
-def _with(measure: Callable[..., float], *arguments: Any) -> Callable[[Layer], float]:
-  return lambda layer: measure(layer, *arguments)
-
-
 CASES: dict[str, Callable[[Layer], float]] = {
-  "mean 1e3 standard deviations from zero": _with(large_mean, 1e3),
-  "mean 1e4 standard deviations from zero": _with(large_mean, 1e4),
-  "4 devices share under pmap, mean 1e2, first step": _with(shared, 1e2, 1),
-  "4 devices share under pmap, mean 1e3, first step": _with(shared, 1e3, 1),
-  "4 devices share under pmap, mean 1e4, first step": _with(shared, 1e4, 1),
-  "4 devices share under pmap, mean 1e4, step 101": _with(shared, 1e4, 101),
-  "mask under pmap: 1, 2, 4 and 57 valid examples on 4 devices": _with(masked, (1, 2, 4, 57)),
-  "mask under pmap: one device has no valid example": _with(masked, (0, 64, 64, 64)),
+  "mean 1e3 standard deviations from zero": partial(large_mean, ratio=1e3),
+  "mean 1e4 standard deviations from zero": partial(large_mean, ratio=1e4),
+  "4 devices share under pmap, mean 1e2, first step": partial(shared, ratio=1e2, steps=1),
+  "4 devices share under pmap, mean 1e3, first step": partial(shared, ratio=1e3, steps=1),
+  "4 devices share under pmap, mean 1e4, first step": partial(shared, ratio=1e4, steps=1),
+  "4 devices share under pmap, mean 1e4, step 101": partial(shared, ratio=1e4, steps=101),
+  "mask under pmap: 1, 2, 4 and 57 valid examples on 4 devices": partial(
+    masked, counts=(1, 2, 4, 57)
+  ),
+  "mask under pmap: one device has no valid example": partial(masked, counts=(0, 64, 64, 64)),
   "NaN in masked positions: gradient of scale, relative": nan_in_padding,
   "evaluation after 20 steps (jaxbn: debias=True)": evaluation,
   "running mean after one NaN batch (jaxbn: skip_nonfinite=True)": after_a_nan_batch,

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import jax
 import jax.extend
 from jax.ad_checkpoint import checkpoint_name
 
-from benchmarks.networks import Layer, Network, outside
+from benchmarks.networks import Network, outside
 
 NORM, ACTIVATION = "norm", "activation"
 POOLS = ("reduce_sum", "reduce_window_sum")  # means are made of them
@@ -22,7 +23,6 @@ Uses = dict[Any, list[Any]]
 
 
 def floor_bytes(network: Network, dtype: Any) -> int:
-  """Of all the norms of a network."""
   return sum(floor for _, floor in layers(network, dtype))
 
 
@@ -67,11 +67,10 @@ def _coming(step: Any, y: Any, uses: Uses) -> int:
   return _size(step.outvars[0] if step.primitive.name in POOLS else y)
 
 
-def _marks(rectify: bool, *, dtype: Any) -> Layer:
+def _marks(*inputs: Any, dtype: Any, **options: Any) -> jax.Array:
   """In a norm's place: what leaves its name in the trace."""
-  del dtype
-  activation = (lambda x: checkpoint_name(x, ACTIVATION)) if rectify else None
-  return outside(lambda x: checkpoint_name(x, NORM), activation)
+  options["activation"] = partial(checkpoint_name, name=ACTIVATION)
+  return outside(partial(checkpoint_name, name=NORM), *inputs, **options)
 
 
 def _is_mark(step: Any, name: str) -> bool:

@@ -10,11 +10,12 @@ Every library is optional: `missing` says in one sentence which one is not there
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import os
+import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ import numpy as np
 
 EPSILON = 1e-5
 MOMENTUM = 0.99
+TWICE = "flax.linen twice"
 DEVICES, AXIS = 4, "devices"  # of SHARED
 DISTRIBUTIONS = {"haiku": "dm-haiku"}  # where it is installed by another name than imported
 Array = np.ndarray
@@ -46,16 +48,9 @@ class Layer(NamedTuple):
   wait: Callable[[Any], Any]  # returns when its argument has been computed
 
 
-class Framework(NamedTuple):
-  """How to build a library's layer for a shape and a NumPy dtype, and what is imported for it."""
-
-  build: Callable[[Shape, Any], Layer]
-  module: str
-
-
 def missing(name: str) -> str | None:
   """Why a framework of FRAMEWORKS is left out, in a sentence; None where it is there."""
-  module = FRAMEWORKS[name].module
+  module = re.split("[ .]", name)[0]
   if importlib.util.find_spec(module) is not None:
     return None
   return f"{name} is left out: {DISTRIBUTIONS.get(module, module)} is not installed."
@@ -74,35 +69,30 @@ def _jaxbn(
   """Without running statistics in training, bfloat16 has a pivot, too."""
   import jaxbn
 
-  options: dict[str, Any] = {"momentum": MOMENTUM, "epsilon": EPSILON, "dtype": dtype}
+  options = {"momentum": MOMENTUM, "epsilon": EPSILON, "dtype": dtype, "axis_name": axis_name}
 
   def apply(parameters: Any, state: Any, x: Any, train: bool) -> tuple[Any, Any]:
     scale, bias = parameters
-    statistics = None if train and stateless else state
-    y, new = jaxbn.batch_norm(
-      x, scale, bias, statistics, use_running_average=not train, axis_name=axis_name, **options
-    )
+    given = None if train and stateless else state
+    y, new = jaxbn.batch_norm(x, scale, bias, given, use_running_average=not train, **options)
     return y, state if stateless else new
 
   parameters = jnp.ones(shape[-1]), jnp.zeros(shape[-1])
   return _jax_layer(apply, parameters, jaxbn.init(shape[-1]), axis_name)
 
 
-def _linen(
-  package: str, shape: Shape, dtype: Any, axis_name: str | None = None, **options: Any
-) -> Layer:
+def _linen(package: str, shape: Shape, dtype: Any, **options: Any) -> Layer:
   module = importlib.import_module(package).BatchNorm
-  layer = module(momentum=MOMENTUM, epsilon=EPSILON, dtype=dtype, axis_name=axis_name, **options)
+  layer = module(momentum=MOMENTUM, epsilon=EPSILON, dtype=dtype, **options)
   empty = jnp.zeros((2, *shape[1:]), dtype)
   variables = layer.init(jax.random.key(0), empty, use_running_average=True)
 
   def apply(parameters: Any, state: Any, x: Any, train: bool) -> tuple[Any, Any]:
     variables = {"params": parameters, "batch_stats": state}
-    if not train:
-      return layer.apply(variables, x, use_running_average=True), state
-    y, updates = layer.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
-    return y, updates["batch_stats"]
+    y, new = layer.apply(variables, x, use_running_average=not train, mutable=["batch_stats"])
+    return y, new["batch_stats"]
 
+  axis_name = options.get("axis_name")
   return _jax_layer(apply, variables["params"], variables["batch_stats"], axis_name)
 
 
@@ -239,7 +229,7 @@ def _jax_layer(
     of_parameters, of_x = pullback(cotangent)
     return y, (of_x, of_parameters), new_state
 
-  evaluate, train = (jax.jit(functools.partial(on_devices, train=t)) for t in (False, True))
+  evaluate, train = (jax.jit(partial(on_devices, train=t)) for t in (False, True))
   return Layer(
     evaluate=lambda x: evaluate(parameters, state, x)[0],
     train=lambda x: train(parameters, state, x),
@@ -293,30 +283,25 @@ def _torch(shape: Shape, dtype: Any, channels_first: bool = False) -> Layer:
   return Layer(evaluate, train, gradients, put, get, wait=lambda result: result)
 
 
-def _made(build: Callable[..., Layer], module: str, *package: str, **options: Any) -> Framework:
-  return Framework(functools.partial(build, *package, **options), module)
-
-
-# jaxbn's ways in first, then the others.
-FRAMEWORKS = {
-  "jaxbn": _made(_jaxbn, "jaxbn"),
-  "jaxbn without state": _made(_jaxbn, "jaxbn", stateless=True),
-  "jaxbn.linen": _made(_linen, "jaxbn", "jaxbn.linen"),
-  "jaxbn.nnx": _made(_nnx, "jaxbn", "jaxbn.nnx"),
-  "flax.linen": _made(_linen, "flax", "flax.linen"),
-  "flax.linen two-pass": _made(_linen, "flax", "flax.linen", use_fast_variance=False),
-  "flax.nnx": _made(_nnx, "flax", "flax.nnx"),
-  "haiku": _made(_haiku, "haiku"),
-  "equinox": _made(_equinox, "equinox"),
-  "keras": _made(_keras, "keras"),
-  "torch": _made(_torch, "torch"),
-  "torch channels-first": _made(_torch, "torch", channels_first=True),
+# How to build each layer for a shape and a NumPy dtype: jaxbn's ways in first, then the others'. A
+# name begins with the module that is imported.
+FRAMEWORKS: dict[str, Callable[..., Layer]] = {
+  "jaxbn": _jaxbn,
+  "jaxbn without state": partial(_jaxbn, stateless=True),
+  "jaxbn.linen": partial(_linen, "jaxbn.linen"),
+  "jaxbn.nnx": partial(_nnx, "jaxbn.nnx"),
+  "flax.linen": partial(_linen, "flax.linen"),
+  TWICE: partial(_linen, "flax.linen"),  # beside itself
+  "flax.linen two-pass": partial(_linen, "flax.linen", use_fast_variance=False),
+  "flax.nnx": partial(_nnx, "flax.nnx"),
+  "haiku": _haiku,
+  "equinox": _equinox,
+  "keras": _keras,
+  "torch": _torch,
+  "torch channels-first": partial(_torch, channels_first=True),
 }
 # With statistics that devices share: the same layers, by the option that each has for it.
 SHARED = {
-  "jaxbn": _made(_jaxbn, "jaxbn", axis_name=AXIS),
-  "flax.linen": _made(_linen, "flax", "flax.linen", axis_name=AXIS),
-  "haiku": _made(_haiku, "haiku", axis_name=AXIS),
-  "equinox": _made(_equinox, "equinox", axis_name=AXIS),
-  "torch SyncBatchNorm": _made(_torch_shared, "jax", axis_name=AXIS),
+  name: partial(FRAMEWORKS.get(name, _torch_shared), axis_name=AXIS)
+  for name in ("jaxbn", "flax.linen", "haiku", "equinox", "torch SyncBatchNorm")
 }

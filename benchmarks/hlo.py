@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -89,27 +89,33 @@ class Program(NamedTuple):
 
 
 def parse(text: str) -> Program:
-  """Reads the text of a compiled program."""
-  return _parse(re.sub(r"/\*.*?\*/", "", text))
+  computations: dict[str, dict[str, Instruction]] = {}
+  entry = ""
+  body: dict[str, Instruction] = {}
+  for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
+    if header := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
+      body = computations[header[2]] = {}
+      entry = header[2] if header[1] else entry
+    elif instruction := _instruction(line):
+      body[instruction.name] = instruction
+  if not entry:
+    raise ValueError("This text has no ENTRY computation: it is not a compiled program's.")
+  return Program(computations, entry)
 
 
 def traffic(text: str) -> int:
   """Bytes that the kernels of the entry computation read and write."""
-  return _traffic(parse(text), _reads)
+  program = parse(text)
+  body, kernels = program.computations[program.entry], program.kernels
+  operands = [(i, n, body[o].bytes) for i in kernels for n, o in enumerate(i.operands) if o in body]
+  return sum(i.bytes for i in kernels) + sum(_reads(program, *operand) for operand in operands)
 
 
-def traffic_as_printed(text: str) -> int:
-  """The same without the two refinements, to compare with tools that lack them."""
-  return _traffic(_parse(text), lambda program, kernel, number, size: size)
-
-
-def _traffic(program: Program, reads: Callable[[Program, Instruction, int, int], int]) -> int:
-  body = program.computations[program.entry]
-  return sum(
-    i.bytes
-    + sum(reads(program, i, n, body[o].bytes) for n, o in enumerate(i.operands) if o in body)
-    for i in program.kernels
-  )
+def memory_bytes(executable: Any) -> tuple[int, int]:
+  """Of a compiled program: its temporary memory, and that with arguments and results."""
+  memory = executable.memory_analysis()
+  held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+  return memory.temp_size_in_bytes, held + memory.temp_size_in_bytes
 
 
 def collectives(text: str, devices: int) -> list[Collective]:
@@ -146,22 +152,6 @@ def _members(line: str) -> int:
     named = re.findall(r"('\w+')(?::\(\d+\)(\d+))?", mesh[2])
     return math.prod(int(part) if part else sizes[axis] for axis, part in named)
   raise ValueError(f"These replica_groups are written in a way that is not known: {line.strip()}")
-
-
-def _parse(text: str) -> Program:
-  computations: dict[str, dict[str, Instruction]] = {}
-  entry = ""
-  body: dict[str, Instruction] = {}
-  for line in text.splitlines():
-    header = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
-    if header:
-      body = computations[header[2]] = {}
-      entry = header[2] if header[1] else entry
-    elif instruction := _instruction(line):
-      body[instruction.name] = instruction
-  if not entry:
-    raise ValueError("This text has no ENTRY computation: it is not a compiled program's.")
-  return Program(computations, entry)
 
 
 def _instruction(line: str) -> Instruction | None:

@@ -59,7 +59,6 @@ def entered() -> tuple[set[tuple[str, int]], int]:
 
 
 def table() -> str:
-  """The figures, as the page has them."""
   functions, depth = entered()
   aside = sum(name in ASIDE for name, _ in functions)
   read = sorted({name for name, _ in functions} - ASIDE - {"_track.py"})
@@ -71,15 +70,13 @@ def table() -> str:
     "lines of code in the core": f"{sum(map(code_lines, core))}, in {len(core)} files",
   }
   versions = f"Python {platform.python_version()[:4]}, jax {jax.__version__}"
-  return "\n".join(
-    [f"| | {versions} |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in rows.items())]
-  )
+  lines = (f"| {name} | {value} |" for name, value in rows.items())
+  return "\n".join([f"| | {versions} |", "| --- | --- |", *lines])
 
 
 def main() -> None:
-  before, after = PAGE.read_text().split(START)[0], PAGE.read_text().split(END)[1]
-  found = table()
-  PAGE.write_text(f"{before}{START}\n{found}\n{END}{after}")
+  (before, rest), found = PAGE.read_text().split(START), table()
+  PAGE.write_text(f"{before}{START}\n{found}\n{END}{rest.split(END)[1]}")
   print(found)
 
 

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import NamedTuple
 
+from benchmarks.results import Row
 from benchmarks.slices import GROUP
 
 HOP = 1e-6  # s: "typically around 1us" (Austin et al., part 3): an assumption of ours
@@ -34,7 +35,6 @@ class Chip:
   title: str
   flops: float
   memory_rate: float
-  memory: float
   link: float
   shapes: dict[int, tuple[int, ...]]  # of slices, and of blocks in them, by the number of chips
   ring_of: int  # an axis whose length this divides is closed to a ring
@@ -52,7 +52,6 @@ CHIPS = {
     title="TPU v5e",
     flops=197e12,
     memory_rate=819e9,
-    memory=16e9,
     link=400e9 / 4 / 2,  # of a chip with four links, both directions
     shapes={
       **{1: (1, 1), 2: (1, 2), 4: (2, 2), 8: (2, 4), 16: (4, 4)},
@@ -67,7 +66,6 @@ CHIPS = {
     title="TPU v4",
     flops=275e12,
     memory_rate=1200e9,
-    memory=32 * 2**30,
     link=4.5e10,
     shapes={
       **{1: (1, 1, 1), 2: (1, 2, 1), 4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4)},
@@ -98,12 +96,8 @@ def all_reduce_seconds(
   among = among or chips
   if among > chip.pod:
     return _over_pods(chip, size, chips, hop)
-  slice_shape = chip.shapes[min(chips, chip.pod)]
-  block = chip.shapes[among]
-  rings = [
-    length == whole and chip.rings(length) for length, whole in zip(block, slice_shape, strict=True)
-  ]
-  axes = [(length, ring) for length, ring in zip(block, rings, strict=True) if length > 1]
+  lengths = zip(chip.shapes[among], chip.shapes[min(chips, chip.pod)], strict=True)
+  axes = [(part, part == whole and chip.rings(part)) for part, whole in lengths if part > 1]
   if not axes:
     return 0.0
   hops = 2 * sum(length // 2 if ring else length - 1 for length, ring in axes)
@@ -122,8 +116,7 @@ def _over_pods(chip: Chip, size: float, chips: int, hop: float) -> float:
   return within + 2 * math.ceil(math.log2(pods)) * POD_HOP + bandwidth
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
   """The predicted seconds of a step: a chip's own work, and its all-reduces."""
 
   compute: float
@@ -140,9 +133,7 @@ class Step:
     return self.compute / self.seconds
 
 
-def predict(
-  program: dict[str, Any], chips: int, group: int | None = None, hop: float = HOP
-) -> Step:
+def predict(program: Row, chips: int, group: int | None = None, hop: float = HOP) -> Step:
   """A step of a compiled program on another number of chips, with other groups.
 
   What is sent among the members of a group in the program is sent among `group` chips here, and all

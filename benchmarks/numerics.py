@@ -15,8 +15,9 @@ standard deviation, which but for the smallest batches is that of the gradient.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -89,11 +90,9 @@ class Panel(NamedTuple):
 
 
 def main() -> None:
-  """Measures, prints the chapter, and writes the rows."""
   parser = stored.parser(__doc__, COMMAND)
   parser.add_argument("--largest", type=int, default=EXPONENTS[-1], help="exponent of the sizes")
   arguments = parser.parse_args()
-  whole = not arguments.quick and arguments.largest == EXPONENTS[-1]
   few = 6 if arguments.quick else 1
   sizes = [2**e for e in EXPONENTS[::few] if e <= arguments.largest]
   absent = {name: missing(name) for name in COMPARED if name in FRAMEWORKS}
@@ -102,12 +101,11 @@ def main() -> None:
   names = tuple(name for name in FRAMEWORKS if name in absent and not absent[name])
   every = points(RATIOS[::few], sizes)
   rows = [row for point in track(every, "Points") for row in rows_at(point, names)]
-  path = arguments.json or (stored.FOLDER / "numerics.json" if whole else None)
-  stored.conclude("numerics", COMMAND, rows, parts, path)
+  whole = arguments.largest == EXPONENTS[-1]
+  stored.conclude("numerics", COMMAND, rows, parts, arguments, whole)
 
 
 def points(ratios: tuple[float, ...], sizes: list[int]) -> list[Point]:
-  """The three sweeps."""
   return [
     *(Point("mean", dtype, ratio) for dtype in DTYPES for ratio in ratios),
     *(Point("devices", "float32", ratio) for ratio in ratios),
@@ -120,11 +118,10 @@ def rows_at(point: Point, names: tuple[str, ...]) -> list[Row]:
   x, cotangent = data(point.shape, point.dtype, point.ratio)
   if not np.isfinite(x.astype(np.float64)).all():
     return []
-  where = point._asdict()
-  if point.sweep != "size":
-    del where["size"]
+  where: Row = {"sweep": point.sweep, "dtype": point.dtype, "ratio": point.ratio}
+  where |= {"size": point.size} if point.sweep == "size" else {}
   layers = layers_of(names, point.shape, point.dtype, point.sweep == "devices")
-  return [{**where, **row} for row in rows_of(layers, x, cotangent)]
+  return [where | row for row in rows_of(layers, x, cotangent)]
 
 
 @functools.lru_cache(maxsize=1)  # whole sweeps share what is compiled
@@ -134,7 +131,7 @@ def layers_of(
   """The libraries' layers; over devices those that can share, and PyTorch's formula always."""
   shared = {k: v for k, v in SHARED.items() if k in names or k not in FRAMEWORKS}
   found = shared if devices else {name: FRAMEWORKS[name] for name in names}
-  return {name: framework.build(shape, jnp.dtype(dtype)) for name, framework in found.items()}
+  return {name: build(shape, jnp.dtype(dtype)) for name, build in found.items()}
 
 
 def data(shape: tuple[int, int], dtype: str, ratio: float) -> tuple[np.ndarray, np.ndarray]:
@@ -206,7 +203,6 @@ def rows_of(layers: dict[str, Layer], x: np.ndarray, cotangent: np.ndarray) -> l
 
 
 def parts(results: Row) -> Row:
-  """What docs/templates/numerics.md leaves open."""
   rows = results["rows"]
   missing = [n for n in COMPARED if n in FRAMEWORKS and not of(rows, framework=n)]
   return {
@@ -227,13 +223,14 @@ def parts(results: Row) -> Row:
 def standing(rows: list[Row]) -> str:
   """A list of where another library is better, or one sentence that there is none."""
   compared = [(p, error, worst_of(rows, p, error)) for p in panels_of(rows) for error in ERRORS]
-  lost = [one for one in compared if one[2][0] > 1]
+  lost = [
+    f"\n- {name} is more exact in {panel} ({error}), at worst at {point}, where jaxbn's error is "
+    f"{ours:.2g} and its own {best:.2g}."
+    for panel, error, (ratio, ours, best, name, point) in compared
+    if ratio > 1
+  ]
   text = f"- jaxbn is the best or level with the best in {len(compared) - len(lost)} of "
-  text += f"{len(compared)} comparisons, each at every point of its axis."
-  for panel, error, (_, ours, best, name, point) in lost:
-    text += f"\n- {name} is more exact in {panel} ({error}), at worst at {point}, where jaxbn's "
-    text += f"error is {ours:.2g} and its own {best:.2g}."
-  return text
+  return text + "".join([f"{len(compared)} comparisons, each at every point of its axis.", *lost])
 
 
 def worst_of(rows: list[Row], panel: Panel, error: str) -> tuple[float, float, float, str, str]:
@@ -258,20 +255,15 @@ def worst_of(rows: list[Row], panel: Panel, error: str) -> tuple[float, float, f
 
 
 def finite(error: float | None) -> float:
-  """An error as it is stored, as a number."""
   return math.inf if error is None else error
 
 
 def panels_of(rows: list[Row]) -> list[Panel]:
   """The panels that the rows fill: over the mean first, outputs before gradients."""
-
-  def order(p: Panel) -> tuple[Any, ...]:
-    places = SWEEPS.index(p.sweep), QUANTITIES.index(p.quantity), DTYPES.index(p.dtype)
-    return *places, p.ratio or 0
-
-  of_size = (r["ratio"] if r["sweep"] == "size" else None for r in rows)
-  keys = {(r["quantity"], r["sweep"], r["dtype"], q) for r, q in zip(rows, of_size, strict=True)}
-  return sorted((Panel(*key) for key in keys), key=order)
+  ratios = {"mean": (None,), "devices": (None,), "size": SIZE_RATIOS}
+  every = itertools.product(SWEEPS, QUANTITIES, DTYPES)
+  panels = [Panel(q, sweep, dtype, r) for sweep, q, dtype in every for r in ratios[sweep]]
+  return [panel for panel in panels if along(rows, panel)]
 
 
 def along(rows: list[Row], panel: Panel) -> dict[float, dict[str, Row]]:

@@ -24,7 +24,6 @@ CHAPTERS = {
 
 
 def main() -> None:
-  """Writes the page and the charts, and says what is left out."""
   found = available()
   if not found:
     raise SystemExit("There are no results yet: run `make bench` first.")
@@ -36,41 +35,30 @@ def main() -> None:
 
 
 def available() -> dict[str, dict[str, Any]]:
-  """The results that are there, by benchmark."""
   found = {name: stored.read(name) for name in CHAPTERS}
   return {name: results for name, results in found.items() if results is not None}
 
 
 def page(found: dict[str, dict[str, Any]]) -> str:
-  """docs/benchmarks.md."""
-  origins = [
-    [name, f"`{results['command']}`", results["date"], _machine(results["machine"])]
-    for name, results in found.items()
-  ]
+  origins = [["benchmark", "command", "date", "machine"]]
+  for name, results in found.items():
+    machine = "{cpu}, {cores} cores, {system}".format_map(results["machine"])
+    origins.append([name, f"`{results['command']}`", results["date"], machine])
   names = dict.fromkeys(name for results in found.values() for name in results["versions"])
   versions = [
     [name, *(results["versions"].get(name, "") for results in found.values())] for name in names
   ]
-  return stored.fill(
-    "benchmarks",
-    {
-      "origins": stored.table([["benchmark", "command", "date", "machine"], *origins]),
-      "versions": stored.table([["version of", *found], *versions]),
-      "left_out": "\n".join(f"Not measured yet: {n}." for n in CHAPTERS if n not in found),
-      "chapters": "\n".join(section(name, results) for name, results in found.items()).strip(),
-    },
-  )
+  parts = {
+    "origins": stored.table(origins),
+    "versions": stored.table([["version of", *found], *versions]),
+    "left_out": "\n".join(f"Not measured yet: {n}." for n in CHAPTERS if n not in found),
+    "chapters": "\n".join(section(name, results) for name, results in found.items()).strip(),
+  }
+  return stored.fill("benchmarks", parts)
 
 
 def section(name: str, results: dict[str, Any]) -> str:
-  """A chapter of it."""
   return stored.fill(name, CHAPTERS[name](results))
-
-
-def _machine(machine: dict[str, Any]) -> str:
-  """Whatever a benchmark says of its machine, most often a processor and its cores."""
-  named = {"cpu": "{}", "cores": "{} cores"}
-  return ", ".join(named.get(key, "{}").format(value) for key, value in machine.items())
 
 
 if __name__ == "__main__":

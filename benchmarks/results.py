@@ -10,6 +10,7 @@ import os
 import pathlib
 import platform
 import re
+import statistics
 import string
 import subprocess
 import sys
@@ -28,6 +29,7 @@ DISTRIBUTIONS = (
   *("jaxbn", "jax", "jaxlib", "flax", "dm-haiku", "equinox", "keras", "torch", "numpy"),
   *("jax-cuda12-plugin", "libtpu"),
 )
+LIMIT = 1800  # seconds that a process may take
 Row = dict[str, Any]
 Columns = Mapping[str, str]  # by heading: how a row is written there, as in "{seconds:.1f} s"
 
@@ -62,27 +64,24 @@ def read(name: str, folder: pathlib.Path | None = None) -> dict[str, Any] | None
 
 def versions() -> dict[str, str]:
   """Python's, and of the libraries those that are installed."""
-  found = {"python": platform.python_version()}
-  for distribution in DISTRIBUTIONS:
-    try:
-      found[distribution] = importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-      continue
-  return found
+  found = {name: installed for name in DISTRIBUTIONS if (installed := version(name))}
+  return {"python": platform.python_version(), **found}
+
+
+def version(distribution: str) -> str | None:
+  """None where it is not installed."""
+  try:
+    return importlib.metadata.version(distribution)
+  except importlib.metadata.PackageNotFoundError:
+    return None
 
 
 def machine() -> dict[str, Any]:
   """The processor and the system, nothing that names the computer."""
-  return {"cpu": _processor(), "cores": cores(), "system": platform.system()}
-
-
-def _processor() -> str:
-  try:
-    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-  except OSError:
-    lines = []
-  names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-  return names[0] if names else platform.processor() or platform.machine()
+  linux = pathlib.Path("/proc/cpuinfo")
+  named = re.search(r"model name\s*: *(.+)", linux.read_text()) if linux.exists() else None
+  cpu = named[1].strip() if named else platform.processor() or platform.machine()
+  return {"cpu": cpu, "cores": cores(), "system": platform.system()}
 
 
 def in_a_process(module: str, *arguments: str, **environment: str) -> list[str]:
@@ -93,6 +92,7 @@ def in_a_process(module: str, *arguments: str, **environment: str) -> list[str]:
     env={**os.environ, **environment},
     capture_output=True,
     text=True,
+    timeout=LIMIT,
   )
   if done.returncode:
     raise SystemExit(f"{module} {' '.join(arguments)} failed:\n{done.stderr[-3000:]}")
@@ -117,6 +117,11 @@ def of(rows: Iterable[Row], **where: Any) -> list[Row]:
 def short(value: float) -> float:
   """To four digits, which is more than a time has."""
   return float(f"{value:.4g}")
+
+
+def min_and_median(milliseconds: list[float], whose: str = "") -> Row:
+  median = statistics.median(milliseconds)
+  return {f"{whose}min_ms": short(min(milliseconds)), f"{whose}median_ms": short(median)}
 
 
 def table(lines: list[list[str]], right: Iterable[int] = ()) -> str:
@@ -144,11 +149,17 @@ def fill(template: str, parts: Mapping[str, Any]) -> str:
 
 
 def conclude(
-  name: str, command: str, rows: list[Row], parts: Callable[[Row], Row], path: pathlib.Path | None
+  name: str,
+  command: str,
+  rows: list[Row],
+  parts: Callable[[Row], Row],
+  arguments: argparse.Namespace,
+  whole: bool = True,
 ) -> None:
-  """Prints the chapter that the rows make, and writes them if there is a path."""
+  """Prints the chapter that the rows make, and writes them if they are whole or a path is given."""
   console = Console()
   console.print(Markdown(fill(name, parts(made(name, command, rows)))))
-  if path:
+  path = FOLDER / f"{name}.json" if whole and not arguments.quick else None
+  if path := arguments.json or path:
     write(name, command, rows, path)
     console.print(f"Wrote {os.path.relpath(path)}.")

@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import argparse
 import collections
-import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import time
 from typing import Any
@@ -27,14 +25,17 @@ from typing import Any
 from benchmarks import compiled, hlo, weak
 from benchmarks import results as stored
 from benchmarks.results import Row
-from benchmarks.slices import NETWORKS, TARGETS, Program, layers, lower, programs
+from benchmarks.slices import NETWORKS, Program, devices_of, layers, lower, programs
 
 COMMAND = "python -m benchmarks.scaling"
 
 
 def main() -> None:
-  """Compiles what is missing, measures, and writes after each."""
-  arguments = _arguments()
+  parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.split("\n")[0])
+  parser.add_argument("--only", metavar="TEXT", help="programs whose name has this in it")
+  parser.add_argument("--fresh", action="store_true", help="compile again what is stored")
+  parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+  arguments = parser.parse_args()
   compiled.prepare()
   if arguments.one:
     name, known = arguments.one
@@ -71,12 +72,12 @@ def write(rows: dict[str, Row]) -> None:
 
 
 def _compiler() -> str:
-  return f"libtpu {importlib.metadata.version('libtpu')}"
+  return f"libtpu {stored.version('libtpu')}"
 
 
 def row_of(program: Program, known: str) -> Row | None:
   """Compiles a program and reads off what one chip does in it; None if its trace is the known."""
-  devices = TARGETS[program.target].devices()
+  devices = devices_of(program.target)
   lowered = lower(program, devices)
   trace = digest(lowered)
   if trace == known:
@@ -84,20 +85,19 @@ def row_of(program: Program, known: str) -> Row | None:
   start = time.perf_counter()
   executable = lowered.compile()
   seconds = time.perf_counter() - start
-  costs, memory = executable.cost_analysis() or {}, executable.memory_analysis()
+  costs, (temp, peak) = executable.cost_analysis() or {}, hlo.memory_bytes(executable)
   found = hlo.collectives(executable.as_text() or "", len(devices))
-  held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
   return {
     "kind": "program",
     "name": str(program),
-    **dataclasses.asdict(program),
+    **program._asdict(),
     "chips": len(devices),
     "batch": NETWORKS[program.network].batch,
     "layers": layers(program.network),
     "flops": costs["flops"],
     "bytes": costs["bytes accessed"],
-    "temp_bytes": memory.temp_size_in_bytes,
-    "memory_bytes": held + memory.temp_size_in_bytes,
+    "temp_bytes": temp,
+    "memory_bytes": peak,
     "traced_all_reduces": lowered.as_text().count("stablehlo.all_reduce"),
     "collectives": summary(found),
     "compile_s": seconds,
@@ -114,14 +114,6 @@ def digest(lowered: Any) -> str:
 def summary(found: list[hlo.Collective]) -> list[list[Any]]:
   """Equal collectives once: operation, bytes, members, algorithm and how many there are."""
   return [[*one, count] for one, count in sorted(collections.Counter(found).items())]
-
-
-def _arguments() -> argparse.Namespace:
-  parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.split("\n")[0])
-  parser.add_argument("--only", metavar="TEXT", help="programs whose name has this in it")
-  parser.add_argument("--fresh", action="store_true", help="compile again what is stored")
-  parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
-  return parser.parse_args()
 
 
 if __name__ == "__main__":

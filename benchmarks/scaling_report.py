@@ -24,11 +24,11 @@ LARGEST = {"v5e": "v5e:16x16", "v4": "v4:8x8x16"}
 CHIP_COUNTS = (4, 16, 64, 256, 512, 1024, 2048)
 GROUPS = (2, 4, 8, 16, 32, 64, 256)  # chips
 WHERE = {"v5e": 256, "v4": 1024}  # chips: on which slices the tables of groups are
+ADDS = [f"adds on {chips:,} {CHIPS[chip].title}" for chip, chips in WHERE.items()]
 ENOUGH = 32  # examples that a choice of group aims at, or up to four times as many
 
 
 def main() -> None:
-  """Writes the page and the figure."""
   from benchmarks import charts  # which draws what this module computes
 
   results = stored.read("scaling")
@@ -40,10 +40,10 @@ def main() -> None:
 
 
 def page(results: Row) -> str:
-  """docs/scaling.md."""
   rows, versions = results["rows"], results["versions"]
   named = [f"{name} {versions[name]}" for name in ("jax", "flax", "libtpu") if name in versions]
-  whole = program_of(rows, "v5e", "grouped") and program_of(rows, "v4", "grouped")
+  needed = [(chip, statistics) for chip in WHERE for statistics in ("local", "grouped")]
+  whole = all(program_of(rows, *one) for one in needed)
   v5e, v4 = CHIPS["v5e"], CHIPS["v4"]
   return stored.fill(
     "scaling",
@@ -88,16 +88,20 @@ MEASURES: dict[str, Callable[[Row], float]] = {
 
 
 def _counts(rows: list[Row]) -> Iterator[str]:
+  every = of(rows, kind="program")
   for network, described in NETWORKS.items():
-    chosen = of(rows, kind="program", network=network)
-    if chosen:
+    if chosen := of(every, network=network):
       shape = "x".join(map(str, described.shape))
       yield f"### {described.title}: {described.batch} of {shape} on each chip, bfloat16"
       yield _by_slice(chosen, "traced", lambda row: f"{row['traced_all_reduces'] or ''}", _sent)
-      yield _by_slice(chosen, "GFLOP", lambda row: f"{row['flops'] / 1e9:,.1f}", _memory)
-  names = {row["name"] for row in rows}
-  begun = {_way(row) for row in of(rows, kind="program")}
-  missing = [str(p) for p in programs() if _way(vars(p)) in begun and str(p) not in names]
+      yield _by_slice(
+        chosen,
+        "GFLOP",
+        lambda row: f"{row['flops'] / 1e9:,.1f}",
+        lambda row: f"{_size(row['bytes'])}, {_size(row['memory_bytes'])}",
+      )
+  names, begun = {row["name"] for row in rows}, {_way(row) for row in every}
+  missing = [str(p) for p in programs() if _way(p._asdict()) in begun and str(p) not in names]
   if missing:  # what is compiled for some slices and not for all
     yield f"Not compiled yet: {', '.join(missing)}."
 
@@ -108,11 +112,9 @@ def _by_slice(
   """A line for each kind of program: what the slices agree in, and a column for each of them."""
   lines = [["by", "statistics", title, *TARGETS]]
   for mode, statistics in WAYS[rows[0]["network"]]:
-    found = {row["target"]: row for row in of(rows, mode=mode, statistics=statistics)}
-    if found:
-      agreed = first(next(iter(found.values())))
+    if found := {row["target"]: row for row in of(rows, mode=mode, statistics=statistics)}:
       cells = [each(found[target]) if target in found else "" for target in TARGETS]
-      lines.append([mode, statistics, agreed, *cells])
+      lines.append([mode, statistics, first(next(iter(found.values()))), *cells])
   return stored.table(lines, range(3, 3 + len(TARGETS)))
 
 
@@ -123,10 +125,6 @@ def _sent(row: Row) -> str:
     totals[op] += times
   others = [f"{times} {op}" for op, times in totals.items() if op != "all-reduce"]
   return ", ".join([str(totals["all-reduce"]), *others, _size(MEASURES["bytes sent"](row))])
-
-
-def _memory(row: Row) -> str:
-  return f"{_size(row['bytes'])}, {_size(row['memory_bytes'])}"
 
 
 def _size(size: float) -> str:
@@ -147,28 +145,29 @@ def growth(rows: list[Row]) -> Iterator[str]:
     for row in of(rows, kind="program")  # but for slices that are one group whole
     if not (row["statistics"].startswith(("grouped", "virtual")) and row["chips"] == GROUP)
   ]
-  for (network, mode, statistics), group in itertools.groupby(sorted(several, key=_way), _way):
+  for (network, *way), group in itertools.groupby(sorted(several, key=_way), _way):
     slices = sorted(group, key=lambda row: row["chips"])
     small, large = slices[0], slices[-1]
     ratios = {title: of(large) / of(small) for title, of in MEASURES.items()}
     changes = [f"{title} x {r:.{2 if r < 10 else 0}f}" for title, r in ratios.items() if r > 1.005]
     if changes:
-      ends = f"from {small['chips']} to {large['chips']:,} chips"
-      yield f"{NETWORKS[network].title}, {mode}, {statistics}: {', '.join(changes)}, {ends}."
+      changes.append(f"from {small['chips']} to {large['chips']:,} chips")
+      yield f"{', '.join([NETWORKS[network].title, *way])}: {', '.join(changes)}."
 
 
 def additions(rows: list[Row]) -> str:
   """What synchronized statistics add to local ones."""
-  programs = {row["name"]: row for row in of(rows, kind="program")}
-  lines = [["network", "slice", "by", "layers", "local", "synchronized", "for each layer"]]
-  lines[0] += ["more sent", "more moved"]
-  count, *sizes = (MEASURES[title] for title in ("operations", "bytes sent", "bytes moved"))
-  for row in of(programs.values(), statistics="synchronized"):
-    if local := programs.get(f"{row['network']}/{row['target']}/shard_map/local"):
-      named = [NETWORKS[row["network"]].title, row["target"], row["mode"]]
-      counts = [str(n) for n in (row["layers"], count(local), count(row))]
-      more = f"{(count(row) - count(local)) / row['layers']:.2f}"
-      lines.append([*named, *counts, more, *(_size(size(row) - size(local)) for size in sizes)])
+  counts = ["layers", "local", "synchronized", "for each layer", "more sent", "more moved"]
+  lines = [["network", "slice", "by", *counts]]
+  for row in of(rows, kind="program", statistics="synchronized"):
+    for local in of(rows, name=f"{row['network']}/{row['target']}/shard_map/local"):
+      before, after = MEASURES["operations"](local), MEASURES["operations"](row)
+      sizes = [
+        MEASURES[title](row) - MEASURES[title](local) for title in ("bytes sent", "bytes moved")
+      ]
+      figures = [row["layers"], before, after, f"{(after - before) / row['layers']:.2f}"]
+      names = [NETWORKS[row["network"]].title, row["target"], row["mode"]]
+      lines.append([*names, *map(str, figures), *map(_size, sizes)])
   return stored.table(lines, range(3, 9))
 
 
@@ -203,20 +202,18 @@ def steps(rows: list[Row], chip: str, chips: int, hop: float = HOP) -> dict[str,
 def _predictions(rows: list[Row]) -> Iterator[str]:
   for name, chip in CHIPS.items():
     largest = steps(rows, name, max(CHIP_COUNTS))
-    if not largest:
-      continue
-    own = 1e3 * next(iter(largest.values())).compute
     lines = [["chips", *largest]]
     for chips in CHIP_COUNTS:
       quick, slow = steps(rows, name, chips), steps(rows, name, chips, SLOW_HOP)
-      cells = [_step(quick[t], slow[t]) if t in quick else "" for t in largest]
-      lines.append([f"{chips:,}", *cells])
-    yield f"### {chip.title}: a step, {own:.1f} ms of it the chip's own work, and efficiency"
-    yield stored.table(lines, range(len(lines[0])))
-
-
-def _step(quick: Step, slow: Step) -> str:
-  return f"{1e3 * quick.seconds:.1f} ms, {quick.efficiency:.1%} ({slow.efficiency:.1%})"
+      cells = {
+        title: f"{1e3 * step.seconds:.1f} ms, {step.efficiency:.1%} ({slow[title].efficiency:.1%})"
+        for title, step in quick.items()
+      }
+      lines.append([f"{chips:,}", *(cells.get(title, "") for title in largest)])
+    if largest:
+      own = 1e3 * next(iter(largest.values())).compute
+      yield f"### {chip.title}: a step, {own:.1f} ms of it the chip's own work, and efficiency"
+      yield stored.table(lines, range(len(lines[0])))
 
 
 # The choice of a group.
@@ -242,41 +239,31 @@ def choice(batch: int) -> int:
 
 def _costs(rows: list[Row]) -> str:
   """What groups of each size cost on either slice, in time and as a share of a local step."""
-  lines = [["chips in a group", "examples", "error of the mean", *_headings()]]
+  lines = [["chips in a group", "examples", "error of the mean", *ADDS]]
+  local = {chip: steps(rows, chip, chips)["local"].seconds for chip, chips in WHERE.items()}
   for group in (1, *GROUPS, 1024):
     examples = group * NETWORKS["resnet50"].batch
-    lines.append([f"{group:,}", f"{examples:,}", _error(examples)])
-    for chip, chips in WHERE.items():
-      seconds, program = group_cost(rows, chip, chips, group), program_of(rows, chip, "local")
-      if program and group <= chips:
-        share = seconds / interconnect.predict(program, chips).seconds
-        lines[-1].append(f"{1e3 * seconds:.2f} ms, {share:.1%}")
-      else:
-        lines[-1].append("")
+    added = {chip: group_cost(rows, chip, chips, group) for chip, chips in WHERE.items()}
+    cells = [
+      f"{1e3 * added[chip]:.2f} ms, {added[chip] / local[chip]:.1%}" if group <= chips else ""
+      for chip, chips in WHERE.items()
+    ]
+    lines.append([f"{group:,}", f"{examples:,}", f"{1 / math.sqrt(examples):.1%}", *cells])
   return stored.table(lines, range(6))
 
 
 def _choices(rows: list[Row]) -> str:
-  lines = [["batch of a chip", "share among", "examples", "error of the mean", *_headings()]]
+  lines = [["batch of a chip", "share among", "examples", "error of the mean", *ADDS]]
   for batch in (1, 2, 4, 8, 16, 32, 64, 128):
     group = choice(batch)
     among = f"{group} chips" if group > 1 else "none"
     added = [1e3 * group_cost(rows, chip, chips, group) for chip, chips in WHERE.items()]
-    cells = [str(batch), among, str(group * batch), _error(group * batch)]
-    lines.append([*cells, *(f"{ms:.2f} ms" for ms in added)])
+    error = f"{1 / math.sqrt(group * batch):.1%}"
+    lines.append([str(batch), among, str(group * batch), error, *(f"{ms:.2f} ms" for ms in added)])
   return stored.table(lines, range(6))
 
 
-def _headings() -> list[str]:
-  return [f"adds on {chips:,} {CHIPS[chip].title}" for chip, chips in WHERE.items()]
-
-
-def _error(examples: int) -> str:
-  return f"{1 / math.sqrt(examples):.1%}"
-
-
 # What was measured, and what is assumed.
-
 
 WEAK = {
   "processes": "{processes}",
@@ -294,32 +281,21 @@ WEAK = {
 def _measured(rows: list[Row]) -> str:
   if not rows:
     return "Not measured yet."
-  parts = {key: rows[0][key] for key in ("layers", "batch", "samples", "steps")}
-  parts["load"] = f"{max(row['load'] for row in rows):.1f}"
-  parts["table"] = tabulate(rows, {}, WEAK)
   faster = min(row["ratio_median"] for row in rows) < 0.95
+  load = f"{max(row['load'] for row in rows):.1f}"
+  parts = rows[0] | {"load": load, "table": tabulate(rows, {}, WEAK)}
   parts["faster"] = stored.fill("scaling-faster", {}) if faster else ""
   return stored.fill("scaling-measured", parts).strip()
 
 
-CHIP = {
-  "": "{title}",
-  "peak": "{tflops:.0f} TFLOP/s",
-  "memory": "{memory_GB:.0f} GB/s",
-  "link, one way": "{link_GB:.0f} GB/s",
-  "links along": "{axes} axes",
-  "source": "{sources}",
-}
-
-
 def _chips() -> str:
-  lines = []
+  lines = [["", "peak", "memory", "link, one way", "links along", "source"]]
   for chip in CHIPS.values():
-    row = {"title": chip.title, "tflops": chip.flops / 1e12, "memory_GB": chip.memory_rate / 1e9}
-    row |= {"link_GB": chip.link / 1e9, "axes": len(chip.shapes[4])}
-    row["sources"] = " ".join(f"[{n}]({url})" for n, url in enumerate(chip.sources, 1))
-    lines.append([form.format_map(row) for form in CHIP.values()])
-  return stored.table([list(CHIP), *lines], range(1, 5))
+    rates = [f"{chip.flops / 1e12:.0f} TFLOP/s", f"{chip.memory_rate / 1e9:.0f} GB/s"]
+    links = [f"{chip.link / 1e9:.0f} GB/s", f"{len(chip.shapes[4])} axes"]
+    sources = " ".join(f"[{n}]({url})" for n, url in enumerate(chip.sources, 1))
+    lines.append([chip.title, *rates, *links, sources])
+  return stored.table(lines, range(1, 5))
 
 
 if __name__ == "__main__":

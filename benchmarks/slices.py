@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -24,42 +24,32 @@ from benchmarks.networks import Network
 
 DTYPE = "bfloat16"
 GROUP = 4  # chips that share statistics in the grouped programs: a square of a slice
+SQUARE = (2, 2, 1)
+TARGETS = ("v5e:2x2", "v5e:8x8", "v5e:16x16", "v4:8x8x16")
 
 
-@dataclasses.dataclass(frozen=True)
-class Target:
-  """A slice of TPU chips as the compiler names it, and the block of it that is one group."""
-
-  topology: str
-  block: tuple[int, ...]
-  options: tuple[tuple[str, str], ...] = ()
-
-  def devices(self) -> list[Any]:
-    """Its chips, those of a block next to each other."""
-    with compiled.quiet():
-      described = topologies.get_topology_desc(self.topology, "tpu", **dict(self.options))
-    return sorted(described.devices, key=self._place)
-
-  def _place(self, device: Any) -> tuple[list[int], list[int]]:
-    pairs = [divmod(at, size) for at, size in zip(device.coords, self.block, strict=True)]
-    return [block for block, _ in pairs], [inside for _, inside in pairs]
+def devices_of(target: str) -> list[Any]:
+  """The chips of a slice, those of a square next to each other."""
+  # A v4's chip is one device of two cores ("megacore"), as JAX sees it on a real one.
+  options = {"chip_config_name": "megacore"} if target.startswith("v4") else {}
+  with compiled.quiet():
+    return sorted(topologies.get_topology_desc(target, "tpu", **options).devices, key=place)
 
 
-# A v4's chip is one device of two cores ("megacore"), as JAX sees it on a real one.
-_SQUARE, _MEGACORE = (2, 2, 1), (("chip_config_name", "megacore"),)
-TARGETS = {name: Target(name, _SQUARE) for name in ("v5e:2x2", "v5e:8x8", "v5e:16x16")}
-TARGETS["v4:8x8x16"] = Target("v4:8x8x16", _SQUARE, _MEGACORE)
+def place(device: Any) -> tuple[list[int], list[int]]:
+  """The square that a chip is in, and where in it."""
+  pairs = [divmod(at, size) for at, size in zip(device.coords, SQUARE, strict=True)]
+  return [square for square, _ in pairs], [inside for _, inside in pairs]
 
 
 # The batch is each chip's.
 NETWORKS = {
-  "layer": Network("One layer and its ReLU", networks.One, (56, 56, 64), 32),
+  "layer": Network("One layer and its ReLU", networks.one, (56, 56, 64), 32),
   "resnet50": dataclasses.replace(networks.NETWORKS["resnet50"], batch=32),
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Program:
+class Program(NamedTuple):
   """One thing to compile: a network on a slice, and which chips share statistics, and how."""
 
   network: str
@@ -87,6 +77,10 @@ WAYS = {
 }
 
 
+# The axes of the mesh along which the layers' statistics differ.
+APART = {"local": ("batch",), "grouped": ("group",), "grouped by index": ("batch",)}
+
+
 def programs() -> list[Program]:
   """All of them, the quick ones first."""
   return [
@@ -111,22 +105,27 @@ def lower(program: Program, devices: list[Any]) -> Any:
   network = NETWORKS[program.network]
   network = dataclasses.replace(network, batch=network.batch * len(devices))
   model = network.model(norm(program, len(devices)), jnp.dtype(DTYPE))
-  build = _layer if program.network == "layer" else _training
-  step, arguments, split, results = build(program, network, model, mesh)
-  specs = tuple(PartitionSpec(names) if s else PartitionSpec() for s in split)
+  apart = () if program.mode == "jit" else APART.get(program.statistics, ())
+  whole, split = PartitionSpec(), PartitionSpec(names)
+  specs: dict[str, Any]
+  donated: tuple[int, ...] = ()
+  if program.network == "layer":
+    sums = names if program.mode == "shard_map unchecked" else ()
+    step, arguments = layer_step(network, model, sums, apart)
+    specs = {"in_specs": (whole, split, split), "out_specs": (split, whole, whole, split)}
+  else:
+    step = networks.train_step(model, () if program.mode == "jit" else names, apart)
+    arguments = networks.step_arguments(network, model)
+    specs = {"in_specs": (*[whole] * 3, split, split), "out_specs": (whole,) * 4}
+    donated = (0, 1, 2)
   if program.mode != "jit":
-    out = tuple(PartitionSpec(names) if s else PartitionSpec() for s in results)
-    checked = program.mode == "shard_map"
-    step = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=out, check_vma=checked)
-  shardings = tuple(NamedSharding(mesh, spec) for spec in specs)
-  donated = tuple(range(3)) if program.network != "layer" else ()
+    step = jax.shard_map(step, mesh=mesh, check_vma=program.mode == "shard_map", **specs)
+  shardings = tuple(NamedSharding(mesh, spec) for spec in specs["in_specs"])
   jitted = jax.jit(step, in_shardings=shardings, donate_argnums=donated)
-  platform = devices[0].platform
-  return jitted.trace(*arguments).lower(lowering_platforms=(platform,))
+  return jitted.trace(*arguments).lower(lowering_platforms=(devices[0].platform,))
 
 
-def norm(program: Program, chips: int) -> Callable[..., networks.Layer]:
-  """The norm of a program's layers."""
+def norm(program: Program, chips: int) -> networks.Norm:
   if program.statistics == "none":
     return networks.none
   options: dict[str, Any] = {}
@@ -139,33 +138,19 @@ def norm(program: Program, chips: int) -> Callable[..., networks.Layer]:
   return functools.partial(networks.jaxbn, **options)
 
 
-# A step, what it takes, and which of its arguments and of its results are split.
-Built = tuple[Callable[..., Any], tuple[Any, ...], tuple[bool, ...], tuple[bool, ...]]
+def layer_step(
+  network: Network, model: nn.Module, sums: tuple[str, ...], apart: tuple[str, ...]
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+  """One layer forward and backward, and what it takes.
 
-
-def _training(program: Program, network: Network, model: nn.Module, mesh: Mesh) -> Built:
-  """A step of training."""
-  axes = mesh.axis_names if program.mode != "jit" else ()
-  step, tx = networks.train_step(model, axes, _apart(program))
-  arguments = networks.step_arguments(network, model, tx)
-  return step, arguments, (False, False, False, True, True), (False,) * 4
-
-
-def _layer(program: Program, network: Network, model: nn.Module, mesh: Mesh) -> Built:
-  """One layer forward and backward: y, running statistics, gradients of parameters and of x."""
+  Its parameters' gradients are summed along `sums`: with its checks on, shard_map does it.
+  """
   x = jax.ShapeDtypeStruct(network.inputs().shape, jnp.dtype(DTYPE))
   variables = jax.eval_shape(model.init, jax.random.key(0), x)
 
   def step(variables: Any, x: jax.Array, cotangent: jax.Array) -> Any:
     y, new, of_parameters, of_x = compiled.backward(model, variables, x, cotangent)
-    if program.mode == "shard_map unchecked":  # the checks sum these by themselves
-      of_parameters = jax.lax.psum(of_parameters, mesh.axis_names)
-    return y, networks.mean(new, _apart(program)), of_parameters, of_x
+    of_parameters = jax.lax.psum(of_parameters, sums) if sums else of_parameters
+    return y, networks.mean(new, apart), of_parameters, of_x
 
-  return step, (variables, x, x), (False, True, True), (True, False, False, True)
-
-
-def _apart(program: Program) -> tuple[str, ...]:
-  """The axes of the mesh along which the layers' statistics differ."""
-  apart = {"local": ("batch",), "grouped": ("group",), "grouped by index": ("batch",)}
-  return apart.get(program.statistics, ()) if program.mode != "jit" else ()
+  return step, (variables, x, x)

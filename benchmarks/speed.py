@@ -13,26 +13,25 @@ all this remains.
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
+import itertools
 import json
-import math
+import operator
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
 from benchmarks import results as stored
-from benchmarks.frameworks import FRAMEWORKS, Layer, missing
-from benchmarks.results import ROOT, Row, of, short
+from benchmarks.frameworks import FRAMEWORKS, TWICE, Layer, missing
+from benchmarks.results import Row, of, short
 
 COMMAND = "python -m benchmarks.speed"
-TWICE = "flax.linen twice"  # beside itself
 # Theirs, and what of ours it is compared with: like with like.
 PAIRS = {
   "flax.linen": "jaxbn.linen",
@@ -55,10 +54,10 @@ SECONDS = 0.15
 MOST = 400
 # Ratios nearer to 1 than this are called level.
 NOISE = 0.05
+RATIO = operator.itemgetter("ratio_min")
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
   """What is timed, and how often at least."""
 
   shapes: tuple[tuple[int, ...], ...]
@@ -71,27 +70,26 @@ QUICK = Plan(((16, 8, 8, 32), (256, 64)), 3, 0.0)
 
 
 def main() -> None:
-  """Times everything that is installed, prints the chapter and writes the rows."""
-  arguments = _arguments()
+  parser = stored.parser(__doc__, COMMAND)
+  parser.add_argument("--repeats", type=int, help="of every call, at least (21; 3 if quick)")
+  parser.add_argument("--pair", choices=PAIRS, help="time one pair here and print its rows")
+  arguments = parser.parse_args()
+  plan = QUICK if arguments.quick else FULL
+  plan = plan._replace(repeats=arguments.repeats or plan.repeats)
   if arguments.pair:
-    plan = QUICK if arguments.quick else FULL
-    for row in pair_rows(arguments.pair, dataclasses.replace(plan, repeats=arguments.repeats)):
+    for row in pair_rows(arguments.pair, plan):
       print(json.dumps(row), flush=True)
     return
-  rows = run(arguments.quick, arguments.repeats)
-  stored.conclude("speed", COMMAND, rows, parts, arguments.json)
-
-
-def run(quick: bool, repeats: int) -> list[Row]:
-  """The rows of every pair, each from a process of its own, and of the imports."""
-  rows = []
+  rows: list[Row] = []
   for theirs in track(PAIRS, "Pairs"):
-    if sentence := missing(_library(theirs)):
+    if sentence := missing(theirs):
       print(sentence)
     else:
-      found = [_in_a_process(theirs, quick, repeats) for _ in range(PROCESSES)]
+      found = [_in_a_process(theirs, arguments.quick, plan.repeats) for _ in range(PROCESSES)]
       rows += [together(same) for same in zip(*found, strict=True)]
-  return rows + import_rows(2 if quick else IMPORT_REPEATS)
+  rows += import_rows(2 if arguments.quick else IMPORT_REPEATS)
+  whole = plan.repeats >= FULL.repeats  # a look replaces no figures
+  stored.conclude("speed", COMMAND, rows, parts, arguments, whole)
 
 
 def pair_rows(theirs: str, plan: Plan) -> Iterator[Row]:
@@ -99,14 +97,14 @@ def pair_rows(theirs: str, plan: Plan) -> Iterator[Row]:
   ours = PAIRS[theirs]
   for shape in plan.shapes:
     for dtype in DTYPES:
-      names = ours, _library(theirs)
-      layers = [FRAMEWORKS[name].build(shape, jnp.dtype(dtype)) for name in names]
+      layers = [FRAMEWORKS[name](shape, jnp.dtype(dtype)) for name in (ours, theirs)]
       calls = [_calls(layer, shape, dtype) for layer in layers]
       for kind in KINDS:
         ours_ms, theirs_ms = in_turns([call[kind] for call in calls], plan)
         row: Row = {"framework": theirs, "ours": ours, "shape": list(shape), "dtype": dtype}
         row |= {"kind": kind, "samples": len(ours_ms)}
-        yield {**row, **_times("ours", ours_ms), **_times("theirs", theirs_ms)}
+        row |= stored.min_and_median(ours_ms, "ours_")
+        yield row | stored.min_and_median(theirs_ms, "theirs_")
 
 
 def together(rows: Sequence[Row]) -> Row:
@@ -135,36 +133,15 @@ def in_turns(calls: list[Callable[[], None]], plan: Plan) -> list[list[float]]:
   return times
 
 
-def import_rows(repeats: int) -> list[Row]:
+def import_rows(repeats: int) -> Iterator[Row]:
   """What importing jaxbn adds for someone who has imported JAX, and Flax for the layers."""
-  times: dict[str, list[float]] = {statement: [] for statement in IMPORTS}
-  for _ in range(repeats):
-    for statement, before in IMPORTS.items():
-      code = (
-        f"{before}, time; start = time.perf_counter(); {statement}; "
-        "print(1e3 * (time.perf_counter() - start))"
-      )
-      command = [sys.executable, "-c", code]
-      done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-      times[statement].append(float(done.stdout))
-  kind: Row = {"kind": "import", "samples": repeats}
-  of_each = {statement: _times("ours", taken) for statement, taken in times.items()}
-  return [{**kind, "statement": s, "after": IMPORTS[s], **of_each[s]} for s in IMPORTS]
-
-
-def _arguments() -> argparse.Namespace:
-  parser = stored.parser(__doc__, COMMAND)
-  parser.add_argument("--repeats", type=int, help="of every call, at least (21; 3 if quick)")
-  parser.add_argument("--pair", choices=PAIRS, help="time one pair here and print its rows")
-  arguments = parser.parse_args()
-  arguments.repeats = arguments.repeats or (QUICK if arguments.quick else FULL).repeats
-  if not arguments.quick and arguments.repeats >= FULL.repeats:  # a look replaces no figures
-    arguments.json = arguments.json or stored.FOLDER / "speed.json"
-  return arguments
-
-
-def _library(theirs: str) -> str:
-  return PAIRS[TWICE] if theirs == TWICE else theirs
+  for statement, before in IMPORTS.items():
+    code = f"{before}, time; start = time.perf_counter(); {statement}; "
+    command = [sys.executable, "-c", code + "print(1e3 * (time.perf_counter() - start))"]
+    options: Any = {"cwd": stored.ROOT, "check": True, "capture_output": True}
+    taken = [float(subprocess.run(command, **options).stdout) for _ in range(repeats)]
+    row = {"kind": "import", "samples": repeats, "statement": statement, "after": before}
+    yield row | stored.min_and_median(taken, "ours_")
 
 
 def _in_a_process(theirs: str, quick: bool, repeats: int) -> list[Row]:
@@ -190,23 +167,15 @@ def _calls(layer: Layer, shape: tuple[int, ...], dtype: str) -> dict[str, Callab
   }
 
 
-def _times(whose: str, taken: list[float]) -> Row:
-  median = statistics.median(taken)
-  return {f"{whose}_min_ms": short(min(taken)), f"{whose}_median_ms": short(median)}
-
-
 # What the rows say.
 
 
 def parts(results: Row) -> Row:
-  """What docs/templates/speed.md leaves open."""
   rows = results["rows"]
   timed = [row for row in rows if "framework" in row]
   return {
     "noise": f"{NOISE:.0%}",
-    "left_out": stored.absent(
-      [name for name in PAIRS if name not in (*frameworks_of(rows), TWICE)]
-    ),
+    "left_out": stored.absent([n for n in PAIRS if n not in (*frameworks_of(rows), TWICE)]),
     "means": _means(timed),
     "losses": "\n".join(f"- {line}" for line in losses(rows)),
     "cases": _cases(timed),
@@ -230,11 +199,11 @@ def losses(rows: list[Row]) -> list[str]:
       found.append(f"{framework} is faster in none of {len(every)} cases.")
       continue
     counts = [
-      f"{len(of(lost, kind=kind))} of {len(of(every, kind=kind))} in {kind}"
+      f"{len(lost_of)} of {len(of(every, kind=kind))} in {kind}"
       for kind in KINDS
-      if of(lost, kind=kind)
+      if (lost_of := of(lost, kind=kind))
     ]
-    worst = _worst(lost)
+    worst = max(lost, key=RATIO)
     found.append(
       f"{framework} is faster in {len(lost)} of {len(every)} cases ({', '.join(counts)}), most in "
       f"{worst['kind']} of {_shape(worst)} in {worst['dtype']}, where "
@@ -250,7 +219,7 @@ def frameworks_of(rows: list[Row]) -> list[str]:
 
 def geometric_mean(rows: list[Row], key: str = "ratio_min") -> float:
   """Of our time divided by theirs."""
-  return math.exp(statistics.fmean(math.log(row[key]) for row in rows))
+  return statistics.geometric_mean(row[key] for row in rows)
 
 
 def relative_to_flax(rows: list[Row]) -> dict[str, dict[str, float]]:
@@ -271,36 +240,28 @@ def _shape(row: Row) -> str:
   return "x".join(map(str, row["shape"]))
 
 
-def _worst(rows: list[Row]) -> Row:
-  return max(rows, key=lambda row: row["ratio_min"])
-
-
 def _means(rows: list[Row]) -> str:
   lines = [["beside", "dtype", *KINDS, "worst"]]
-  for framework in frameworks_of(rows):
-    for dtype in DTYPES:
-      cases = of(rows, framework=framework, dtype=dtype)
-      of_kinds = [of(cases, kind=kind) for kind in KINDS]
-      means = [
-        f"{geometric_mean(c):.2f} ({geometric_mean(c, 'ratio_median'):.2f})" for c in of_kinds
-      ]
-      worst = _worst(cases)
-      text = f"{worst['ratio_min']:.2f}: {worst['kind']}, {_shape(worst)}"
-      lines.append([framework, dtype, *means, text])
+  for framework, dtype in itertools.product(frameworks_of(rows), DTYPES):
+    cases = of(rows, framework=framework, dtype=dtype)
+    of_kinds = [of(cases, kind=kind) for kind in KINDS]
+    means = [f"{geometric_mean(c):.2f} ({geometric_mean(c, 'ratio_median'):.2f})" for c in of_kinds]
+    worst = max(cases, key=RATIO)
+    text = f"{worst['ratio_min']:.2f}: {worst['kind']}, {_shape(worst)}"
+    lines.append([framework, dtype, *means, text])
   return stored.table(lines, right=range(2, 2 + len(KINDS)))
 
 
 def _cases(rows: list[Row]) -> str:
   names = frameworks_of(rows)
-  cells: dict[tuple[str, str, str], dict[str, Row]] = {}
-  for row in rows:
-    cells.setdefault((row["dtype"], row["kind"], _shape(row)), {})[row["framework"]] = row
   lines = [["dtype", "kind", "shape", "ms", *names]]
-  for case in sorted(cells, key=lambda c: (DTYPES.index(c[0]), KINDS.index(c[1]))):
-    cell = cells[case]
-    first = next(cell[name] for name in names if name in cell)
-    ratios = [f"{cell[name]['ratio_min']:.2f}" if name in cell else "" for name in names]
-    lines.append([*case, f"{first['ours_min_ms']:.3g}", *ratios])
+  shapes = dict.fromkeys(map(_shape, rows))
+  for dtype, kind, shape in itertools.product(DTYPES, KINDS, shapes):
+    same = [row for row in of(rows, dtype=dtype, kind=kind) if _shape(row) == shape]
+    if cell := {row["framework"]: row for row in same}:
+      ratios = [f"{cell[name]['ratio_min']:.2f}" if name in cell else "" for name in names]
+      first = next(cell[name] for name in names if name in cell)
+      lines.append([dtype, kind, shape, f"{first['ours_min_ms']:.3g}", *ratios])
   return stored.table(lines, right=range(3, 4 + len(names)))
 
 

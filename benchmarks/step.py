@@ -24,14 +24,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import networks
+from benchmarks import hlo, networks
 from benchmarks import results as stored
 from benchmarks.networks import SMALL_RESNET, WHOLE, Network
 from benchmarks.results import Row, of, short, tabulate
+from benchmarks.speed import Plan, in_turns
 
 COMMAND = "python -m benchmarks.step"
-NORMS = {"flax": networks.flax, "jaxbn": networks.jaxbn}
-ALL_NORMS = {"none": networks.none, **NORMS}
+NORMS: dict[str, networks.Norm] = {"flax": networks.flax, "jaxbn": networks.jaxbn}
+ALL_NORMS: dict[str, networks.Norm] = {"none": networks.none, **NORMS}
 ROUNDS = {"cpu": 11, "gpu": 30, "tpu": 30}
 PROCESSES = 3  # in which the small ResNet is compiled
 # Kinds of devices that users train on, by a word in JAX's name of them.
@@ -39,7 +40,6 @@ KINDS = {"cpu": "CPU", "H100": "NVIDIA H100", "A100": "NVIDIA A100", "TPU": "TPU
 
 
 def main() -> None:
-  """Times, prints the chapter, and writes the rows beside those of other devices."""
   parser = stored.parser(__doc__, COMMAND)
   parser.add_argument("--compile", choices=ALL_NORMS, help="compile the small ResNet here")
   arguments = parser.parse_args()
@@ -47,18 +47,16 @@ def main() -> None:
     print(json.dumps(seconds_to_compile(SMALL_RESNET, ALL_NORMS[arguments.compile])[0]))
     return
   rows = [{**row, **origin()} for row in run(arguments.quick)]
-  path = arguments.json or (None if arguments.quick else stored.FOLDER / "step.json")
   old = [] if arguments.quick else (stored.read("step") or {"rows": []})["rows"]
   rows = [row for row in old if row["device"] != rows[0]["device"]] + rows
-  stored.conclude("step", COMMAND, rows, parts, path)
+  stored.conclude("step", COMMAND, rows, parts, arguments)
 
 
 def origin() -> Row:
   """The device, and what else a figure depends on."""
   device, machine = jax.devices()[0], stored.machine()
-  where = device.device_kind
-  if device.platform == "cpu":
-    where = f"CPU, {machine['cpu']}, {machine['cores']} cores"
+  cpu = f"CPU, {machine['cpu']}, {machine['cores']} cores"
+  where = cpu if device.platform == "cpu" else device.device_kind
   made = {"device": device.device_kind, "machine": where, "jax": jax.__version__}
   return made | {"date": datetime.date.today().isoformat()}
 
@@ -68,16 +66,13 @@ def run(quick: bool) -> list[Row]:
   platform, rows = jax.default_backend(), []
   seconds_to_compile(SMALL_RESNET, networks.none)  # the first of a process takes longer
   for name in ["mobilenet"] if quick else WHOLE:
-    network = small(WHOLE[name]) if platform == "cpu" else WHOLE[name]
-    dtype = "float32" if platform == "cpu" else "bfloat16"
+    network, dtype = WHOLE[name], "bfloat16"
+    if platform == "cpu":
+      dtype, batch = "float32", network.batch // 16
+      network = dataclasses.replace(network, batch=batch, shape=(64, 64, 3))
     rows += step_rows(name, network, dtype, 2 if quick else ROUNDS[platform])
     print(f"{network.title}: done", flush=True)
   return rows + [compile_row(norm, 1 if quick else PROCESSES) for norm in ALL_NORMS]
-
-
-def small(network: Network) -> Network:
-  """For a CPU: a sixteenth of the batch and pictures of 64 by 64."""
-  return dataclasses.replace(network, batch=network.batch // 16, shape=(64, 64, 3))
 
 
 def step_rows(name: str, network: Network, dtype: str, rounds: int) -> list[Row]:
@@ -85,34 +80,21 @@ def step_rows(name: str, network: Network, dtype: str, rounds: int) -> list[Row]
   load, rows, steps = os.getloadavg()[0], [], []
   for norm, factory in NORMS.items():
     seconds, compiled, arguments = seconds_to_compile(network, factory, dtype)
-    memory = compiled.memory_analysis()
+    temp, peak = hlo.memory_bytes(compiled)
     row = {"kind": "step", "network": name, "norm": norm, "dtype": dtype, "batch": network.batch}
     row |= {"shape": list(network.shape), "compile_s": short(seconds), "load": load}
-    row["temp_MB"] = memory.temp_size_in_bytes / 1e6
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    row["peak_MB"] = (held - memory.alias_size_in_bytes) / 1e6 + row["temp_MB"]
-    rows.append(row)
+    rows.append(row | {"temp_MB": temp / 1e6, "peak_MB": peak / 1e6, "rounds": rounds})
     steps.append(_running(compiled, arguments))
-  times: list[list[float]] = [[] for _ in steps]
-  for number in range(rounds + 1):
-    turns = list(zip(steps, times, strict=True))
-    for step, taken in turns[:: -1 if number % 2 else 1]:
-      start = time.perf_counter()
-      step()
-      taken.append(1e3 * (time.perf_counter() - start))
-  for row, taken in zip(rows, times, strict=True):
-    row |= {"rounds": rounds, "median_ms": short(statistics.median(taken[1:]))}
-    row["min_ms"] = short(min(taken[1:]))
-  return rows
+  times = in_turns(steps, Plan((), rounds, 0.0))
+  return [row | stored.min_and_median(taken) for row, taken in zip(rows, times, strict=True)]
 
 
 def seconds_to_compile(
-  network: Network, factory: Callable[..., networks.Layer], dtype: str = "float32"
+  network: Network, factory: networks.Norm, dtype: str = "float32"
 ) -> tuple[float, Any, Any]:
   """Of tracing, lowering and compiling a step, with the step and the shapes that it takes."""
   model = network.model(factory, jnp.dtype(dtype))
-  step, tx = networks.train_step(model)
-  arguments = networks.step_arguments(network, model, tx)
+  step, arguments = networks.train_step(model), networks.step_arguments(network, model)
   jax.clear_caches()
   start = time.perf_counter()
   compiled = jax.jit(step, donate_argnums=(0, 1, 2)).lower(*arguments).compile()
@@ -138,17 +120,15 @@ def _running(compiled: Any, shapes: Any) -> Callable[[], None]:
 
 def compile_row(norm: str, processes: int) -> Row:
   """The small ResNet's step in fresh processes: cold, and where JAX's cache on disk has it."""
-  cold: list[float] = []
-  cached: list[float] = []
+  taken: dict[str, list[float]] = {"cold_s": [], "cached_s": []}
   for _ in range(processes):
     with tempfile.TemporaryDirectory() as folder:
       cache = {"JAX_COMPILATION_CACHE_DIR": folder}
       cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-      for seconds in (cold, cached):
+      for seconds in taken.values():
         seconds.append(float(stored.in_a_process("step", "--compile", norm, **cache)[-1]))
-  row: Row = {"kind": "compile", "norm": norm, "processes": processes}
-  row["cold_s"], row["cached_s"] = (short(statistics.median(s)) for s in (cold, cached))
-  return row
+  medians = {key: short(statistics.median(seconds)) for key, seconds in taken.items()}
+  return {"kind": "compile", "norm": norm, "processes": processes, **medians}
 
 
 # What the rows say.
@@ -163,7 +143,6 @@ STEPS = {
 
 
 def parts(results: Row) -> Row:
-  """What docs/templates/step.md leaves open."""
   rows = results["rows"]
   devices = dict.fromkeys(row["device"] for row in rows)
   never = [title for word, title in KINDS.items() if not any(word in device for device in devices)]

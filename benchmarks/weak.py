@@ -9,25 +9,32 @@ statistics take turns, so that what else the machine does falls on both. Both su
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 import json
 import os
 import socket
 import statistics
-import subprocess
 import sys
-import time
+from collections.abc import Callable
 from typing import Any
 
-from benchmarks.results import ROOT, Row
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from benchmarks import networks
+from benchmarks import results as stored
+from benchmarks.networks import Network
+from benchmarks.results import Row
+from benchmarks.speed import Plan, in_turns
 
 PROCESSES = (1, 2)
 ROUNDS = 2  # of runs with one process and with two, in turns
 SAMPLES = 12  # of each step in a run
 STEPS = 4  # in a sample
 BATCH = 16  # of each process
-LIMIT = 600  # seconds that a run may take
 KINDS = ("local", "synchronized")
 
 
@@ -57,17 +64,13 @@ def measure(rounds: int = ROUNDS, samples: int = SAMPLES) -> list[Row]:
 
 def row_of(processes: int, runs: list[dict[str, list[float]]]) -> Row:
   """Minimum and median of the times, and of the ratios of neighbouring samples."""
-  times = {kind: [t for one in runs for t in one[kind]] for kind in KINDS}
-  local, shared = times.values()
+  local, shared = ([t for one in runs for t in one[kind]] for kind in KINDS)
   row = {"kind": "weak", "name": f"weak/{processes}", "processes": processes, "batch": BATCH}
   row |= {"layers": runs[0]["layers"], "samples": len(local), "steps": STEPS}
-  for kind, taken in times.items():
-    row |= {f"{kind}_min_ms": min(taken), f"{kind}_median_ms": statistics.median(taken)}
+  row |= stored.min_and_median(local, "local_") | stored.min_and_median(shared, "synchronized_")
   ratios = [theirs / ours for theirs, ours in zip(shared, local, strict=True)]
-  return row | {
-    "ratio_of_min": min(shared) / min(local),
-    "ratio_median": statistics.median(ratios),
-  }
+  row["ratio_of_min"] = min(shared) / min(local)
+  return row | {"ratio_median": statistics.median(ratios)}
 
 
 def run(processes: int, samples: int, network: str = "resnet") -> Any:
@@ -75,23 +78,13 @@ def run(processes: int, samples: int, network: str = "resnet") -> Any:
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
-  command = [sys.executable, "-m", "benchmarks.weak"]
-  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-  options: Any = {"env": environment, "cwd": ROOT, "text": True}
-  options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-  workers = [
-    subprocess.Popen([*command, *map(str, (number, processes, port, samples, network))], **options)
-    for number in range(processes)
-  ]
-  try:
-    outputs = [worker.communicate(timeout=LIMIT) for worker in workers]
-  finally:
-    for worker in workers:
-      worker.kill()
-  for worker, (_, errors) in zip(workers, outputs, strict=True):
-    if worker.returncode:
-      raise SystemExit(f"A process of {processes} failed:\n{errors[-3000:]}")
-  return json.loads(outputs[0][0].splitlines()[-1])
+
+  def process(number: int) -> list[str]:
+    arguments = map(str, (number, processes, port, samples, network))
+    return stored.in_a_process("weak", *arguments, JAX_PLATFORMS="cpu", XLA_FLAGS="")
+
+  with concurrent.futures.ThreadPoolExecutor(processes) as threads:
+    return json.loads(next(threads.map(process, range(processes)))[-1])
 
 
 # In a process.
@@ -101,70 +94,43 @@ def _worker(number: int, processes: int, port: int, samples: int, network: str) 
   if hasattr(os, "sched_setaffinity"):  # so that two on two cores have each what one had
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[number % len(cores)]})
-  import jax
-
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   if processes > 1:
     jax.distributed.initialize(f"127.0.0.1:{port}", processes, number)
-  steps, layers = _steps(network)
-  times: dict[str, list[float]] = {kind: [] for kind in KINDS}
-  for kind in KINDS:
-    _time(steps[kind])  # compiles
-  for sample in range(samples):
-    # Whichever comes first in a pair has the other's sweepings in its cache: change about.
-    for kind in KINDS if sample % 2 == 0 else KINDS[::-1]:
-      times[kind].append(1e3 * _time(steps[kind]))
-  return {**times, "layers": layers}
+  known = {"resnet": networks.SMALL_RESNET, "tiny": networks.TINY_RESNET}
+  steps, layers = _steps(dataclasses.replace(known[network], batch=BATCH))
+  times = in_turns(list(steps.values()), Plan((), samples, 0.0))
+  taken = {kind: [t / STEPS for t in ms] for kind, ms in zip(steps, times, strict=True)}
+  return {**taken, "layers": layers}
 
 
-def _time(step: Any) -> float:
-  """Seconds of one of several steps, each of which starts from what the last has made."""
-  import jax
-
-  start = time.perf_counter()
-  state = step()
-  for _ in range(STEPS - 1):
-    state = step(*state[:3])
-  jax.block_until_ready(state)
-  return (time.perf_counter() - start) / STEPS
-
-
-def _steps(name: str) -> tuple[dict[str, Any], int]:
-  """The step with either kind of statistics, its arguments bound, and how many layers normalize."""
-  import jax
-  import numpy as np
-  from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-  from benchmarks import networks
-
+def _steps(network: Network) -> tuple[dict[str, Callable[..., None]], int]:
+  """STEPS steps with either kind of statistics, and how many layers normalize."""
   axes = ("batch",)
   mesh = Mesh(np.array(jax.devices()), axes)
   whole, split = (NamedSharding(mesh, PartitionSpec(*s)) for s in ((), axes))
-  tiny = functools.partial(networks.ResNet, block=networks.Basic, stages=(1,))
-  known = {"resnet": networks.SMALL_RESNET, "tiny": networks.Network("", tiny, (8, 8, 3), BATCH)}
-  network = dataclasses.replace(known[name], batch=BATCH)
   rng = np.random.default_rng(jax.process_index())
   images = rng.normal(size=(BATCH, *network.shape)).astype(np.float32)
   labels = rng.integers(0, 1000, BATCH).astype(np.int32)
   data = [jax.make_array_from_process_local_data(split, local) for local in (images, labels)]
-  steps, layers = {}, 0
+  steps: dict[str, Callable[..., None]] = {}
+  specs = (*[whole.spec] * 3, *[split.spec] * 2)
   for kind, axis, apart in (("local", None, axes), ("synchronized", axes, ())):
-    norm = functools.partial(networks.jaxbn, axis_name=axis)
-    model = network.model(norm, images.dtype)
-    step, tx = networks.train_step(model, axes, apart)
-    specs = (*[whole.spec] * 3, *[split.spec] * 2)
+    model = network.model(functools.partial(networks.jaxbn, axis_name=axis), images.dtype)
+    step = networks.train_step(model, axes, apart)
     spread = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=(whole.spec,) * 4)
     variables = jax.jit(model.init, out_shardings=whole)(jax.random.key(0), images[:2])
     params, stats = variables["params"], variables["batch_stats"]
-    state = jax.jit(tx.init, out_shardings=whole)(params)
-    steps[kind] = _from(jax.jit(spread), (params, stats, state), data)
-    layers = len(jax.tree.leaves(stats)) // 2
-  return steps, layers
+    state = params, stats, jax.jit(networks.OPTIMIZER.init, out_shardings=whole)(params)
+    steps[kind] = functools.partial(_run, jax.jit(spread), state, data)
+  return steps, len(jax.tree.leaves(stats)) // 2
 
 
-def _from(step: Any, first: tuple[Any, ...], data: list[Any]) -> Any:
-  """The step on this data, from its first state or from the one that it is given."""
-  return lambda *state: step(*(state or first), *data)
+def _run(step: Callable[..., Any], state: tuple[Any, ...], data: list[jax.Array]) -> None:
+  """Steps, each of which starts from what the last has made."""
+  for _ in range(STEPS):
+    *state, _ = step(*state, *data)
+  jax.block_until_ready(state)
 
 
 if __name__ == "__main__":

@@ -1,46 +1,41 @@
 """The least that a norm adds, place by place, as the table in docs/benchmarks.md counts it."""
 
+import functools
+
 import flax.linen as nn
 import jax.numpy as jnp
 import pytest
 
 from benchmarks import floor, networks
+from benchmarks import results as stored
+from benchmarks.results import of
 
 CHANNELS = 4
 
 
-class Place(nn.Module):
+def at(net, x, place):
   """A norm between two convolutions, and what is done with its result."""
-
-  norm: networks.Norm
-  dtype: object
-  place: str
-
-  @nn.compact
-  def __call__(self, x):
-    def conv(x):
-      return nn.Conv(CHANNELS, (1, 1), dtype=self.dtype)(x)
-
-    x = conv(x)
-    if self.place == "activation":
-      return conv(self.norm(True)(x))
-    if self.place == "sum":
-      return conv(self.norm(True)(conv(x), residual=x))
-    if self.place == "projection":
-      return conv(self.norm(True)(conv(x), residual=self.norm(False)(x)))
-    if self.place == "last":
-      return self.norm(True)(x)
-    if self.place == "neither":
-      return conv(self.norm(False)(x))
-    if self.place == "sum alone":
-      return conv(self.norm(False)(conv(x), residual=x))
-    if self.place == "mean":
-      return self.norm(True)(x).mean((1, 2))
-    if self.place == "mean alone":
-      return self.norm(False)(x).mean((1, 2))
-    if self.place == "average of four":
-      return conv(nn.avg_pool(self.norm(True)(x), (2, 2), (2, 2)))
-    return nn.Conv(CHANNELS, (1, 1), dtype=jnp.float32)(self.norm(True)(x))
+  conv = functools.partial(net.conv, features=CHANNELS, size=1)
+  x = conv(x)
+  if place == "activation":
+    return conv(net.norm(x))
+  if place == "sum":
+    return conv(net.norm(conv(x), residual=x))
+  if place == "projection":
+    return conv(net.norm(conv(x), residual=net.norm(x, False)))
+  if place == "last":
+    return net.norm(x)
+  if place == "neither":
+    return conv(net.norm(x, False))
+  if place == "sum alone":
+    return conv(net.norm(conv(x), False, x))
+  if place == "mean":
+    return net.norm(x).mean((1, 2))
+  if place == "mean alone":
+    return net.norm(x, False).mean((1, 2))
+  if place == "average of four":
+    return conv(nn.avg_pool(net.norm(x), (2, 2), (2, 2)))
+  return nn.Conv(CHANNELS, (1, 1), dtype=jnp.float32)(net.norm(x))
 
 
 @pytest.mark.parametrize(
@@ -59,13 +54,17 @@ class Place(nn.Module):
   ],
 )
 def test_passes_by_place(place, passes):
-  def module(norm, dtype):
-    return Place(norm, dtype, place)
-
-  network = networks.Network(place, module, (16, 16, 3), 2)
+  network = networks.Network(place, at, (16, 16, 3), 2, {"place": place})
   found = list(floor.layers(network, jnp.bfloat16))
   size = 2 * 2 * 16 * 16 * CHANNELS
   assert [of for of, _ in found] == [size] * len(passes)
   # A mean is not nothing, but one in 256.
   assert sorted(least / size for _, least in found) == pytest.approx(passes, rel=0.005)
   assert floor.floor_bytes(network, jnp.bfloat16) == sum(least for _, least in found)
+
+
+def test_the_stored_floors_are_those_of_the_networks():
+  rows = of(stored.read("compiled")["rows"], kind="program")
+  for name, dtype, floor_mb in {(r["network"], r["dtype"], r["floor_MB"]) for r in rows}:
+    found = floor.floor_bytes(networks.NETWORKS[name], jnp.dtype(dtype))
+    assert found == pytest.approx(1e6 * floor_mb), name

@@ -39,7 +39,6 @@ def test_every_operand_counts_commented_or_not():
   parameters = "\n".join(f"%p{n} = f32[256]{{0}} parameter({n})" for n in range(7))
   text = program(f"{parameters}\nROOT %f = f32[256]{{0}} fusion({names}), kind=kLoop, calls=%body")
   assert hlo.traffic(text) == 8 * KB
-  assert hlo.traffic_as_printed(text) == 7 * KB
 
 
 def test_operands_with_their_shapes_before_them():
@@ -97,7 +96,6 @@ ROOT %f = f32[256]{0} fusion(%x, %y), kind=kLoop, calls=%body
 def test_a_fusion_reads_of_an_operand_what_it_slices(ops, read_of_x):
   text = program(CALLER, SLICED.replace("OPS", "\n  ".join(ops)))
   assert hlo.traffic(text) == read_of_x + KB + KB
-  assert hlo.traffic_as_printed(text) == 4 * KB + KB + KB
 
 
 def test_operands_keep_their_numbers_whatever_is_printed_before_them():
@@ -147,7 +145,7 @@ def test_a_compiled_program_is_read():
   text = jax.jit(lambda x: jnp.tanh(x) @ x).lower(x).compile().as_text()
   assert text
   assert hlo.parse(text).kernels
-  assert hlo.traffic(text) == hlo.traffic_as_printed(text) >= 3 * 64 * 64 * 4
+  assert hlo.traffic(text) >= 3 * 64 * 64 * 4
 
 
 def test_what_is_not_a_program_is_refused():

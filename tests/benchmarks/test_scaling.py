@@ -2,7 +2,7 @@
 
 import collections
 import copy
-import functools
+import dataclasses
 import json
 
 import jax
@@ -21,10 +21,9 @@ PIECES = 4  # in which each travels forward where devices share by name
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
   """The same programs on smaller data, and a smaller ResNet."""
-  resnet = functools.partial(networks.ResNet, block=networks.Basic, stages=(1,))
-  made = {"layer": (networks.One, (4, 4, CHANNELS)), "resnet50": (resnet, (8, 8, 3))}
-  for name, (module, shape) in made.items():
-    network = networks.Network(name, module, shape, 2)
+  layer = networks.Network("layer", networks.one, (4, 4, CHANNELS), 2)
+  resnet = dataclasses.replace(networks.TINY_RESNET, title="resnet50")
+  for name, network in {"layer": layer, "resnet50": resnet}.items():
     monkeypatch.setitem(slices.NETWORKS, name, network)
 
 
@@ -97,8 +96,7 @@ def test_equal_collectives_are_stored_once():
 
 def test_blocks_of_chips_lie_next_to_each_other():
   Chip = collections.namedtuple("Chip", "coords")
-  target = slices.TARGETS["v5e:8x8"]
-  chips = sorted((Chip((x, y, 0)) for y in range(4) for x in range(4)), key=target._place)
+  chips = sorted((Chip((x, y, 0)) for y in range(4) for x in range(4)), key=slices.place)
   assert [chip.coords[:2] for chip in chips[:4]] == [(0, 0), (0, 1), (1, 0), (1, 1)]
   assert [chip.coords[:2] for chip in chips[4:8]] == [(0, 2), (0, 3), (1, 2), (1, 3)]
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from benchmarks import charts, report, speed
-from benchmarks.frameworks import EPSILON, FRAMEWORKS, Framework, Layer, missing
+from benchmarks.frameworks import EPSILON, FRAMEWORKS, Layer, missing
 from tests import oracle
 
 UNTRAINED = {"haiku"}  # their running variance starts at 0, not at 1
@@ -41,7 +41,7 @@ def test_adapters_compute_batch_normalization(name, shape, dtype):
     pytest.skip(sentence)
   rng = np.random.default_rng(0)
   x, g = ((1 + 2 * rng.normal(size=shape)).astype(jnp.dtype(dtype)) for _ in range(2))
-  layer = FRAMEWORKS[name].build(shape, jnp.dtype(dtype))
+  layer = FRAMEWORKS[name](shape, jnp.dtype(dtype))
   y, (of_x, *_), _ = layer.gradients(layer.put(x), layer.put(g))
   trained = layer.train(layer.put(x))[0]
   expected = oracle.batch_norm(x, epsilon=EPSILON)
@@ -69,8 +69,7 @@ def test_calls_are_timed_in_turns():
 
 def test_a_pair_gives_a_row_for_every_case(monkeypatch):
   same = Layer(*[lambda *inputs: inputs] * 6)
-  framework = Framework(lambda shape, dtype: same, "numpy")
-  monkeypatch.setattr(speed, "FRAMEWORKS", dict.fromkeys(FRAMEWORKS, framework))
+  monkeypatch.setattr(speed, "FRAMEWORKS", dict.fromkeys(FRAMEWORKS, lambda shape, dtype: same))
   found = list(speed.pair_rows("flax.linen", TINY))
   assert [(one["dtype"], one["kind"]) for one in found] == [
     (dtype, kind) for dtype in speed.DTYPES for kind in speed.KINDS

@@ -1,6 +1,5 @@
 """The benchmark of whole steps: what it runs is a step, and its chapter says what the rows say."""
 
-import functools
 import sys
 
 import jax
@@ -10,9 +9,7 @@ import pytest
 from benchmarks import networks, report, step
 from benchmarks import results as stored
 
-TINY = networks.Network(
-  "tiny", functools.partial(networks.ResNet, block=networks.Basic, stages=(1,)), (8, 8, 3), 2
-)
+TINY = networks.TINY_RESNET
 
 
 def test_steps_are_timed_in_turns():
