@@ -41,7 +41,7 @@ def check(
   axes = _checks.split_axes(x.ndim, axis)
   _checks.epsilon_in_range(epsilon)
   dtype = _checks.result_dtype(dtype, mean, x=x, scale=scale, bias=bias, residual=residual)
-  valid, weight = (None, None) if mask is weights is None else valid_elements(x, mask, weights)
+  valid, weight = valid_elements(x, mask, weights)
   if masked_value is not None:
     _checks.masked_value(masked_value, valid)
   sum_dtype = accumulation_dtype(x.dtype)
@@ -80,7 +80,7 @@ def check_layer(
   state: Any,
   *,
   use_running_average: bool,
-  momentum: chex.Numeric | None = None,
+  momentum: chex.Numeric | None = 0.99,
   debias: bool = False,
   unbiased: bool = False,
   skip_nonfinite: bool = False,
@@ -94,7 +94,11 @@ def check_layer(
   **of_x_and_y: Any,
 ) -> tuple[Plan, Inputs, Tracking]:
   """`check`, and what a layer has more: two modes, running statistics, devices that share."""
-  del choose  # what it gives is checked, once it is there
+  if not (choose is None or callable(choose)):
+    raise TypeError(
+      f"choose={choose!r} is not a function: pass one of the batch's moments and the state, which "
+      "gives a jaxbn.Chosen, or leave it out."
+    )
   _checks.momentum_in_range(momentum, debias)
   if virtual_batch_size is not None:
     _groups.require_size(virtual_batch_size, axis_index_groups)
@@ -107,9 +111,7 @@ def check_layer(
     return plan._replace(use_running_average=True), inputs, Tracking()
 
   _checks.nonempty(inputs.x, plan.axes)
-  members = None
-  if axis_name is not None or axis_index_groups is not None:
-    axis_name, members = _checks.sharing(axis_name, axis_index_groups)
+  axis_name, members = _checks.sharing(axis_name, axis_index_groups)
   unbiased = _checks.static_bool("unbiased", unbiased)
   plan = plan._replace(
     use_fast_variance=_checks.static_bool("use_fast_variance", use_fast_variance),
@@ -131,8 +133,7 @@ def check_state(state: Any, plan: Plan, x: jax.Array, tracking: Tracking) -> Run
   state = _checks.running_stats(state)
   _checks.channels("state.mean", state.mean, x, plan.axes)
   _checks.channels("state.var", state.var, x, plan.axes)
-  if tracking.momentum is None or tracking.debias:
-    _checks.has_count(state, tracking.momentum)
+  _checks.has_count(state, tracking.momentum, tracking.debias)
   return state
 
 

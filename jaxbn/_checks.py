@@ -336,9 +336,9 @@ def running_stats(state: Any) -> RunningStats:
   return state if all(arrays) else RunningStats(mean, var, count)
 
 
-def has_count(state: RunningStats, momentum: Any) -> None:
-  """Refuses a state without a count, for debias=True or momentum=None."""
-  if state.count is None:
+def has_count(state: RunningStats, momentum: Any, debias: bool) -> None:
+  """Refuses a state without a count where it is needed."""
+  if (debias or momentum is None) and state.count is None:
     option = "momentum=None" if momentum is None else "debias=True"
     raise ValueError(
       f"{option} needs the number of updates so far, which state lacks (state.count is None): make "

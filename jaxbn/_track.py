@@ -108,8 +108,7 @@ def update(
       f"state has channels of shape {jnp.shape(state.mean)}, but the batch's moments "
       f"{jnp.shape(moments.mean)}: make the state with jaxbn.init{jnp.shape(moments.mean)}."
     )
-  if momentum is None or debias:
-    _checks.has_count(state, momentum)
+  _checks.has_count(state, momentum, debias)
   unbiased = _checks.static_bool("unbiased", unbiased)
   skip_nonfinite = _checks.static_bool("skip_nonfinite", skip_nonfinite)
   return track(state, moments, Tracking(momentum, debias, unbiased, skip_nonfinite))

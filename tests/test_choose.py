@@ -191,6 +191,7 @@ def refused(error, match, f, *args, **options):
 
 def test_what_cannot_be_chosen_is_refused():
   options = functools.partial(layer, X)
+  refused(TypeError, "choose='batch' is not a function", options, choose="batch")
   refused(TypeError, r"gave a tuple; it has to give a jaxbn\.Chosen", options, choose=lambda *_: ())
   wrong = lambda b, s: jaxbn.Chosen(b.mean, b.var, np.ones(5))  # noqa: E731
   refused(ValueError, r"scale of choose has shape \(5,\)", options, choose=wrong)

@@ -104,37 +104,17 @@ def domain_batch_norm(
   >>> y.ravel().round(3), state.mean.ravel()
   (Array([-1.,  1., -1.,  1.], dtype=float32), Array([ 2., 20.], dtype=float32))
   """
+  given = {name: value for name, value in locals().items() if name != "domains"}
   x = _checks.inexact(x)
   axes = _checks.split_axes(x.ndim, axis)
   state = _checks.running_stats(state)
   rows = _number_of_domains(state, x, axes)
   valid, _ = valid_elements(x, mask, weights)
   domain = indices("domains", domains, rows, x, axes, valid)
-  plan, inputs, tracking = check_layer(
-    x,
-    _parameter("scale", scale, rows, domain, x, axes),
-    _parameter("bias", bias, rows, domain, x, axes),
-    state,
-    use_running_average=use_running_average,
-    axis=axis,
-    momentum=momentum,
-    epsilon=epsilon,
-    mask=mask,
-    weights=weights,
-    masked_value=masked_value,
-    axis_name=axis_name,
-    axis_index_groups=axis_index_groups,
-    use_fast_variance=use_fast_variance,
-    debias=debias,
-    unbiased=unbiased,
-    skip_nonfinite=skip_nonfinite,
-    detach_stats=detach_stats,
-    activation=activation,
-    residual=residual,
-    dtype=dtype,
-  )
-  if tracking.momentum is None or tracking.debias:
-    _checks.has_count(state, tracking.momentum)
+  scale = _parameter("scale", scale, rows, domain, x, axes)
+  bias = _parameter("bias", bias, rows, domain, x, axes)
+  plan, inputs, tracking = check_layer(**given | {"scale": scale, "bias": bias})
+  _checks.has_count(state, tracking.momentum, tracking.debias)
 
   def normalize(stats: Any) -> jax.Array:
     mean, var = (row_of_each(jnp.asarray(v), domain, x, axes) for v in (stats.mean, stats.var))

@@ -149,24 +149,7 @@ def normalize_reference(
   >>> y.ravel().round(2), reference.mean
   (Array([-1.,  1.], dtype=float32), Array([1.], dtype=float32))
   """
-  plan, inputs, _ = check_layer(
-    x,
-    scale,
-    bias,
-    None,
-    use_running_average=False,
-    axis=axis,
-    epsilon=epsilon,
-    mask=mask,
-    weights=weights,
-    masked_value=masked_value,
-    axis_name=axis_name,
-    axis_index_groups=axis_index_groups,
-    use_fast_variance=use_fast_variance,
-    activation=activation,
-    residual=residual,
-    dtype=dtype,
-  )
+  plan, inputs, _ = check_layer(state=None, use_running_average=False, **locals())
   reference = measure(plan, inputs)
   if plan.axis_name is not None:
     reference = share(plan, reference)
