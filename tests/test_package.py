@@ -33,7 +33,8 @@ alternatives
 linen/__init__ linen/_common nnx/__init__ nnx/_common
 linen/_batch_norm nnx/_batch_norm
 linen nnx
-surgery/__init__ surgery/_foreign surgery/_linen
+surgery/__init__ surgery/_foreign
+surgery/_linen
 surgery/_nnx
 surgery/_find
 surgery

@@ -7,17 +7,22 @@ from jaxbn._layers import on_first_use
 if TYPE_CHECKING:
   from jaxbn.surgery._find import Layer, find
   from jaxbn.surgery._foreign import Foreign
+  from jaxbn.surgery._replace import replace, replaced
 
 __all__ = [
   "Foreign",
   "Layer",
   "find",
+  "replace",
+  "replaced",
 ]
 # Imported on first use: no verb needs another.
 _HOMES = {
   "Foreign": "_foreign",
   "Layer": "_find",
   "find": "_find",
+  "replace": "_replace",
+  "replaced": "_replace",
 }
 
 

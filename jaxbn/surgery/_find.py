@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -40,7 +41,7 @@ class Layer(NamedTuple):
   path: str
   kind: type
   options: Mapping[str, Any]
-  variables: Mapping[str, tuple[Any, ...]]
+  variables: Mapping[str, tuple[Any, ...]] = MappingProxyType({})
   shape: tuple[int, ...] = ()
   stacked: tuple[int, ...] = ()
   calls: int = 0
@@ -97,22 +98,23 @@ def _in_linen(
     init, arrays = split_static(model.init, jax.random.key(0), *example, **arguments)
     variables = jax.eval_shape(init, arrays)
   found: dict[str, Layer] = {}
+  log: list[Any] = []
 
   def around(call: _linen.Call) -> Any:
     reading = readings.get(call.kind)
     said = read(reading, call.layer, call.arguments)
+    before, path = len(log), call.layer.path
     y = call.run()
-    own = {
-      name: ((collection, *call.path, name), value)
-      for collection, leaves in call.layer.variables.items()
-      for name, value in leaves.items()
-    }
-    layer = _described(call.path, call.kind, call.options(), reading, own, variables)
-    return _record(found, layer, said, y)
+    if path in log[before:]:  # what was called in its place
+      return y
+    log.append(path)
+    return _record(
+      found, _placed(of_call(call, reading), reading, call.places(), variables), said, y
+    )
 
   def apply(mutable: Any) -> list[Layer]:
     found.clear()
-    with _linen.intercepting(around, readings):
+    with _linen.intercepting(around, readings, nested=True):
       run, arrays = split_static(model.apply, variables, *example, mutable=mutable, **arguments)
       return _counted(found, jax.make_jaxpr(run)(arrays))
 
@@ -126,8 +128,9 @@ def _in_nnx_graph(model: Any, readings: Any) -> list[Layer]:
   state = nnx.to_pure_dict(nnx.state(model))
   found = []
   for path, layer, kind in _nnx.layers(model, readings):
-    own = _nnx.variables(layer, path)
-    described = _described(path, kind, _nnx.options(layer, kind), readings.get(kind), own, state)
+    reading = readings.get(kind)
+    own = _nnx.places(layer, path)
+    described = _placed(of_node(path, layer, kind, reading), reading, own, state)
     if described.shape and hasattr(layer, "num_features"):
       stacked = described.shape[:-1] if np.prod(described.shape) != layer.num_features else ()
       shape = described.shape[len(stacked) :]
@@ -149,8 +152,8 @@ def _in_nnx_call(model: Any, example: Any, readings: Any, arguments: dict[str, A
       reading = readings.get(kind)
       said = read(reading, self, bound(functools.partial(kind.__call__, self), *args, **kwargs))
       y = super().__call__(*args, **kwargs)
-      own, options = _nnx.variables(self, path), _nnx.options(self, kind)
-      return _record(found, _described(path, kind, options, reading, own, state), said, y)
+      layer = of_node(path, self, kind, reading)
+      return _record(found, _placed(layer, reading, _nnx.places(self, path), state), said, y)
 
   _nnx.mix_in(copy, readings, Recording)
   graphdef, values = nnx.split(copy)
@@ -162,12 +165,21 @@ def _in_nnx_call(model: Any, example: Any, readings: Any, arguments: dict[str, A
   return _counted(found, jax.make_jaxpr(run)(arrays))
 
 
-def _described(
-  path: Sequence[Any], kind: type, options: Any, reading: Foreign | None, own: Any, whole: Any
-) -> Layer:
-  """A layer, whose own variables are given by place and value, and all of the network."""
-  places = {name: place for name, (place, _) in own.items()}
-  layer = Layer("/".join(map(str, path)), kind, options, places)
+def of_call(call: _linen.Call, reading: Foreign | None = None) -> Layer:
+  """The layer of a call, before its variables are known."""
+  own = reading.options_of(call.layer) if reading else _linen.options(call.layer, call.kind)
+  return Layer("/".join(call.layer.path), call.kind, own)
+
+
+def of_node(path: Any, layer: Any, kind: type, reading: Foreign | None = None) -> Layer:
+  """The layer that a node of a graph is."""
+  own = reading.options_of(layer) if reading else _nnx.options(layer, kind)
+  return Layer("/".join(map(str, path)), kind, own)
+
+
+def _placed(layer: Layer, reading: Foreign | None, own: Any, whole: Any) -> Layer:
+  """With its variables, given by place and value, and with all of the network's."""
+  layer = layer._replace(variables={name: place for name, (place, _) in own.items()})
   mean = "mean" if reading is None else reading.name("mean")
   if mean not in own:
     return layer

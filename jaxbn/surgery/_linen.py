@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
+from jaxbn.surgery._foreign import Foreign, bound, run
+
 BATCH_NORMS = (nn.BatchNorm,)  # ours are of its class too
 
 # A context of JAX's, so that what jit has traced without an interceptor is not used under it.
@@ -26,17 +28,31 @@ class Call(NamedTuple):
   kind: type  # the class whose `__call__` this is
   run: Callable[[], Any]  # the call as it is
 
-  @property
-  def path(self) -> tuple[str, ...]:
-    return self.layer.path
-
-  def options(self) -> dict[str, Any]:
-    return options(self.layer, self.kind)
+  def places(self) -> dict[str, tuple[tuple[str, ...], Any]]:
+    """Of each of the layer's variables by name its place and its value."""
+    return {
+      name: ((collection, *self.layer.path, name), value)
+      for collection, leaves in self.layer.variables.items()
+      for name, value in leaves.items()
+    }
 
   def run_instead(self, make: Callable[..., Any], options: dict[str, Any], **changed: Any) -> Any:
     """Calls another layer with the variables of this one, and these arguments changed."""
+    given = {name: v for name, v in (self.arguments | changed).items() if v is not None}
     # Made where it belongs: else Flax would take it for a part of the layer.
-    return make(**options, parent=self.layer.scope)(**self.arguments | changed)
+    return make(**options, parent=self.layer.scope)(**given)
+
+  def run_foreign(self, reading: Foreign, **options: Any) -> Any:
+    """The call of a layer that is not Flax's, by ours."""
+    places = self.places()
+
+    def get(name: str) -> Any:
+      return places[name][1] if name in places else None
+
+    def put(name: str, value: jax.Array) -> None:
+      self.layer.put_variable(places[name][0][0], name, value)
+
+    return run(reading, self.layer, self.arguments, get, put, **options)
 
 
 def options(layer: Any, kind: type) -> dict[str, Any]:
@@ -59,18 +75,29 @@ Around = Callable[[Call], Any]
 
 
 @contextlib.contextmanager
-def intercepting(around: Around, kinds: Collection[type] = BATCH_NORMS) -> Iterator[None]:
+def intercepting(
+  around: Around,
+  kinds: Collection[type] = BATCH_NORMS,
+  others: set[str] | None = None,
+  nested: bool = False,
+) -> Iterator[None]:
   """Within it, calls of layers of these kinds are what `around` makes of them.
 
-  Not those of layers within such a layer, nor those that `around` makes itself. A kind's `__call__`
-  is what counts: of a subclass that calls it, not the subclass's own.
+  Not those of layers within such a layer, nor those that `around` makes itself, unless `nested`. A
+  kind's `__call__` is what counts: of a subclass that calls it, not the subclass's own. The names
+  of all other classes that are called go into `others`.
   """
-  inside = contextvars.ContextVar("inside", default=False)
-  with _intercepted(around), nn.intercept_methods(_interceptor(around, tuple(kinds), inside)):
+  others = set() if others is None else others
+  interceptor = _interceptor(around, tuple(kinds), others, nested)
+  with _intercepted(around), nn.intercept_methods(interceptor):
     yield
 
 
-def _interceptor(around: Around, kinds: tuple[type, ...], inside: Any) -> Callable[..., Any]:
+def _interceptor(
+  around: Around, kinds: tuple[type, ...], others: set[str], nested: bool
+) -> Callable[..., Any]:
+  inside = contextvars.ContextVar("inside", default=False)
+
   def intercept(
     next_function: Callable[..., Any],
     args: tuple[Any, ...],
@@ -79,14 +106,15 @@ def _interceptor(around: Around, kinds: tuple[type, ...], inside: Any) -> Callab
   ) -> Any:
     layer: Any = context.module
     if inside.get() or context.method_name != "__call__" or not isinstance(layer, kinds):
+      others.add(type(layer).__name__)
       return next_function(*args, **kwargs)
     wanted = next(c for c in type(layer).__mro__ if c in kinds)
     function: Any = context.orig_method
     if is_library(function.func) != is_library(inspect.unwrap(wanted.__call__)):
       return next_function(*args, **kwargs)  # a subclass's, which may call the one that is meant
     kind = library_class(type(layer)) if is_library(wanted) else wanted
-    arguments = inspect.signature(function).bind(*args, **kwargs).arguments
-    token = inside.set(True)
+    arguments = bound(function, *args, **kwargs)
+    token = inside.set(not nested)
     try:
       return around(Call(layer, arguments, kind, lambda: next_function(*args, **kwargs)))
     finally:
@@ -99,23 +127,23 @@ def intercepted(
   model: nn.Module,
   around: Around,
   kinds: Collection[type] = BATCH_NORMS,
-  *,
-  finished: Callable[[], None] = lambda: None,
+  finished: Callable[[set[str]], None] = lambda others: None,
   **members: Any,
 ) -> Any:
   """The same module, of a class of its own, whose methods run under `intercepting`.
 
   So it is whether it is applied, initialized or bound, or a part of another module. `finished` is
-  called after each `__call__`; members are of the class.
+  called after each `__call__`, with the classes that were called; members are of the class.
   """
   cls: Any = type(model)
+  others: set[str] = set()
   active = contextvars.ContextVar("active", default=False)
 
   @contextlib.contextmanager
   def once() -> Iterator[None]:
     token = active.set(True)
     try:
-      with intercepting(around, kinds):
+      with intercepting(around, kinds, others):
         yield
     finally:
       active.reset(token)
@@ -125,11 +153,12 @@ def intercepted(
       with contextlib.nullcontext() if active.get() else once():
         result = method(self, *args, **kwargs)
       if name == "__call__":
-        finished()
+        finished(others)
       return result
 
     function.__name__, function.__doc__ = name, method.__doc__
-    function.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]
+    about = {"__signature__": inspect.signature(method), "surgery": True}
+    vars(function).update(about)
     return nn.nowrap(function)
 
   methods = {name: under(name, getattr(cls, name)) for name in _methods(cls)}
@@ -145,7 +174,8 @@ def _methods(cls: Any) -> list[str]:
 
   def is_method(name: str) -> bool:
     function = inspect.getattr_static(cls, name, None)
-    return inspect.isfunction(function) and not hasattr(function, "nowrap")
+    wrapped = not hasattr(function, "nowrap") or hasattr(function, "surgery")
+    return inspect.isfunction(function) and wrapped
 
   names = {name for name in dir(cls) if not name.startswith("__")} - others | {"__call__"}
   return [*filter(is_method, sorted(names)), "apply", "init", "init_with_output", "lazy_init"]

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Iterable
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 
+from jaxbn.nnx._common import write
+from jaxbn.surgery._foreign import Foreign, bound, run
 from jaxbn.surgery._linen import is_library, library_class
 
 BATCH_NORMS = (nnx.BatchNorm,)  # ours are of its class too
@@ -33,7 +37,7 @@ def options(layer: Any, kind: Any) -> dict[str, Any]:
   return {name: value for name, value in vars(layer).items() if name in names}
 
 
-def variables(layer: Any, path: tuple[Any, ...]) -> dict[str, Any]:
+def places(layer: Any, path: tuple[Any, ...]) -> dict[str, Any]:
   """Of each variable by name its place and its value."""
   own = {name: v for name, v in vars(layer).items() if isinstance(v, nnx.Variable)}
   return {name: ((*path, name), v[...]) for name, v in own.items()}
@@ -58,3 +62,47 @@ def with_mixin(cls: Any, kind: Any, mixin: Any) -> type:
   if not issubclass(mixin, kind):
     mixin = type(kind)(kind.__name__, (mixin, kind), about)
   return mixin if cls is kind else type(cls)(cls.__name__, (cls, mixin), about)
+
+
+class ByOurs(nnx.Module):
+  """A batch norm that is not Flax's, whose calls ours runs: a mixin."""
+
+  surgery_foreign: Any  # how it is read, its class, and further options
+
+  def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    reading, kind, options = self.surgery_foreign
+    return run_foreign(self, kind, reading, args, kwargs, **dict(options))
+
+
+def run_foreign(
+  layer: Any, kind: Any, reading: Foreign, args: Any, kwargs: Any, **options: Any
+) -> Any:
+  """The call of a layer that is not Flax's, by ours."""
+
+  def get(name: str) -> Any:
+    variable = getattr(layer, name, None)
+    return None if variable is None else variable[...]
+
+  def put(name: str, value: Any) -> None:
+    write(layer, getattr(layer, name), value)
+
+  arguments = bound(functools.partial(kind.__call__, layer), *args, **kwargs)
+  return run(reading, layer, arguments, get, put, **options)
+
+
+def become(layer: Any, kind: Any, new: Any) -> None:
+  """Makes of a layer one like a new one, with the variables that it has."""
+  own = vars(layer)
+  for name, value in vars(new).items():
+    if name.startswith("_pytree__"):
+      continue
+    if not isinstance(value, nnx.Variable):
+      if not isinstance(own.get(name), nnx.Variable):
+        setattr(layer, name, value)
+    elif own.get(name) is None:
+      # In a stack of layers each has one.
+      stacked = layer.mean.shape[:-1] if layer.mean.size != math.prod(new.mean.shape) else ()
+      start = jnp.broadcast_to(value[...], (*stacked, *value.shape))
+      setattr(layer, name, type(value)(start))
+  classes: Any = type(layer), kind, type(new)
+  layer.__class__ = with_mixin(*classes)

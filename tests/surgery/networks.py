@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxbn.surgery import Foreign
+
 WIDTH = 3
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(1, 2, (8, WIDTH)), jnp.float32)
@@ -206,3 +208,80 @@ def init(model: nn.Module, x: Any = X) -> Any:
     lambda path, s: stats.get(path[-1].key, lambda s: s)(s), variables["batch_stats"]
   )
   return {**variables, "batch_stats": trained}
+
+
+class Theirs(nn.Module):
+  """A batch norm of somebody's own: other names, shapes and conventions, and a pair returned."""
+
+  eps: float = 1e-3
+  decay: float = 0.8
+
+  @nn.compact
+  def __call__(self, x, mask, train=False):
+    channels = x.shape[-1]
+    mean = self.variable("batch_stats", "moving_mean", jnp.zeros, (1, 1, 1, channels))
+    var = self.variable("batch_stats", "moving_var", jnp.ones, (1, 1, 1, channels))
+    gamma = self.param("gamma", randomly, (channels,))  # less 1
+    beta = self.param("beta", randomly, (channels,))
+    used_mean, used_var = mean.value, var.value
+    if train and not self.is_initializing():
+      used_mean = x.mean((0, 1, 2), where=mask, keepdims=True)
+      used_var = x.var((0, 1, 2), where=mask, keepdims=True)
+      mean.value = self.decay * mean.value + (1 - self.decay) * used_mean
+      var.value = self.decay * var.value + (1 - self.decay) * used_var
+    return (x - used_mean) / jnp.sqrt(used_var + self.eps) * (1 + gamma) + beta, {}
+
+
+THEIRS = Foreign(
+  training="train",
+  options={"epsilon": "eps", "momentum": "decay"},
+  variables={"mean": "moving_mean", "var": "moving_var", "scale": "gamma", "bias": "beta"},
+  scale_offset=1.0,
+  mask="mask",
+  returns=lambda y: (y, {}),
+)
+
+
+class WithTheirs(nn.Module):
+  """Half of the batch does not exist."""
+
+  norm: Any = Theirs
+
+  @nn.compact
+  def __call__(self, x, train=True):
+    mask = (jnp.arange(len(x)) < len(x) // 2)[:, None, None, None]
+    y, _ = self.norm()(dense()(x)[:, None, None], mask, train)
+    return y[:, 0, 0]
+
+
+class NnxTheirs(nnx.Module):
+  """Likewise in NNX: PyTorch's momentum, and a field that says the mode."""
+
+  def __init__(self, channels, rngs):
+    self.running_mean = nnx.BatchStat(jnp.linspace(-1.0, 1, channels))
+    self.running_var = nnx.BatchStat(jnp.linspace(0.5, 1, channels))
+    self.weight = nnx.Param(randomly(rngs.params(), (channels,)))
+    self.momentum = 0.1
+    self.training = True
+
+  def __call__(self, x):
+    mean, var = self.running_mean[...], self.running_var[...]
+    if self.training:
+      mean, var = x.mean(0), x.var(0)
+      for running, batch in ((self.running_mean, mean), (self.running_var, var)):
+        running[...] = (1 - self.momentum) * running[...] + self.momentum * batch
+    return (x - mean) / jnp.sqrt(var + 1e-5) * self.weight[...]
+
+
+NNX_THEIRS = Foreign(
+  training="training",
+  options={"momentum": lambda layer: 1 - layer.momentum},
+  variables={"mean": "running_mean", "var": "running_var", "scale": "weight"},
+)
+
+
+def nnx_with_theirs():
+  rngs = nnx.Rngs(0)
+  return nnx.Sequential(
+    nnx.Linear(WIDTH, WIDTH, kernel_init=randomly, rngs=rngs), NnxTheirs(3, rngs)
+  )
