@@ -33,10 +33,12 @@ alternatives
 linen/__init__ linen/_common nnx/__init__ nnx/_common
 linen/_batch_norm nnx/_batch_norm
 linen nnx
-surgery/__init__ surgery/_foreign
+surgery/__init__ surgery/_foreign surgery/_spread surgery/_trees
 surgery/_linen
 surgery/_nnx
 surgery/_find
+surgery/_population
+surgery/_network
 surgery
 """
 RANKS = {name: rank for rank, line in enumerate(ORDER.split("\n")) for name in line.split()}

@@ -7,12 +7,14 @@ from jaxbn._layers import on_first_use
 if TYPE_CHECKING:
   from jaxbn.surgery._find import Layer, find
   from jaxbn.surgery._foreign import Foreign
+  from jaxbn.surgery._recalibrate import recalibrate
   from jaxbn.surgery._replace import replace, replaced
 
 __all__ = [
   "Foreign",
   "Layer",
   "find",
+  "recalibrate",
   "replace",
   "replaced",
 ]
@@ -21,6 +23,7 @@ _HOMES = {
   "Foreign": "_foreign",
   "Layer": "_find",
   "find": "_find",
+  "recalibrate": "_recalibrate",
   "replace": "_replace",
   "replaced": "_replace",
 }
