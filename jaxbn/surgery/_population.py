@@ -21,6 +21,9 @@ from jaxbn.surgery._trees import get, put
 
 # With the moments of each layer, by its path, so far: those with one more batch.
 Step = Callable[[Any, dict[str, Moments], jax.Array, Sequence[Any]], dict[str, Moments]]
+# What was seen of a layer so far, its call, its options and what it gives: what is seen now, and
+# what it shall give.
+Observe = Callable[[Any, Read, Mapping[str, Any], Any], tuple[Any, Any]]
 _NAME = "surgery_moments"
 
 
@@ -45,8 +48,21 @@ def step(
 
   Batch norms normalize as in evaluation or as in training, whatever the rest of the network does.
   """
-  make = _step_in_linen if isinstance(model, nn.Module) else _step_in_nnx
-  run = make(model, foreign, evaluating, arguments)
+  run = observing(model, layers, foreign, evaluating, arguments, _with_call)
+  return lambda *given: run(*given)[1]
+
+
+def observing(
+  model: Any,
+  layers: Sequence[Layer],
+  foreign: Mapping[type, Foreign],
+  evaluating: bool,
+  arguments: Mapping[str, Any],
+  observe: Observe,
+) -> Callable[..., tuple[Any, dict[str, Any]]]:
+  """Likewise of what is seen of each layer so far, any arrays; gives the network's output too."""
+  make = _run_in_linen if isinstance(model, nn.Module) else _run_in_nnx
+  run = make(model, foreign, evaluating, arguments, observe)
   places = {}
   for layer in layers:
     mean = foreign[layer.kind].name("mean") if layer.kind in foreign else "mean"
@@ -54,13 +70,15 @@ def step(
 
   def one_more(tree: Any, so_far: dict[str, Moments], index: jax.Array, args: Any) -> Any:
     given = put(tree, {places[path]: value for path, value in so_far.items()})
-    new = run(given, index, args)
-    return {path: get(new, places[path]) for path in so_far}
+    output, new = run(given, index, args)
+    return output, {path: get(new, places[path]) for path in so_far}
 
   return one_more
 
 
-def _step_in_linen(model: Any, foreign: Any, evaluating: bool, arguments: Any) -> Any:
+def _run_in_linen(
+  model: Any, foreign: Any, evaluating: bool, arguments: Any, observe: Observe
+) -> Any:
   def around(call: _linen.Call) -> Any:
     layer, reading = call.layer, foreign.get(call.kind)
     options = reading.options_of(layer) if reading else _linen.options(layer, call.kind)
@@ -75,7 +93,8 @@ def _step_in_linen(model: Any, foreign: Any, evaluating: bool, arguments: Any) -
       mode = {"use_running_average": evaluating}
       y = call.run_instead(call.kind, options | mode, use_running_average=None)
     if layer.get_variable(collection, _NAME) is so_far:  # else what was called in its place did it
-      layer.put_variable(collection, _NAME, _with_call(so_far, said, options))
+      seen, y = observe(so_far, said, options, y)
+      layer.put_variable(collection, _NAME, seen)
     return y
 
   def run(variables: Any, index: jax.Array, args: Any) -> Any:
@@ -84,8 +103,7 @@ def _step_in_linen(model: Any, foreign: Any, evaluating: bool, arguments: Any) -
       given["rngs"] = jax.tree.map(lambda key: jax.random.fold_in(key, index), given["rngs"])
     mutable = [collection for collection in variables if collection != "params"]
     with _linen.intercepting(around, (*_linen.BATCH_NORMS, *foreign), nested=True):
-      _, new = model.apply(variables, *args, mutable=mutable, **given)
-    return new
+      return model.apply(variables, *args, mutable=mutable, **given)
 
   return run
 
@@ -100,24 +118,29 @@ class _Measuring(nnx.Module):
 
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
     _, kind = self.surgery_place
-    reading, evaluating = self.surgery_measuring
+    reading, evaluating, observe = self.surgery_measuring
     call = bound(functools.partial(kind.__call__, self), *args, **kwargs)
     options = _linen.here(reading.options_of(self) if reading else _nnx.options(self, kind))
     population = getattr(self, _NAME)
     said = read(reading, self, call)
-    population.set_value(_with_call(population.get_value(), said, options))
     if reading:
-      options["evaluating"] = evaluating
-      return _nnx.run_foreign(self, kind, reading, args, kwargs, **options)
-    with _nnx.here(self):
-      return super().__call__(**call | {"use_running_average": evaluating})
+      mode = {"evaluating": evaluating}
+      y = _nnx.run_foreign(self, kind, reading, args, kwargs, **options | mode)
+    else:
+      with _nnx.here(self):
+        y = super().__call__(**call | {"use_running_average": evaluating})
+    seen, y = observe(population.get_value(), said, options, y)
+    population.set_value(seen)
+    return y
 
 
-def _step_in_nnx(model: Any, foreign: Any, evaluating: bool, arguments: Any) -> Any:
+def _run_in_nnx(
+  model: Any, foreign: Any, evaluating: bool, arguments: Any, observe: Observe
+) -> Any:
   copy = nnx.clone(model)
   kinds = (*_nnx.BATCH_NORMS, *foreign)
   for _, layer, kind in _nnx.layers(copy, kinds):
-    layer.surgery_measuring = foreign.get(kind), evaluating
+    layer.surgery_measuring = foreign.get(kind), evaluating, observe
     setattr(layer, _NAME, _Population(None))
   _nnx.mix_in(copy, kinds, _Measuring)
   graphdef, template = nnx.split(copy)
@@ -129,21 +152,26 @@ def _step_in_nnx(model: Any, foreign: Any, evaluating: bool, arguments: Any) -> 
     for _, node in nnx.iter_graph(running):
       if isinstance(node, nnx.RngStream):
         node.key.set_value(jax.random.fold_in(node.key[...], index))
-    running(*args, **arguments)
-    return nnx.to_pure_dict(nnx.state(running, _Population))
+    output = running(*args, **arguments)
+    return output, nnx.to_pure_dict(nnx.state(running, _Population))
 
   return run
 
 
-def _with_call(so_far: Moments, said: Read, options: Mapping[str, Any]) -> Moments:
+def _with_call(
+  so_far: Moments, said: Read, options: Mapping[str, Any], y: Any
+) -> tuple[Moments, Any]:
+  found = of_call(said, options, so_far.mean.shape)
+  count = found.count.astype(so_far.count.dtype)
+  return merge(so_far, found._replace(count=count)), y
+
+
+def of_call(said: Read, options: Mapping[str, Any], shape: tuple[int, ...]) -> Moments:
+  """The moments of what one call is given, all of the shape of the layer's statistics."""
   given = dict(said.given)
   if given.get("mask") is not None:
     given["mask"] = jnp.asarray(given["mask"], bool)
   found = moments(said.x, options.get("axis", -1), **given)
   if options.get("axis_name") is not None:
     found = sync(found, options["axis_name"], options.get("axis_index_groups"))
-  found = Moments(
-    *(jnp.reshape(jnp.broadcast_to(v, found.mean.shape), so_far.mean.shape) for v in found)
-  )
-  count = found.count.astype(so_far.count.dtype)
-  return merge(so_far, found._replace(count=count))
+  return Moments(*(jnp.reshape(jnp.broadcast_to(v, found.mean.shape), shape) for v in found))
