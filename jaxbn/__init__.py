@@ -1,7 +1,7 @@
 """Batch normalization in JAX: exact, synchronized, as pure functions and as Flax layers."""
 
 import importlib
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from jaxbn._apply import normalize
 from jaxbn._batch_norm import batch_norm
@@ -10,11 +10,15 @@ from jaxbn._share import merge, sync
 from jaxbn._track import init, update
 from jaxbn._types import Chosen, Moments, RunningStats
 
+if TYPE_CHECKING:
+  from jaxbn.diagnostics._diagnose import diagnose
+
 __all__ = [
   "Chosen",
   "Moments",
   "RunningStats",
   "batch_norm",
+  "diagnose",
   "empty_moments",
   "init",
   "merge",
@@ -26,8 +30,10 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
   # On first use: `import jaxbn` alone does not import Flax.
-  if name in ("alternatives", "linen", "nnx", "surgery", "variants"):
+  if name in ("alternatives", "diagnostics", "linen", "nnx", "surgery", "variants"):
     return importlib.import_module(f"jaxbn.{name}")
+  if name == "diagnose":
+    return importlib.import_module("jaxbn.diagnostics._diagnose").diagnose
   raise AttributeError(f"module 'jaxbn' has no attribute {name!r}")

@@ -1,0 +1,229 @@
+"""The report: findings and what was measured of each layer, as text, JSON and HTML."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import os
+import pathlib
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxbn.diagnostics._facts import Facts, LayerFacts
+from jaxbn.diagnostics._finding import Finding
+
+PERCENTILES = (15, 50, 85)  # those of figure 1 of Ioffe & Szegedy 2015
+PARTED = 0.5  # standard deviations: what is as large as the signal's half is no rounding
+_SHOWN = 48  # channels in a picture
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What `diagnose` found; `print(report)` shows it.
+
+  Attributes:
+    findings: a tuple of `Finding`, the worst first.
+    layers: of each layer, in the order of their calls, what was measured, in plain numbers: drift
+      and drift_of_a_batch (nats per element), distance (between its outputs in training and in
+      evaluation mode, in standard deviations), elements (how many independent ones a batch is
+      worth), gradient (its norm at the output), channels (means and standard deviations: data's
+      and running), history (percentiles of its input, after each step that was reported).
+    run: steps, number of batches, rows of the largest.
+
+  >>> import jaxbn.diagnostics
+  >>> report = jaxbn.diagnostics.Report((), (), {"steps": None, "batches": 8, "rows": 64})
+  >>> print(report)
+  Nothing is wrong with 0 layers, as far as 8 batches of 64 show.
+  >>> report.ok, report.exit_status
+  (True, 0)
+  """
+
+  findings: tuple[Finding, ...]
+  layers: tuple[Mapping[str, Any], ...]
+  run: Mapping[str, Any]
+
+  @property
+  def ok(self) -> bool:
+    """Whether there is neither an error nor a warning."""
+    return all(finding.severity == "note" for finding in self.findings)
+
+  @property
+  def exit_status(self) -> int:
+    """For a process: 0 if ok, else 1."""
+    return 0 if self.ok else 1
+
+  @property
+  def parts(self) -> str | None:
+    """The first layer whose outputs in training and in evaluation part by half a deviation."""
+    return next((v["path"] for v in self.layers if v["distance"] > PARTED), None)
+
+  def __str__(self) -> str:
+    return "\n".join([*_headline(self), *_told(self, str), *_table(self.layers)])
+
+  def __rich__(self) -> str:
+    """The same in colours, where rich prints it."""
+
+    def bold(text: str) -> str:
+      return f"[bold]{_escaped(text)}[/bold]"
+
+    lines = [*map(bold, _headline(self)), *_told(self, bold), *map(_escaped, _table(self.layers))]
+    return "\n".join(lines)
+
+  def to_json(self) -> str:
+    """All of it, for machines; `from_json` reads it. What is not finite is null."""
+    findings = [finding._asdict() for finding in self.findings]
+    whole = {"ok": self.ok, "parts": self.parts, "findings": findings}
+    whole |= {"layers": self.layers, "run": self.run}
+    return json.dumps(_finite(whole), indent=1, allow_nan=False)
+
+  @classmethod
+  def from_json(cls, text: str) -> Report:
+    """What `to_json` wrote."""
+    read = json.loads(text)
+    findings = tuple(Finding(**finding) for finding in read["findings"])
+    layers = tuple({**v, "distance": _number(v["distance"])} for v in read["layers"])
+    return cls(findings, layers, read["run"])
+
+  def save(self, path: str | os.PathLike[str]) -> None:
+    """Writes JSON; whoever reads the file meanwhile finds the old one or the new one."""
+    _write(path, self.to_json())
+
+  def save_html(self, path: str | os.PathLike[str]) -> None:
+    """Writes one page with pictures of each layer, which needs no network."""
+    from jaxbn.diagnostics._html import page
+
+    _write(path, page(self))
+
+  def grouped(self) -> list[tuple[Finding, list[str]]]:
+    """The first finding of each fault, and the layers that have it."""
+    groups: dict[tuple[str, str], list[Finding]] = {}
+    for finding in self.findings:
+      groups.setdefault((finding.fault, finding.severity), []).append(finding)
+    return [(found[0], list(dict.fromkeys(f.layer for f in found))) for found in groups.values()]
+
+
+def report_of(facts: Facts, findings: Sequence[Finding], before: Report | None) -> Report:
+  history = {v["path"]: v["history"] for v in before.layers} if before else {}
+  rows = max(facts.rows)
+  run = {"steps": facts.steps, "batches": len(facts.rows), "rows": rows}
+  layers = [_measured(v, facts.steps, history.get(v.layer.path, [])) for v in facts.layers]
+  return Report(tuple(findings), tuple(layers), run)
+
+
+def _measured(v: LayerFacts, step: int | None, history: Sequence[Any]) -> dict[str, Any]:
+  x = np.concatenate([seen.x for seen in v.training])
+  order = np.argsort(v.data.mean)
+  shown = order[np.linspace(0, order.size - 1, min(_SHOWN, order.size)).astype(int)]
+  # Of the channel in the middle, as the paper shows one unit; it stays the same one in a history.
+  unit = history[0]["channel"] if history else int(order[order.size // 2])
+  with np.errstate(all="ignore"):
+    channels = {
+      "index": shown,
+      "mean": v.data.mean[shown],
+      "std": np.sqrt(v.data.var[shown]),
+      "running_mean": v.running.mean[shown],
+      "running_std": np.sqrt(v.running.var[shown]),
+    }
+    elements = 1 / np.nanmean(v.noise) if len(v.training) > 1 else float("nan")
+    now = {
+      "step": step,
+      "channel": unit,
+      "percentiles": np.percentile(x[:, unit], PERCENTILES).tolist(),
+      "running_mean": float(v.running.mean[unit]),
+      "running_std": float(np.sqrt(v.running.var[unit])),
+    }
+  gradient = None if v.gradient is None else float(np.sqrt(np.sum(v.gradient)))
+  return {
+    "path": v.layer.path,
+    "kind": v.layer.kind.__name__,
+    "calls": v.layer.calls,
+    "dtype": str(v.dtype),
+    "size": v.data.var.size,
+    "momentum": v.momentum,
+    "drift": v.drift,
+    "drift_of_a_batch": v.drift_of_a_batch,
+    "distance": v.distance,
+    "elements": float(elements),
+    "gradient": gradient,
+    "channels": {name: values.tolist() for name, values in channels.items()},
+    "history": [*history, now],
+  }
+
+
+def _headline(report: Report) -> list[str]:
+  seen = f"{report.run['batches']} batches of {report.run['rows']}"
+  number = len(report.layers)
+  if not report.findings:
+    return [f"Nothing is wrong with {number} layers, as far as {seen} show."]
+  counted = collections.Counter(finding.severity for finding, _ in report.grouped())
+  said = ", ".join(f"{n} {s}{'s' * (n > 1)}" for s, n in counted.items())
+  lines = [f"{said}; {number} layers, {seen}."]
+  if report.parts is not None:
+    lines += [f"Training and evaluation part at {report.parts or '(the top)'}."]
+  return lines
+
+
+def _told(report: Report, title: Any) -> list[str]:
+  escaped = str if title is str else _escaped
+  lines = []
+  for finding, layers in report.grouped():
+    where = finding.layer or "(the top)"
+    if len(layers) > 1:
+      where += f" and {len(layers) - 1} more"
+    lines += ["", title(f"{finding.severity}: {finding.fault} in {where} ({finding.sure})")]
+    lines += map(escaped, textwrap.wrap(finding.evidence, 96, initial_indent="  ",
+                                        subsequent_indent="  "))
+    lines += [escaped(f"    {line}") for line in finding.mend.split("\n")]
+  return lines
+
+
+_COLUMNS = {
+  "drift": "drift",
+  "drift_of_a_batch": "of a batch",
+  "distance": "distance",
+  "elements": "elements",
+  "gradient": "gradient",
+}
+
+
+def _table(layers: Sequence[Mapping[str, Any]]) -> list[str]:
+  if not layers:
+    return []
+  wide = max(5, *(len(v["path"]) for v in layers))
+  head = f"{'layer':<{wide}}" + "".join(f"{name:>12}" for name in _COLUMNS.values())
+  rows = [
+    f"{v['path']:<{wide}}" + "".join(f"{shown(v[name]):>12}" for name in _COLUMNS)
+    for v in layers
+  ]
+  return ["", head, *rows]
+
+
+def shown(value: Any) -> str:
+  return "-" if value is None or not np.isfinite(value) else f"{value:.3g}"
+
+
+def _escaped(text: str) -> str:
+  return text.replace("[", r"\[")
+
+
+def _number(value: Any) -> float:
+  return float("nan") if value is None else value
+
+
+def _finite(value: Any) -> Any:
+  if isinstance(value, Mapping):
+    return {str(k): _finite(v) for k, v in value.items()}
+  if isinstance(value, list | tuple):
+    return [_finite(v) for v in value]
+  return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def _write(path: str | os.PathLike[str], text: str) -> None:
+  target = pathlib.Path(path)
+  draft = target.with_name(f".{target.name}.{os.getpid()}")
+  draft.write_text(text, encoding="utf-8")
+  draft.replace(target)
