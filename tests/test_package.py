@@ -10,6 +10,7 @@ import sys
 import pytest
 
 import jaxbn
+import jaxbn.diagnostics
 import jaxbn.linen
 import jaxbn.nnx
 import jaxbn.surgery
@@ -45,7 +46,7 @@ RANKS = {name: rank for rank, line in enumerate(ORDER.split("\n")) for name in l
 # What they may import of others', beside these.
 EVERYWHERE = {"jax", "numpy", "chex"}
 ALSO = {
-  **{folder: {"flax"} for folder in ("linen", "nnx", "surgery")},
+  **{folder: {"flax"} for folder in ("linen", "nnx", "surgery", "diagnostics")},
   "alternatives/path_sgd": {"optax"},
 }
 
@@ -86,8 +87,9 @@ def test_imports_point_one_way(path):
     "linen/__init__",
     "nnx/__init__",
     "surgery/__init__",
+    "diagnostics/__init__",
   ):  # the face of what is beside it
-    assert all(o.startswith(f"{folder}/_") for o in ours - {"_layers"})
+    assert all(o.startswith(f"{folder}/") for o in ours - {"_layers"})
   else:
     assert all(rank(o) < rank(name) for o in ours), ours
   other = {"linen": "nnx", "nnx": "linen"}.get(folder)
@@ -103,7 +105,7 @@ def test_importing_jaxbn_imports_neither_flax_nor_chex():
 
 def test_the_layers_come_on_first_use():
   code = "import jaxbn; jaxbn.linen.BatchNorm; jaxbn.nnx.BatchNorm; "
-  code += "jaxbn.variants; jaxbn.alternatives; jaxbn.surgery.find"
+  code += "jaxbn.variants; jaxbn.alternatives; jaxbn.surgery.find; jaxbn.diagnose"
   subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -120,7 +122,7 @@ def test_a_layer_is_imported_when_it_is_used(kind):
 
 
 @pytest.mark.parametrize(
-  "package", [jaxbn.linen, jaxbn.nnx, jaxbn.surgery], ids=lambda p: p.__name__
+  "package", [jaxbn.linen, jaxbn.nnx, jaxbn.surgery, jaxbn.diagnostics], ids=lambda p: p.__name__
 )
 def test_every_layer_that_is_exported_is_where_it_is_said_to_be(package):
   assert sorted(package.__all__) == sorted(package._HOMES) == dir(package)
@@ -129,7 +131,9 @@ def test_every_layer_that_is_exported_is_where_it_is_said_to_be(package):
 
 
 @pytest.mark.parametrize(
-  "package", [jaxbn, jaxbn.linen, jaxbn.nnx, jaxbn.surgery], ids=lambda p: p.__name__
+  "package",
+  [jaxbn, jaxbn.linen, jaxbn.nnx, jaxbn.surgery, jaxbn.diagnostics],
+  ids=lambda p: p.__name__,
 )
 def test_an_unknown_name_is_an_attribute_error(package):
   with pytest.raises(AttributeError, match="no attribute 'batchnorm'"):
@@ -143,7 +147,7 @@ FAMILY = [
 ]
 PUBLIC = [
   getattr(where, name)
-  for where in (jaxbn, jaxbn.linen, jaxbn.nnx, jaxbn.surgery, *FAMILY)
+  for where in (jaxbn, jaxbn.linen, jaxbn.nnx, jaxbn.surgery, jaxbn.diagnostics, *FAMILY)
   for name in where.__all__
 ]
 

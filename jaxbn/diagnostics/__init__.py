@@ -5,16 +5,47 @@ from typing import TYPE_CHECKING, Any
 from jaxbn._layers import on_first_use
 
 if TYPE_CHECKING:
-  from jaxbn.diagnostics._diagnose import FAULTS, diagnose
+  from jaxbn.diagnostics._diagnose import diagnose, faults
   from jaxbn.diagnostics._finding import Finding
   from jaxbn.diagnostics._report import Report
+  from jaxbn.diagnostics.measures import (
+    Noise,
+    Smoothness,
+    batch_noise,
+    covariate_shift,
+    effective_learning_rate,
+    gradient_norms,
+    gradient_shift,
+    smoothness,
+  )
 
-__all__ = ["FAULTS", "Finding", "Report", "diagnose"]
+__all__ = [
+  "Finding",
+  "Noise",
+  "Report",
+  "Smoothness",
+  "batch_noise",
+  "covariate_shift",
+  "diagnose",
+  "effective_learning_rate",
+  "faults",
+  "gradient_norms",
+  "gradient_shift",
+  "smoothness",
+]
 _HOMES = {
-  "FAULTS": "_diagnose",
   "Finding": "_finding",
+  "Noise": "measures",
   "Report": "_report",
+  "Smoothness": "measures",
+  "batch_noise": "measures",
+  "covariate_shift": "measures",
   "diagnose": "_diagnose",
+  "effective_learning_rate": "measures",
+  "faults": "_diagnose",
+  "gradient_norms": "measures",
+  "gradient_shift": "measures",
+  "smoothness": "measures",
 }
 
 

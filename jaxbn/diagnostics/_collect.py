@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from jaxbn.diagnostics._facts import Facts, LayerFacts
 from jaxbn.surgery._find import Layer, find
 from jaxbn.surgery._network import Network
 from jaxbn.surgery._spread import Spread
-from jaxbn.surgery._trees import Place, get
+from jaxbn.surgery._trees import Place, get, put
 
 # By these names a call is told its mode; what else there is has to be said.
 _FLAGS = ("train", "training", "is_training", "deterministic", "use_running_average")
@@ -53,6 +54,7 @@ def collect(
 ) -> Facts:
   """Goes through the batches once; of the first, gradients are taken and the padding is changed."""
   seen: list[Batch] = []
+  shown = functools.partial(_placed, spread)
   flow, padded, trains = None, {}, {}
   for batch in batches() if callable(batches) else batches:
     args = network.args(batch)
@@ -60,12 +62,13 @@ def collect(
       look = jax.jit(
         _observe.look(network.model, network.layers, network.foreign, network.arguments)
       )
+      tree = _in_full_precision(network)
       trains = _modes(network, args, run.training)
       if run.valid is not None:
-        padded, _ = look(*_placed(network, spread, 0, _other_padding(args, run.valid(batch))))
+        padded, _ = look(*shown(tree, 0, _other_padding(args, run.valid(batch))))
       if run.gradients:
-        flow = _flow(network, args, batch, run.loss, spread)
-    training, evaluation = look(*_placed(network, spread, len(seen), args))
+        flow = _flow(network, batch, run.loss, *shown(tree, 0, args))
+    training, evaluation = look(*shown(tree, len(seen), args))
     seen.append(Batch(_rows(args), *jax.tree.map(np.asarray, (training, evaluation))))
     progress(f"diagnose, batch {len(seen)}")
   if not seen:
@@ -76,9 +79,16 @@ def collect(
   return _facts(network, run, seen, flow, jax.tree.map(np.asarray, padded), trains)
 
 
-def _placed(network: Network, spread: Spread, index: int, args: Any) -> Any:
-  tree, _, index, args = spread(network.tree, (), np.int32(index), args)
+def _placed(spread: Spread, tree: Any, index: int, args: Any) -> Any:
+  tree, _, index, args = spread(tree, (), np.int32(index), args)
   return tree, index, args
+
+
+def _in_full_precision(network: Network) -> Any:
+  """Its variables, with statistics that a batch's can be put into without loss."""
+  values = network.statistics()
+  wide = {p: v.astype(jnp.promote_types(v.dtype, jnp.float32)) for p, v in values.items()}
+  return put(network.tree, wide)
 
 
 def _rows(args: Any) -> int:
@@ -119,15 +129,12 @@ def _other_padding(args: Any, valid: Any) -> Any:
   return jax.tree.map(fill, args)
 
 
-def _flow(network: Network, args: Any, batch: Any, loss: Any, spread: Spread) -> _observe.Flow:
+def _flow(network: Network, batch: Any, loss: Any, tree: Any, _: Any, args: Any) -> _observe.Flow:
   params = list(parameters(network))
-  run = jax.jit(
-    _observe.flow(
-      network.model, network.layers, network.foreign, network.arguments, params, loss
-    )
+  run = _observe.flow(
+    network.model, network.layers, network.foreign, network.arguments, params, loss
   )
-  tree, _, placed = _placed(network, spread, 0, args)
-  return jax.tree.map(np.asarray, run(tree, placed, batch))
+  return jax.tree.map(np.asarray, jax.jit(run)(tree, args, batch))
 
 
 def parameters(network: Network, tree: Any = None) -> dict[Place, Any]:
@@ -144,8 +151,8 @@ def _decayed(network: Network, mask: Any, optimizer: Any) -> list[Place] | None:
   if mask is None and optimizer is None:
     return None
   in_linen = isinstance(network.model, nn.Module)
-  params = network.tree["params"] if in_linen else (
-    nnx.to_pure_dict(nnx.state(network.model, nnx.Param))
+  params = (
+    network.tree["params"] if in_linen else (nnx.to_pure_dict(nnx.state(network.model, nnx.Param)))
   )
   if optimizer is not None:  # what it does to ones whose gradient is 0
     ones = jax.tree.map(jnp.ones_like, params)
@@ -209,7 +216,7 @@ def _layer_facts(
   earlier: Any,
 ) -> LayerFacts:
   reading = network.foreign.get(layer.kind)
-  place = {
+  place: dict[str, Any] = {
     name: layer.variables.get(reading.name(name) if reading else name)
     for name in ("mean", "var", "scale", "bias")
   }
@@ -262,11 +269,11 @@ def _replicas(network: Network, place: Mapping[str, Any]) -> RunningStats | None
 
 
 def _flat(layer: Layer, seen: _observe.Seen) -> _observe.Seen:
-  """Its channels along one axis, the last; moments in float64."""
+  """Its channels along one axis, the last."""
   channels = math.prod(layer.stacked + layer.shape)
 
   def moments(given: Any) -> Any:
-    return type(given)(*(np.asarray(v, np.float64).reshape(channels) for v in given))
+    return type(given)(*(np.asarray(v).reshape(channels) for v in given))
 
   def sample(rows: Any) -> np.ndarray:
     at = len(layer.stacked)

@@ -91,7 +91,7 @@ def diagnose(
     optimizer: or an optimizer of optax: what it does to parameters whose gradient is 0.
     gradients: False leaves out what needs a derivative, the longest part to compile.
     thresholds: by fault the arguments of its function that are not to be the defaults, such as
-      {"noisy-statistics": {"elements": 16}}; `jaxbn.diagnostics.FAULTS` has the functions, whose
+      {"noisy-statistics": {"elements": 16}}; `jaxbn.diagnostics.faults()` has the functions, whose
       docstrings say why a threshold is what it is.
     before: the report of an earlier step, whose history is continued.
     devices: over which a batch is spread, as far as its size allows; default, all local ones.
@@ -126,6 +126,16 @@ def diagnose(
   return report
 
 
+def faults() -> dict[str, Callable[..., Any]]:
+  """What `diagnose` looks for: by its name each fault's function, whose arguments are thresholds.
+
+  >>> import jaxbn.diagnostics
+  >>> print(jaxbn.diagnostics.faults()["exploding-scale"].__doc__.split("\\n")[0])
+  A scale so large that one channel, or one layer, is all that the rest of the network hears.
+  """
+  return dict(FAULTS)
+
+
 def findings(facts: Facts, thresholds: Mapping[str, Mapping[str, float]]) -> list[Finding]:
   """All faults, the worst first; of the equally bad in the order of FAULTS, and of the layers."""
   found = [f for name, find in FAULTS.items() for f in find(facts, **thresholds.get(name, {}))]
@@ -139,6 +149,7 @@ def _checked(thresholds: Mapping[str, Mapping[str, float]]) -> Mapping[str, Mapp
     known = set(inspect.signature(FAULTS[fault]).parameters) - {"facts"}
     for name in given.keys() - known:
       raise ValueError(
-        f"thresholds[{fault!r}] has {name!r}, but that fault has {', '.join(sorted(known)) or 'none'}."
+        f"thresholds[{fault!r}] has {name!r}, but that fault has "
+        f"{', '.join(sorted(known)) or 'none'}."
       )
   return thresholds

@@ -12,6 +12,7 @@ import numpy as np
 from jaxbn._share import merge
 from jaxbn._types import Moments, RunningStats
 from jaxbn.diagnostics._observe import Flow, Seen
+from jaxbn.diagnostics.measures import batch_noise, covariate_shift
 from jaxbn.surgery._find import Layer
 
 
@@ -60,12 +61,14 @@ class LayerFacts:
   @functools.cached_property
   def data(self) -> Moments:
     """The moments of all that it was given in training mode."""
-    return functools.reduce(merge, (seen.given for seen in self.training))
+    merged = functools.reduce(merge, (seen.given for seen in self.training))
+    return Moments(*(np.asarray(v, np.float64) for v in merged))
 
   @functools.cached_property
   def batches(self) -> Moments:
     """Those of each batch, along a first axis."""
-    return Moments(*(np.stack(v) for v in zip(*(s.given for s in self.training), strict=True)))
+    given = zip(*(seen.given for seen in self.training), strict=True)
+    return Moments(*(np.stack(v).astype(np.float64) for v in given))
 
   @functools.cached_property
   def is_finite(self) -> bool:
@@ -85,19 +88,16 @@ class LayerFacts:
     return float(np.mean(lost)) * several / max(several - 1, 1)
 
   def lost(self, mean: Any, var: Any) -> float:
-    """The Kullback-Leibler divergence of the data, as Gaussian, from these, mean over channels."""
-    with np.errstate(all="ignore"):
-      true, used = self.data.var + self.epsilon, var + self.epsilon
-      shift = self.data.mean - mean
-      lost = 0.5 * (np.log(used / true) + (true + shift**2) / used - 1)
-    return float(np.mean(lost))
+    """What the data lose to normalization by these: see `covariate_shift`; mean over channels."""
+    return lost(RunningStats(mean, var), self.data, self.epsilon)
 
   @functools.cached_property
   def noise(self) -> np.ndarray:
-    """Variance of a batch's mean over that of an element: one over how many are independent."""
-    with np.errstate(all="ignore"):
-      of_means = np.var(self.batches.mean, axis=0, ddof=1)
-      return np.where(self.data.var > 0, of_means / self.data.var, np.nan)
+    """Variance of a batch's mean over that of an element: one over how many are independent.
+
+    Of two batches or more.
+    """
+    return np.square(np.asarray(batch_noise(self.batches).mean, np.float64))
 
   @functools.cached_property
   def distance(self) -> float:
@@ -133,3 +133,8 @@ class Facts:
   steps: int | None = None
   batch_size: int | None = None
   moved: bool | None = None
+
+
+def lost(used: Any, true: Any, epsilon: float) -> float:
+  """In nats per element, mean over channels."""
+  return float(np.mean(covariate_shift(used, true, epsilon=epsilon)))

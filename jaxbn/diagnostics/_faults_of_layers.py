@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn.diagnostics._facts import Facts, LayerFacts
+from jaxbn.diagnostics._facts import Facts, LayerFacts, lost
 from jaxbn.diagnostics._finding import Finding
 
 
@@ -31,9 +31,7 @@ def frozen(facts: Facts) -> Iterator[Finding]:
       yield Finding("frozen", v.layer.path, "error", "likely", evidence, mend)
 
 
-def called_twice(
-  facts: Facts, batches: float = 4.0, nats: float = 0.05
-) -> Iterator[Finding]:
+def called_twice(facts: Facts, batches: float = 4.0, nats: float = 0.05) -> Iterator[Finding]:
   """A layer whose calls are given different data: its running statistics are those of neither.
 
   Args:
@@ -46,8 +44,8 @@ def called_twice(
   for v in facts.layers:
     if v.layer.calls < 2 or not v.is_finite:
       continue
-    first = np.mean([_lost(v, s.first.mean, s.first.var) for s in v.training])
-    last = np.mean([_lost(v, s.last.mean, s.last.var) for s in v.training])
+    first = np.mean([lost(v.data, s.first, v.epsilon) for s in v.training])
+    last = np.mean([lost(v.data, s.last, v.epsilon) for s in v.training])
     apart = max(first, last)
     if apart > max(batches * v.drift_of_a_batch, nats):
       evidence = (
@@ -59,13 +57,6 @@ def called_twice(
         "# or one call of both: norm(jnp.concatenate([real, fake]))"
       )
       yield Finding("called-twice", v.layer.path, "error", "likely", evidence, mend)
-
-
-def _lost(v: LayerFacts, mean: np.ndarray, var: np.ndarray) -> float:
-  """Of a call with these moments, to the statistics of all calls together."""
-  used, true = v.data.var + v.epsilon, var + v.epsilon
-  lost = 0.5 * (np.log(used / true) + (true + (mean - v.data.mean) ** 2) / used - 1)
-  return float(np.mean(lost))
 
 
 def noisy_statistics(facts: Facts, elements: float = 8.0) -> Iterator[Finding]:
@@ -104,14 +95,18 @@ def last_batch_of_one(facts: Facts) -> Iterator[Finding]:
     at = facts.rows.index(1)
     evidence = f"batch {at + 1} of {len(facts.rows)} has one example, others {max(facts.rows)}"
     few = [v for v in facts.layers if np.min(v.batches.count) <= 1]
-    severity, where = ("error", few[0].layer.path) if few else ("warning", facts.layers[0].layer.path)
+    severity, where = (
+      ("error", few[0].layer.path) if few else ("warning", facts.layers[0].layer.path)
+    )
     if few:
       evidence += ", and so one element per channel: what it normalizes to is the bias alone"
     mend = "batches = loader(..., drop_remainder=True)  # in training; evaluation may keep it"
     yield Finding("last-batch-of-one", where, severity, "certain", evidence, mend)
 
 
-def dead_channels(facts: Facts, share: float = 2.0**-10, rounding: float = 16.0) -> Iterator[Finding]:
+def dead_channels(
+  facts: Facts, share: float = 2.0**-10, rounding: float = 16.0
+) -> Iterator[Finding]:
   """Channels that say nothing: no scale, no variance, or nothing above 0 for a ReLU.
 
   Args:
@@ -244,7 +239,9 @@ def padding(facts: Facts, units: float = 1024.0) -> Iterator[Finding]:
     before, after = v.training[0].given, v.other_padding
     spread = np.sqrt(before.var + v.epsilon)
     unit = np.finfo(np.float32).eps * (1 + np.abs(before.mean) / spread)
-    far = np.abs(after.mean - before.mean) / spread + np.abs(after.var / (before.var + v.epsilon) - 1)
+    far = np.abs(after.mean - before.mean) / spread + np.abs(
+      after.var / (before.var + v.epsilon) - 1
+    )
     if np.max(far / unit) > units:
       evidence = (
         "its batch statistics change with what is in the padding: the mean by up to "

@@ -18,7 +18,7 @@ def not_finite(facts: Facts) -> Iterator[Finding]:
     bad = ~(np.isfinite(v.running.mean) & np.isfinite(v.running.var))
     if bad.any():
       evidence = f"the running statistics of {bad.sum()} of {bad.size} channels are not finite"
-      mend = f"BatchNorm(..., skip_nonfinite=True)  # of jaxbn; and now: {RECALIBRATE}"
+      mend = f"BatchNorm(..., skip_nonfinite=True)  # of jaxbn; and now:\n{RECALIBRATE}"
       yield Finding("nan", v.layer.path, "error", "certain", evidence, mend)
   for v in facts.layers:
     if not v.is_finite:
@@ -72,7 +72,7 @@ def not_mutable(facts: Facts) -> Iterator[Finding]:
 
 
 def momentum_too_slow(
-  facts: Facts, batches: float = 1.0, nats: float = 0.05, weight: float = 0.1
+  facts: Facts, batches: float = 1.0, nats: float = 0.05, weight: float = 0.1, left: float = 0.2
 ) -> Iterator[Finding]:
   """Running statistics that still hold much of their initial values.
 
@@ -82,26 +82,33 @@ def momentum_too_slow(
     nats: as of `other_domain`.
     weight: of the initial values: momentum**steps, or where steps are not given, fitted to
       running = w initial + (1 - w) data. A tenth changes the variance by about the tenth by which
-      those of two halves of 200 independent examples differ: sqrt(4 / 200) is 0.14.
+      those of 200 independent elements are known: their standard error is sqrt(2 / 200).
+    left: share of the squared distance to the initial values that the fit may leave: parameters
+      change while statistics are averaged, so that it is not 0. Steps that are given need no fit.
   """
+  cleared = set()  # momenta that the first layer of that momentum shows to be fast enough
   for v in facts.layers:
-    if v.momentum is None or v.layer.options.get("debias") or is_initial(v):
+    a = v.momentum
+    if a is None or not 0 < a < 1 or v.layer.options.get("debias") or is_initial(v):
       continue
-    if not drifted(v, batches, nats):
-      continue
-    w, left = initial_weight(v)
+    w, unexplained = initial_weight(v)
     sure = "likely"
     if facts.steps is not None:
-      w, left, sure = v.momentum**facts.steps, 0.0, "certain"
-    if w > weight and left < 0.5:
-      steps = facts.steps or max(int(np.log(w) / np.log(v.momentum)), 1)
-      fast = 0.01 ** (1 / steps)
-      evidence = (
-        f"after {'' if facts.steps else 'about '}{steps} steps with momentum {v.momentum:g} its "
-        f"running statistics are still {w:.0%} initial values"
-      )
-      mend = f"BatchNorm(momentum={_floor(fast)})  # or debias=True, of jaxbn; now: {RECALIBRATE}"
-      yield Finding("momentum-too-slow", v.layer.path, "error", sure, evidence, mend)
+      w, unexplained, sure = a**facts.steps, 0.0, "certain"
+    if not (weight < w <= 1 and unexplained < left and drifted(v, batches, nats)):
+      cleared.add(a)
+    if a in cleared:
+      continue
+    steps = facts.steps or max(round(np.log(w) / np.log(a)), 1)
+    fast = max(0.01 ** (1 / steps), 0.5)
+    evidence = (
+      f"after {'' if facts.steps else 'about '}{steps} steps with momentum {a:g} its running "
+      f"statistics are still {w:.0%} initial values"
+    )
+    mend = (
+      f"BatchNorm(momentum={_floor(fast)})  # or debias=True, of jaxbn; and now:\n{RECALIBRATE}"
+    )
+    yield Finding("momentum-too-slow", v.layer.path, "error", sure, evidence, mend)
 
 
 def initial_weight(v: LayerFacts) -> tuple[float, float]:
@@ -112,7 +119,7 @@ def initial_weight(v: LayerFacts) -> tuple[float, float]:
     b = np.concatenate(
       [(mean - v.running.mean) / np.sqrt(var), (v.data.var - v.running.var) / var / np.sqrt(2)]
     )
-  w = float(np.clip(a @ b / max(a @ a, 1e-30), 0, 1))
+  w = float(a @ b / max(a @ a, 1e-30))
   return w, float(np.sum((b - w * a) ** 2) / max(b @ b, 1e-30))
 
 

@@ -59,7 +59,7 @@ class Report:
   @property
   def parts(self) -> str | None:
     """The first layer whose outputs in training and in evaluation part by half a deviation."""
-    return next((v["path"] for v in self.layers if v["distance"] > PARTED), None)
+    return next((v["path"] for v in self.layers if not v["distance"] <= PARTED), None)
 
   def __str__(self) -> str:
     return "\n".join([*_headline(self), *_told(self, str), *_table(self.layers)])
@@ -76,7 +76,7 @@ class Report:
   def to_json(self) -> str:
     """All of it, for machines; `from_json` reads it. What is not finite is null."""
     findings = [finding._asdict() for finding in self.findings]
-    whole = {"ok": self.ok, "parts": self.parts, "findings": findings}
+    whole: dict[str, Any] = {"ok": self.ok, "parts": self.parts, "findings": findings}
     whole |= {"layers": self.layers, "run": self.run}
     return json.dumps(_finite(whole), indent=1, allow_nan=False)
 
@@ -128,7 +128,8 @@ def _measured(v: LayerFacts, step: int | None, history: Sequence[Any]) -> dict[s
       "running_mean": v.running.mean[shown],
       "running_std": np.sqrt(v.running.var[shown]),
     }
-    elements = 1 / np.nanmean(v.noise) if len(v.training) > 1 else float("nan")
+    several = len(v.training) > 1
+    elements = min(1 / np.nanmean(v.noise), v.batches.count.max()) if several else float("nan")
     now = {
       "step": step,
       "channel": unit,
@@ -157,11 +158,12 @@ def _measured(v: LayerFacts, step: int | None, history: Sequence[Any]) -> dict[s
 def _headline(report: Report) -> list[str]:
   seen = f"{report.run['batches']} batches of {report.run['rows']}"
   number = len(report.layers)
+  layers = f"{number} layer{'s' * (number != 1)}"
   if not report.findings:
-    return [f"Nothing is wrong with {number} layers, as far as {seen} show."]
+    return [f"Nothing is wrong with {layers}, as far as {seen} show."]
   counted = collections.Counter(finding.severity for finding, _ in report.grouped())
   said = ", ".join(f"{n} {s}{'s' * (n > 1)}" for s, n in counted.items())
-  lines = [f"{said}; {number} layers, {seen}."]
+  lines = [f"{said}; {layers}, {seen}."]
   if report.parts is not None:
     lines += [f"Training and evaluation part at {report.parts or '(the top)'}."]
   return lines
@@ -175,8 +177,9 @@ def _told(report: Report, title: Any) -> list[str]:
     if len(layers) > 1:
       where += f" and {len(layers) - 1} more"
     lines += ["", title(f"{finding.severity}: {finding.fault} in {where} ({finding.sure})")]
-    lines += map(escaped, textwrap.wrap(finding.evidence, 96, initial_indent="  ",
-                                        subsequent_indent="  "))
+    lines += map(
+      escaped, textwrap.wrap(finding.evidence, 96, initial_indent="  ", subsequent_indent="  ")
+    )
     lines += [escaped(f"    {line}") for line in finding.mend.split("\n")]
   return lines
 
@@ -196,8 +199,7 @@ def _table(layers: Sequence[Mapping[str, Any]]) -> list[str]:
   wide = max(5, *(len(v["path"]) for v in layers))
   head = f"{'layer':<{wide}}" + "".join(f"{name:>12}" for name in _COLUMNS.values())
   rows = [
-    f"{v['path']:<{wide}}" + "".join(f"{shown(v[name]):>12}" for name in _COLUMNS)
-    for v in layers
+    f"{v['path']:<{wide}}" + "".join(f"{shown(v[name]):>12}" for name in _COLUMNS) for v in layers
   ]
   return ["", head, *rows]
 
