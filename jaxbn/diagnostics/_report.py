@@ -9,12 +9,14 @@ import os
 import pathlib
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxbn.diagnostics._facts import Facts, LayerFacts
 from jaxbn.diagnostics._finding import Finding
+
+if TYPE_CHECKING:
+  from jaxbn.diagnostics._facts import Facts, LayerFacts
 
 PERCENTILES = (15, 50, 85)  # those of figure 1 of Ioffe & Szegedy 2015
 PARTED = 0.5  # standard deviations: what is as large as the signal's half is no rounding

@@ -32,7 +32,7 @@ def test_nothing_is_found_in_a_healthy_network(healthy):
 
 
 def test_outputs_and_gradients_are_those_of_the_network(healthy):
-  model, variables, report = healthy
+  model, variables, _ = healthy
   x = BATCHES[0]
   stats = {"batch_stats": variables["batch_stats"]}
 

@@ -9,6 +9,7 @@ import pytest
 from jaxbn import Moments, RunningStats
 from jaxbn.diagnostics._collect import Run, collect
 from jaxbn.diagnostics._diagnose import FAULTS, findings
+from jaxbn.diagnostics._faults_of_runs import gradient_growth
 from jaxbn.surgery._network import Network
 from jaxbn.surgery._spread import Spread
 from tests.diagnostics import networks
@@ -149,7 +150,7 @@ def test_gradients_that_grow(facts):
     layers = [
       dataclasses.replace(v, gradient=np.full(4, growth ** (2.0 * (39 - i)))) for i in range(40)
     ]
-    return findings(dataclasses.replace(facts, layers=layers), {})
+    return list(gradient_growth(dataclasses.replace(facts, layers=layers)))
 
   (growing,) = deep(1.21)  # pi / (pi - 1), the square root
   assert growing.fault == "gradient-growth"

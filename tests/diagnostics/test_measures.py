@@ -8,7 +8,6 @@ import pytest
 
 import jaxbn
 from jaxbn.diagnostics import measures
-from tests.diagnostics import networks
 
 RNG = np.random.default_rng(0)
 
@@ -115,9 +114,8 @@ def test_gradients_grow_with_depth_as_the_theory_says():
   model = Deep()
   norms = measures.gradient_norms(model, model.init(jax.random.key(0), x), x)
   log = np.log(list(norms.values()))[: depth - 2]
-  # It holds for infinite width: here within the layers' scatter.
+  # It holds for infinite width: here within the scatter of the layers, by three standard errors.
   slopes = -np.diff(log)
   error = 3 * slopes.std(ddof=1) / np.sqrt(len(slopes))
-  assert abs(slopes.mean() - 0.5 * np.log(np.pi / (np.pi - 1))) < max(error, 0.02)
+  assert abs(slopes.mean() - 0.5 * np.log(np.pi / (np.pi - 1))) < error < 0.05
   assert list(norms) == [f"BatchNorm_{i}" for i in range(depth)]
-  assert networks.WIDTH == 4

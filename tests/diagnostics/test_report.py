@@ -3,7 +3,7 @@
 import html.parser
 import json
 import math
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -115,13 +115,17 @@ def test_the_page_is_whole_and_needs_no_network(report, tmp_path):
   assert "a/<norm>" in page.words
 
 
-def test_a_run_directory_is_shown_with_an_exit_status(report, tmp_path):
-  command = [sys.executable, "-m", "jaxbn.diagnostics", str(tmp_path)]
-  gone = subprocess.run(command, capture_output=True, text=True, check=False)
-  assert gone.returncode == 2
-  assert "is no diagnosis" in gone.stderr
+def test_a_run_directory_is_shown_with_an_exit_status(report, tmp_path, monkeypatch, capsys):
+  def status(*arguments):
+    monkeypatch.setattr(sys, "argv", ["jaxbn.diagnostics", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+      runpy.run_module("jaxbn.diagnostics", run_name="__main__")
+    return ended.value.code
+
+  assert status() == 2
+  assert status(tmp_path) == 2
+  assert "is no diagnosis" in capsys.readouterr().err
   report.save(tmp_path / "diagnosis.json")
-  shown = subprocess.run(command, capture_output=True, text=True, check=False)
-  assert shown.returncode == 1
-  assert shown.stdout.startswith(str(report))
+  assert status(tmp_path) == 1
+  assert capsys.readouterr().out.startswith(str(report))
   assert (tmp_path / "report.html").exists()
