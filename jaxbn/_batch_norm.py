@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,25 +14,22 @@ from jaxbn._choose import choose as choose_statistics
 from jaxbn._measure import measure
 from jaxbn._share import share, worth
 from jaxbn._track import track
-from jaxbn._types import Choose, Chosen, Inputs, Moments, Plan, RunningStats
+from jaxbn._types import Array, Choose, Chosen, Inputs, Moments, Numeric, Plan, RunningStats
 from jaxbn._virtual import in_groups
-
-if TYPE_CHECKING:
-  import chex
 
 
 def batch_norm(
-  x: chex.Array,
-  scale: chex.Array | None = None,
-  bias: chex.Array | None = None,
+  x: Array,
+  scale: Array | None = None,
+  bias: Array | None = None,
   state: RunningStats | None = None,
   *,
   use_running_average: bool,
   axis: int | Sequence[int] = -1,
-  momentum: chex.Numeric | None = 0.99,
+  momentum: Numeric | None = 0.99,
   epsilon: float = 1e-5,
-  mask: chex.Array | None = None,
-  weights: chex.Array | None = None,
+  mask: Array | None = None,
+  weights: Array | None = None,
   masked_value: float | None = None,
   axis_name: Any = None,
   axis_index_groups: Sequence[Sequence[int]] | None = None,
@@ -44,7 +41,7 @@ def batch_norm(
   detach_stats: bool = False,
   choose: Choose | None = None,
   activation: Callable[[jax.Array], jax.Array] | None = None,
-  residual: chex.Array | None = None,
+  residual: Array | None = None,
   dtype: Any = None,
 ) -> tuple[jax.Array, RunningStats | None]:
   r"""Batch normalization (Ioffe & Szegedy 2015, Algorithm 1 in training, 2 in evaluation).

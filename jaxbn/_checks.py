@@ -319,7 +319,7 @@ def running_stats(state: Any) -> RunningStats:
       f"state is a {type(state).__name__}; a jaxbn.RunningStats is needed: make it with "
       "jaxbn.init(...), or, from Flax's collection, jaxbn.RunningStats(mean=..., var=...)."
     )
-  leaves = []
+  leaves: list[Any] = []
   for name, value in state._asdict().items():
     try:
       leaves.append(None if value is None and name == "count" else jnp.asarray(value))

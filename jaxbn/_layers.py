@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxbn._batch_norm import batch_norm
-from jaxbn._types import RunningStats
-
-if TYPE_CHECKING:
-  import chex
+from jaxbn._types import Array, RunningStats
 
 # The fields that have the name and the meaning of an argument of batch_norm.
 _OPTIONS = (
@@ -36,13 +33,13 @@ _OPTIONS = (
 def call(
   layer: Any,
   x: jax.Array,
-  scale: chex.Array | None,
-  bias: chex.Array | None,
+  scale: Array | None,
+  bias: Array | None,
   state: RunningStats,
   *,
-  mask: chex.Array | None = None,
-  weights: chex.Array | None = None,
-  residual: chex.Array | None = None,
+  mask: Array | None = None,
+  weights: Array | None = None,
+  residual: Array | None = None,
   function: Callable[..., tuple[jax.Array, RunningStats | None]] = batch_norm,
   **arguments: Any,
 ) -> tuple[jax.Array, RunningStats | None]:

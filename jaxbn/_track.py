@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,7 @@ import jax.numpy as jnp
 from jaxbn import _checks
 from jaxbn._counts import occupied, where
 from jaxbn._dtypes import promoting
-from jaxbn._types import Moments, RunningStats, Tracking
-
-if TYPE_CHECKING:
-  import chex
+from jaxbn._types import Moments, Numeric, RunningStats, Tracking
 
 
 def init(
@@ -55,7 +52,7 @@ def update(
   state: RunningStats,
   moments: Moments,
   *,
-  momentum: chex.Numeric | None = 0.99,
+  momentum: Numeric | None = 0.99,
   debias: bool = False,
   unbiased: bool = False,
   skip_nonfinite: bool = False,
@@ -125,14 +122,12 @@ def track(state: RunningStats, moments: Moments, tracking: Tracking) -> RunningS
   if tracking.skip_nonfinite:
     usable = usable & jnp.isfinite(mean) & jnp.isfinite(var)
 
-  new_count = None if count is None else where(usable, count, old_count)
+  new_count = None if count is None or old_count is None else where(usable, count, old_count)
   both = functools.partial(blend, keep, gain, usable)
   return RunningStats(both(state.mean, mean), both(state.var, var), new_count)
 
 
-def blend(
-  keep: chex.Numeric, gain: chex.Numeric, usable: Any, old: jax.Array, batch: jax.Array
-) -> jax.Array:
+def blend(keep: Any, gain: Any, usable: Any, old: jax.Array, batch: jax.Array) -> jax.Array:
   """keep * old + gain * batch where that is usable, else old."""
   with jax.numpy_dtype_promotion("standard"):
     # In float32 at least: in bfloat16 0.99 is 0.988, and what is added is soon rounded away.
@@ -143,9 +138,7 @@ def blend(
     return where(usable, keep * wide + gain * where(usable, batch, 0), wide)
 
 
-def shares(
-  tracking: Tracking, count: jax.Array | None, dtype: Any
-) -> tuple[chex.Numeric, chex.Numeric]:
+def shares(tracking: Tracking, count: jax.Array | None, dtype: Any) -> tuple[Numeric, Numeric]:
   """How much of the old value is kept, and how much of the batch's is added: they sum to one."""
   momentum = tracking.momentum
   if momentum is not None and not isinstance(momentum, jax.Array):

@@ -24,7 +24,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +32,7 @@ import numpy as np
 
 from jaxbn import _checks, batch_norm
 from jaxbn._activation import hoist
-
-if TYPE_CHECKING:
-  import chex
+from jaxbn._types import Array
 
 __all__ = [
   "activation_gain",
@@ -45,8 +43,8 @@ __all__ = [
 
 
 def scaled_weight_standardization(
-  kernel: chex.Array,
-  gain: chex.Array | None = None,
+  kernel: Array,
+  gain: Array | None = None,
   *,
   axis: int | Sequence[int] = -1,
   epsilon: float = 1e-5,

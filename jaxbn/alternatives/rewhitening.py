@@ -31,7 +31,7 @@ import functools
 import operator
 import string
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,11 +40,9 @@ from jax import lax
 
 from jaxbn import _checks
 from jaxbn._dtypes import accumulation_dtype
+from jaxbn._types import Array, Numeric
 from jaxbn.variants._covariance import covariance, real, share
 from jaxbn.variants._inverse_root import whitening_matrix
-
-if TYPE_CHECKING:
-  import chex
 
 __all__ = [
   "Statistics",
@@ -69,8 +67,8 @@ class Whitening(NamedTuple):
     matrix: U, of shape (inputs, inputs), invertible.
   """
 
-  center: chex.Array
-  matrix: chex.Array
+  center: jax.Array
+  matrix: jax.Array
 
 
 class Statistics(NamedTuple):
@@ -81,8 +79,8 @@ class Statistics(NamedTuple):
     cov: E[(x - mean)(x - mean)^T], of shape (inputs, inputs).
   """
 
-  mean: chex.Array
-  cov: chex.Array
+  mean: jax.Array
+  cov: jax.Array
 
 
 def init(inputs: int, dtype: Any = jnp.float32) -> Whitening:
@@ -104,9 +102,9 @@ def init(inputs: int, dtype: Any = jnp.float32) -> Whitening:
 
 
 def statistics(
-  x: chex.Array,
+  x: Array,
   *,
-  mask: chex.Array | None = None,
+  mask: Array | None = None,
   axis_name: Any = None,
   axis_index_groups: Sequence[Sequence[int]] | None = None,
 ) -> Statistics:
@@ -142,9 +140,9 @@ def statistics(
 
 
 def whitened_dense(
-  x: chex.Array,
-  kernel: chex.Array,
-  bias: chex.Array,
+  x: Array,
+  kernel: Array,
+  bias: Array,
   whitening: Whitening,
   *,
   precision: Any = None,
@@ -185,9 +183,9 @@ def whitened_dense(
 
 
 def whitened_conv(
-  x: chex.Array,
-  kernel: chex.Array,
-  bias: chex.Array,
+  x: Array,
+  kernel: Array,
+  bias: Array,
   whitening: Whitening,
   *,
   strides: int | Sequence[int] = 1,
@@ -295,7 +293,7 @@ def rewhiten(
   whitening: Whitening,
   statistics: Statistics,
   *,
-  epsilon: chex.Numeric = 1e-3,
+  epsilon: Numeric = 1e-3,
   decorrelate: bool = True,
 ) -> tuple[dict[str, Any], Whitening]:
   r"""Whitens a layer's input anew, and leaves its function as it is.

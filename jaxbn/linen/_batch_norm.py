@@ -138,7 +138,7 @@ class BatchNorm(nn.BatchNorm):
       x,
       scale,
       bias,
-      RunningStats(*(None if leaf is None else leaf.value for leaf in state)),
+      jax.tree.map(lambda leaf: leaf.value, state),
       use_running_average=evaluating,
       axis_name=None if initializing else self.axis_name,
       axis_index_groups=None if initializing else self.axis_index_groups,
@@ -161,12 +161,12 @@ class BatchNorm(nn.BatchNorm):
     return value if self.force_float32_reductions else jnp.asarray(value, self.param_dtype)
 
   @nn.nowrap
-  def _running_stats(self, shape: tuple[int, ...], evaluating: bool) -> RunningStats:
+  def _running_stats(self, shape: tuple[int, ...], evaluating: bool) -> Any:
     """The layer's variables, in the place of the values that they hold."""
     dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
     counted = has_count(self, self.momentum, self.debias, evaluating)
 
-    def variable(name: str) -> nn.Variable:
+    def variable(name: str) -> Any:
       def start() -> jax.Array:
         return getattr(init(shape, momentum=self.momentum, debias=self.debias, dtype=dtype), name)
 

@@ -81,7 +81,9 @@ class WeightNorm(nn.Module):
       return params | {"scale": weight_norm.lengths(kernel)}
     ones = jnp.ones(kernel.shape[-1:], kernel.dtype)
     unit = {"kernel": weight_norm.weight_norm(kernel, ones, epsilon=self.epsilon)}
-    t = plain.apply({"params": unit if bias is None else unit | {"bias": jnp.zeros_like(bias)}}, x)
+    t: Any = plain.apply(
+      {"params": unit if bias is None else unit | {"bias": jnp.zeros_like(bias)}}, x
+    )
     scale, first_bias = weight_norm.data_dependent_init(t)
     params["scale"] = scale.astype(kernel.dtype)
     if bias is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,8 @@ from jaxbn._dtypes import wide
 from jaxbn._measure import measure
 from jaxbn._meshes import by_partitioner
 from jaxbn._share import Sharing, merge_moments, share_moments
-from jaxbn._types import Axes, Inputs, Plan
+from jaxbn._types import Array, Axes, Inputs, Numeric, Plan
 from jaxbn._xla import recomputing
-
-if TYPE_CHECKING:
-  import chex
 
 
 class CovarianceMoments(NamedTuple):
@@ -35,18 +32,18 @@ class CovarianceMoments(NamedTuple):
     cov: E[(x - mean)(x - mean)^T] within each group of channels, of shape (groups, g, g).
   """
 
-  count: chex.Numeric
-  mean: chex.Array
-  cov: chex.Array
+  count: Numeric  # type: ignore[assignment]  # tuple's method gives way
+  mean: jax.Array
+  cov: jax.Array
 
 
 def covariance(
-  x: chex.Array,
+  x: Array,
   group_size: int = 16,
   axis: int = -1,
   *,
-  mask: chex.Array | None = None,
-  weights: chex.Array | None = None,
+  mask: Array | None = None,
+  weights: Array | None = None,
 ) -> CovarianceMoments:
   r"""Count, mean, and covariance within each group of consecutive channels.
 
@@ -126,7 +123,8 @@ def merge(a: CovarianceMoments, b: CovarianceMoments) -> CovarianceMoments:
 def measure_covariance(plan: Plan, inputs: Inputs, group_size: int) -> CovarianceMoments:
   """`covariance` of arguments that have been checked."""
   local = functools.partial(_measure_here, plan.axes, group_size)
-  everywhere = CovarianceMoments(jax.P(), jax.P(), jax.P())
+  whole: Any = jax.P()
+  everywhere = CovarianceMoments(whole, whole, whole)
   return by_partitioner(local, inputs.wide_x, everywhere)(
     inputs.wide_x, inputs.valid, inputs.weight
   )

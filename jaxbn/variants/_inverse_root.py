@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +12,15 @@ from jax import lax
 
 from jaxbn import _checks
 from jaxbn._dtypes import accumulation_dtype
+from jaxbn._types import Array, Numeric
 from jaxbn.variants._covariance import real
-
-if TYPE_CHECKING:
-  import chex
 
 _METHODS = ("zca", "newton")
 _matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
 def whitening_matrix(
-  cov: chex.Array, *, method: str = "zca", iterations: int = 5, epsilon: chex.Numeric = 1e-5
+  cov: Array, *, method: str = "zca", iterations: int = 5, epsilon: Numeric = 1e-5
 ) -> jax.Array:
   r"""W = (cov + epsilon I)^(-1/2), symmetric, for each covariance matrix.
 

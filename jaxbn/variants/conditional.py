@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,20 +11,17 @@ import jax.numpy as jnp
 from jaxbn import _checks
 from jaxbn._arguments import valid_elements
 from jaxbn._batch_norm import batch_norm
-from jaxbn._types import RunningStats
+from jaxbn._types import Array, RunningStats
 from jaxbn.variants._examples import indices, row_of_each, table
-
-if TYPE_CHECKING:
-  import chex
 
 __all__ = ["conditional_batch_norm"]
 
 
 def conditional_batch_norm(
-  x: chex.Array,
-  scales: chex.Array | None,
-  biases: chex.Array | None,
-  labels: chex.Array,
+  x: Array,
+  scales: Array | None,
+  biases: Array | None,
+  labels: Array,
   state: RunningStats | None = None,
   **options: Any,
 ) -> tuple[jax.Array, RunningStats | None]:
@@ -78,13 +75,13 @@ _DEFAULTS: dict[str, Any] = {"axis": -1, "mask": None, "weights": None}
 
 
 def of_class(
-  x: chex.Array,
-  scales: chex.Array | None,
-  biases: chex.Array | None,
-  labels: chex.Array,
+  x: Array,
+  scales: Array | None,
+  biases: Array | None,
+  labels: Array,
   axis: int | Sequence[int],
-  mask: chex.Array | None,
-  weights: chex.Array | None,
+  mask: Array | None,
+  weights: Array | None,
 ) -> tuple[jax.Array | None, jax.Array | None]:
   """Each example's scale and bias, with as many axes as x."""
   x = _checks.inexact(x)

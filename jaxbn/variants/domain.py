@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,28 +18,25 @@ from jaxbn._counts import divisor
 from jaxbn._measure import abs_square
 from jaxbn._share import of_equal_weights, share
 from jaxbn._track import track
-from jaxbn._types import Axes, Chosen, Inputs, Moments, Plan, RunningStats
+from jaxbn._types import Array, Axes, Chosen, Inputs, Moments, Numeric, Plan, RunningStats
 from jaxbn.variants._examples import indices, moments_of_examples, row_of_each, table
-
-if TYPE_CHECKING:
-  import chex
 
 __all__ = ["domain_batch_norm", "split_domains"]
 
 
 def domain_batch_norm(
-  x: chex.Array,
-  scale: chex.Array | None,
-  bias: chex.Array | None,
+  x: Array,
+  scale: Array | None,
+  bias: Array | None,
   state: RunningStats,
-  domains: chex.Array,
+  domains: Array,
   *,
   use_running_average: bool,
   axis: int | Sequence[int] = -1,
-  momentum: chex.Numeric | None = 0.99,
+  momentum: Numeric | None = 0.99,
   epsilon: float = 1e-5,
-  mask: chex.Array | None = None,
-  weights: chex.Array | None = None,
+  mask: Array | None = None,
+  weights: Array | None = None,
   masked_value: float | None = None,
   axis_name: Any = None,
   axis_index_groups: Sequence[Sequence[int]] | None = None,
@@ -49,7 +46,7 @@ def domain_batch_norm(
   skip_nonfinite: bool = False,
   detach_stats: bool = False,
   activation: Callable[[jax.Array], jax.Array] | None = None,
-  residual: chex.Array | None = None,
+  residual: Array | None = None,
   dtype: Any = None,
 ) -> tuple[jax.Array, RunningStats]:
   r"""Batch normalization in which each example belongs to a domain with statistics of its own.
@@ -213,6 +210,6 @@ def _merge_examples(own: Moments, member: jax.Array) -> Moments:
   # A select of all three: an example that is not finite is its own domain's matter.
   n, means, variances = (jnp.where(member, v, 0) for v in own)
   count = jnp.sum(n, 0, dtype=n.dtype)
-  share = jnp.asarray(n, variances.dtype) / divisor(count, variances.dtype)[None]
+  share = jnp.asarray(n, variances.dtype) / jnp.asarray(divisor(count, variances.dtype))[None]
   mean = jnp.sum(share * means, 0)
   return Moments(count, mean, jnp.sum(share * (variances + abs_square(means - mean[None])), 0))

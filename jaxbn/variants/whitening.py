@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ from jaxbn._arguments import check_layer
 from jaxbn._dtypes import promoting
 from jaxbn._meshes import by_partitioner
 from jaxbn._track import blend
-from jaxbn._types import Axes, Inputs, Plan, Tracking
+from jaxbn._types import Array, Axes, Inputs, Numeric, Plan, Tracking
 from jaxbn._xla import recomputing
 from jaxbn.variants._covariance import (
   CovarianceMoments,
@@ -49,9 +49,6 @@ from jaxbn.variants._covariance import (
   share,
 )
 from jaxbn.variants._inverse_root import require_method, whitening_matrix
-
-if TYPE_CHECKING:
-  import chex
 
 __all__ = [
   "CovarianceMoments",
@@ -72,8 +69,8 @@ class WhiteningStats(NamedTuple):
     whitening: running whitening matrix of each group, of shape (groups, g, g).
   """
 
-  mean: chex.Array
-  whitening: chex.Array
+  mean: jax.Array
+  whitening: jax.Array
 
 
 def init(channels: int, group_size: int = 16, *, dtype: Any = jnp.float32) -> WhiteningStats:
@@ -101,9 +98,9 @@ def init(channels: int, group_size: int = 16, *, dtype: Any = jnp.float32) -> Wh
 
 
 def whitening_norm(
-  x: chex.Array,
-  scale: chex.Array | None = None,
-  bias: chex.Array | None = None,
+  x: Array,
+  scale: Array | None = None,
+  bias: Array | None = None,
   state: WhiteningStats | None = None,
   *,
   use_running_average: bool,
@@ -111,10 +108,10 @@ def whitening_norm(
   group_size: int = 16,
   method: str = "zca",
   iterations: int = 5,
-  momentum: chex.Numeric = 0.99,
+  momentum: Numeric = 0.99,
   epsilon: float = 1e-5,
-  mask: chex.Array | None = None,
-  weights: chex.Array | None = None,
+  mask: Array | None = None,
+  weights: Array | None = None,
   masked_value: float | None = None,
   axis_name: Any = None,
   axis_index_groups: Sequence[Sequence[int]] | None = None,
