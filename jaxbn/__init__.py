@@ -1,11 +1,16 @@
-"""Batch normalization in JAX: exact, synchronized, as pure functions and as Flax layers."""
+"""Batch normalization in JAX: exact, synchronized, as pure functions and as Flax layers.
 
-import importlib
-from types import ModuleType
+`batch_norm` is the whole layer as a function, and the other functions are its steps. `jaxbn.linen`
+and `jaxbn.nnx` have the layers, `jaxbn.variants` and `jaxbn.alternatives` what grew out of batch
+normalization.
+"""
+
+from typing import TYPE_CHECKING
 
 from jaxbn._apply import normalize
 from jaxbn._batch_norm import batch_norm
 from jaxbn._measure import empty_moments, moments
+from jaxbn._names import on_first_use
 from jaxbn._share import merge, sync
 from jaxbn._track import init, update
 from jaxbn._types import Chosen, Moments, RunningStats
@@ -24,10 +29,16 @@ __all__ = [
   "update",
 ]
 __version__ = "0.1.0"
+_PACKAGES = ["alternatives", "linen", "nnx", "variants"]
+
+if TYPE_CHECKING:
+  from jaxbn import alternatives as alternatives
+  from jaxbn import linen as linen
+  from jaxbn import nnx as nnx
+  from jaxbn import variants as variants
+else:  # `import jaxbn` alone does not import Flax
+  __getattr__ = on_first_use(__name__, {name: name for name in _PACKAGES})
 
 
-def __getattr__(name: str) -> ModuleType:
-  # On first use: `import jaxbn` alone does not import Flax.
-  if name in ("alternatives", "linen", "nnx", "variants"):
-    return importlib.import_module(f"jaxbn.{name}")
-  raise AttributeError(f"module 'jaxbn' has no attribute {name!r}")
+def __dir__() -> list[str]:
+  return [*__all__, *_PACKAGES, "__version__"]

@@ -29,9 +29,11 @@ from jaxbn import _checks, _xla
 from jaxbn._arguments import check
 from jaxbn._dtypes import promoting, wide
 from jaxbn._meshes import zeros_like
+from jaxbn._names import by_our_names
 from jaxbn._types import Array, Axes, Chosen, Inputs, Plan
 
 
+@by_our_names
 def normalize(
   x: Array,
   mean: Array,

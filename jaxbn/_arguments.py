@@ -15,6 +15,7 @@ from jaxbn import _checks, _groups
 from jaxbn._activation import hoist
 from jaxbn._counts import are_reliabilities
 from jaxbn._dtypes import accumulation_dtype, promoting, wide
+from jaxbn._names import shown
 from jaxbn._types import Array, Inputs, Numeric, Plan, RunningStats, Tracking
 
 
@@ -93,8 +94,8 @@ def check_layer(
   """`check`, and what a layer has more: two modes, running statistics, devices that share."""
   if not (choose is None or callable(choose)):
     raise TypeError(
-      f"choose={choose!r} is not a function: pass one of the batch's moments and the state, which "
-      "gives a jaxbn.Chosen, or leave it out."
+      f"choose={shown(choose)} is not a function: pass one of the batch's moments and the state, "
+      "which gives a jaxbn.Chosen, or leave it out."
     )
   _checks.momentum_in_range(momentum, debias)
   if virtual_batch_size is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,60 @@ from jaxbn._apply import apply
 from jaxbn._arguments import check_layer, check_state
 from jaxbn._choose import choose as choose_statistics
 from jaxbn._measure import measure
+from jaxbn._names import by_our_names
 from jaxbn._share import share, worth
 from jaxbn._track import track
-from jaxbn._types import Array, Choose, Chosen, Inputs, Moments, Numeric, Plan, RunningStats
+from jaxbn._types import (
+  Array,
+  Choose,
+  Chosen,
+  Inputs,
+  Moments,
+  Numeric,
+  Options,
+  Plan,
+  RunningStats,
+)
 from jaxbn._virtual import in_groups
 
 
+@overload
+def batch_norm(
+  x: Array,
+  scale: Array | None = None,
+  bias: Array | None = None,
+  state: None = None,
+  *,
+  use_running_average: bool,
+  **options: Unpack[Options],
+) -> tuple[jax.Array, None]: ...
+
+
+@overload
+def batch_norm(
+  x: Array,
+  scale: Array | None = None,
+  bias: Array | None = None,
+  state: RunningStats = ...,
+  *,
+  use_running_average: bool,
+  **options: Unpack[Options],
+) -> tuple[jax.Array, RunningStats]: ...
+
+
+@overload
+def batch_norm(
+  x: Array,
+  scale: Array | None = None,
+  bias: Array | None = None,
+  state: RunningStats | None = None,
+  *,
+  use_running_average: bool,
+  **options: Unpack[Options],
+) -> tuple[jax.Array, RunningStats | None]: ...
+
+
+@by_our_names
 def batch_norm(
   x: Array,
   scale: Array | None = None,

@@ -1,11 +1,10 @@
-"""What the Flax layers of both kinds do alike: hand their fields to `batch_norm`, wait for use.
+"""What the Flax layers of both kinds do alike: hand their fields to `batch_norm`.
 
 An option added here is in both. Flax itself is not imported: the layers are.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -54,10 +53,3 @@ def call(
     options["mask"] = jnp.asarray(mask, bool)  # any dtype will do in Flax
   options |= arguments
   return function(x, scale, bias, state, weights=weights, residual=residual, **options)
-
-
-def on_first_use(package: str, homes: dict[str, str], name: str) -> Any:
-  """What a package exports under a name, from the module that `homes` says: its `__getattr__`."""
-  if name not in homes:
-    raise AttributeError(f"module {package!r} has no attribute {name!r}")
-  return getattr(importlib.import_module(f"{package}.{homes[name]}"), name)

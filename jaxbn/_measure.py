@@ -36,6 +36,7 @@ from jaxbn._arguments import valid_elements
 from jaxbn._counts import count_of, divisor
 from jaxbn._dtypes import promoting, wide
 from jaxbn._meshes import by_partitioner
+from jaxbn._names import by_our_names
 from jaxbn._types import Array, Inputs, Moments, Numeric, Plan
 
 _NEAR = 4  # squared distance of the mean from 0, in variances, up to which 0 is a good pivot
@@ -62,10 +63,11 @@ def empty_moments(shape: int | Sequence[int], dtype: Any = jnp.float32) -> Momen
   return Moments(np.int32(0), mean, jnp.zeros_like(mean.real))
 
 
+@by_our_names
 def moments(
   x: Array,
-  axis: int | Sequence[int] = -1,
   *,
+  axis: int | Sequence[int] = -1,
   mask: Array | None = None,
   weights: Array | None = None,
   use_fast_variance: bool = True,

@@ -13,9 +13,11 @@ import jax.numpy as jnp
 from jaxbn import _checks
 from jaxbn._counts import occupied, where
 from jaxbn._dtypes import promoting
+from jaxbn._names import by_our_names
 from jaxbn._types import Moments, Numeric, RunningStats, Tracking
 
 
+@by_our_names
 def init(
   shape: int | Sequence[int],
   *,
@@ -48,6 +50,7 @@ def init(
   return RunningStats(mean, jnp.ones_like(mean.real), count)
 
 
+@by_our_names
 def update(
   state: RunningStats,
   moments: Moments,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +73,29 @@ class Chosen(NamedTuple):
 
 
 Choose: TypeAlias = Callable[[Moments, RunningStats | None], Chosen]
+
+
+class Options(TypedDict, total=False):
+  """The options of `batch_norm`, for type checkers."""
+
+  axis: int | Sequence[int]
+  momentum: Numeric | None
+  epsilon: float
+  mask: Array | None
+  weights: Array | None
+  masked_value: float | None
+  axis_name: Any
+  axis_index_groups: Sequence[Sequence[int]] | None
+  virtual_batch_size: int | str | None
+  use_fast_variance: bool
+  debias: bool
+  unbiased: bool
+  skip_nonfinite: bool
+  detach_stats: bool
+  choose: Choose | None
+  activation: Callable[[jax.Array], jax.Array] | None
+  residual: Array | None
+  dtype: Any
 
 
 class Axes(NamedTuple):

@@ -85,7 +85,7 @@ def test_double_precision_stays_double(dtype, fast):
 @pytest.mark.parametrize("axis", [1, -2, (1,), [np.int64(-2)], np.array([1])])
 def test_axis_may_be_said_in_many_ways(axis):
   x = samples(0, (4, 3, 2))
-  got = jax.jit(lambda x: jaxbn.moments(x, axis))(x)
+  got = jax.jit(lambda x: jaxbn.moments(x, axis=axis))(x)
   chex.assert_trees_all_equal(got, measure(x, axis=1))
 
 

@@ -40,6 +40,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+  return __all__
+
+
 class Split(NamedTuple):
   """Weights as a direction and a length.
 

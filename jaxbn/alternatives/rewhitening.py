@@ -40,6 +40,7 @@ from jax import lax
 
 from jaxbn import _checks
 from jaxbn._dtypes import accumulation_dtype
+from jaxbn._names import shown
 from jaxbn._types import Array, Numeric
 from jaxbn.variants._covariance import covariance, real, share
 from jaxbn.variants._inverse_root import whitening_matrix
@@ -54,6 +55,11 @@ __all__ = [
   "whitened_conv",
   "whitened_dense",
 ]
+
+
+def __dir__() -> list[str]:
+  return __all__
+
 
 # Between steps, accuracy is worth more than speed: accelerators round products otherwise.
 exact_matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
@@ -365,8 +371,8 @@ def _pads(padding: Any, positions: Any, window: Any, strides: Any) -> Sequence[t
     return lax.padtype_to_pads(positions, window, strides, padding)
   if isinstance(padding, str) or np.shape(padding) != (len(positions), 2):
     raise ValueError(
-      f"padding={padding!r}: 'SAME', 'VALID', or (low, high) for each of the {len(positions)} axes "
-      "of positions: pad x itself for another."
+      f"padding={shown(padding)}: 'SAME', 'VALID', or (low, high) for each of the {len(positions)} "
+      "axes of positions: pad x itself for another."
     )
   return [(int(low), int(high)) for low, high in padding]
 
@@ -375,7 +381,7 @@ def _each(name: str, value: int | Sequence[int], positions: int) -> tuple[int, .
   """One integer for each axis of positions."""
   values = (value,) * positions if np.ndim(value) == 0 else tuple(value)  # type: ignore[arg-type]
   if len(values) != positions:
-    raise ValueError(f"{name}={value!r}: one integer, or one for each of {positions} axes.")
+    raise ValueError(f"{name}={shown(value)}: one integer, or one for each of {positions} axes.")
   return tuple(map(operator.index, values))  # type: ignore[arg-type]
 
 

@@ -20,9 +20,14 @@ from jax import lax
 
 from jaxbn import Chosen, Moments, RunningStats, _checks, batch_norm, moments, sync
 from jaxbn._dtypes import accumulation_dtype
+from jaxbn._names import by_our_names
 from jaxbn._types import Array
 
 __all__ = ["data_dependent_init", "lengths", "mean_only_batch_norm", "weight_norm"]
+
+
+def __dir__() -> list[str]:
+  return __all__
 
 
 def weight_norm(
@@ -132,7 +137,7 @@ def data_dependent_init(
   (0.5, -1.5)
   """
   _checks.epsilon_in_range(epsilon)
-  batch = moments(t, axis, mask=mask)
+  batch = moments(t, axis=axis, mask=mask)
   axis_name, axis_index_groups = _checks.sharing(axis_name, axis_index_groups)
   if axis_name is not None:
     batch = sync(batch, axis_name, axis_index_groups)
@@ -140,6 +145,7 @@ def data_dependent_init(
   return scale, -batch.mean * scale
 
 
+@by_our_names
 def mean_only_batch_norm(
   x: Array,
   bias: Array | None = None,

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from flax.typing import Initializer
 
 from jaxbn import _checks, _layers
+from jaxbn._names import ByOurNames
 from jaxbn._track import init
 from jaxbn._types import Choose, RunningStats
-from jaxbn.linen._common import first_activation, has_count, pure
+from jaxbn.linen._common import first_activation, has_count, mended, pure
 
 
-class BatchNorm(nn.BatchNorm):
+class BatchNorm(ByOurNames, nn.BatchNorm):
   r"""Batch normalization (Ioffe & Szegedy 2015): a drop-in for `flax.linen.BatchNorm`.
 
       y = (x - mean) / sqrt(var + epsilon) * scale + bias
@@ -85,6 +86,7 @@ class BatchNorm(nn.BatchNorm):
   choose: Choose | None = None
 
   @nn.compact
+  @mended
   def __call__(
     self,
     x: Any,

@@ -12,8 +12,9 @@ from flax.core import meta
 from flax.typing import Dtype, Initializer
 
 from jaxbn import RunningStats, _checks, init
+from jaxbn._names import ByOurNames
 from jaxbn.alternatives import weight_norm
-from jaxbn.linen._common import has_count
+from jaxbn.linen._common import has_count, mended
 
 
 class WeightNorm(nn.Module):
@@ -47,6 +48,7 @@ class WeightNorm(nn.Module):
   epsilon: float = 1e-12
 
   @nn.compact
+  @mended
   def __call__(self, x: jax.Array) -> jax.Array:
     """The layer, with the normalized kernel.
 
@@ -91,7 +93,7 @@ class WeightNorm(nn.Module):
     return params
 
 
-class MeanOnlyBatchNorm(nn.Module):
+class MeanOnlyBatchNorm(ByOurNames, nn.Module):
   r"""Mean-only batch normalization (Salimans & Kingma 2016, section 4), after a `WeightNorm`.
 
       y = x - mean + bias
@@ -125,6 +127,7 @@ class MeanOnlyBatchNorm(nn.Module):
   masked_value: float | None = None
 
   @nn.compact
+  @mended
   def __call__(
     self,
     x: Any,

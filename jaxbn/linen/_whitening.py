@@ -11,10 +11,12 @@ import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
 
 from jaxbn import _checks
+from jaxbn._names import ByOurNames
+from jaxbn.linen._common import mended
 from jaxbn.variants.whitening import WhiteningStats, init, whitening_norm
 
 
-class WhiteningNorm(nn.Module):
+class WhiteningNorm(ByOurNames, nn.Module):
   r"""Decorrelated batch normalization (DBN) and iterative normalization (IterNorm).
 
       y = scale * (W (x - mean)) + bias,   W = (covariance + epsilon I)^(-1/2)
@@ -66,6 +68,7 @@ class WhiteningNorm(nn.Module):
   iterations: int = 5
 
   @nn.compact
+  @mended
   def __call__(
     self,
     x: Any,

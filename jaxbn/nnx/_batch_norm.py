@@ -198,7 +198,7 @@ class BatchNorm(Trackable, nnx.BatchNorm):
       raise ValueError(
         f"x of shape {x.shape} has channels of shape {shape} on axis={self.axis}, but this layer "
         f"was made with num_features={self.num_features}: pass num_features={math.prod(shape)} to "
-        "the constructor, or name the channels' axis."
+        "the constructor, or name the channels' axis" + _checks.other_axis(x, (self.num_features,))
       )
 
     def value(variable: nnx.Variable | jax.Array | None) -> Any:

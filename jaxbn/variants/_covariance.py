@@ -16,6 +16,7 @@ from jaxbn._counts import divisor
 from jaxbn._dtypes import wide
 from jaxbn._measure import measure
 from jaxbn._meshes import by_partitioner
+from jaxbn._names import shown
 from jaxbn._share import Sharing, merge_moments, share_moments
 from jaxbn._types import Array, Axes, Inputs, Numeric, Plan
 from jaxbn._xla import recomputing
@@ -40,8 +41,8 @@ class CovarianceMoments(NamedTuple):
 def covariance(
   x: Array,
   group_size: int = 16,
-  axis: int = -1,
   *,
+  axis: int = -1,
   mask: Array | None = None,
   weights: Array | None = None,
 ) -> CovarianceMoments:
@@ -214,8 +215,8 @@ def one_axis(x: jax.Array, axis: Any) -> Axes:
   axes = _checks.split_axes(x.ndim, axis)
   if len(axes.features) != 1:
     raise ValueError(
-      f"axis={axis!r}: whitening needs one axis of channels, for groups are cut along it: reshape "
-      "x so that the channels have one axis."
+      f"axis={shown(axis)}: whitening needs one axis of channels, for groups are cut along it: "
+      "reshape x so that the channels have one axis."
     )
   return axes
 
@@ -227,7 +228,7 @@ def require_group_size(group_size: Any, channels: int) -> int:
     size = operator.index(group_size)
   except TypeError:
     raise TypeError(
-      f"group_size={group_size!r} is not an integer: pass how many channels a group has."
+      f"group_size={shown(group_size)} is not an integer: pass how many channels a group has."
     ) from None
   if size < 1 or channels % size:
     fitting = ", ".join(str(n) for n in range(1, channels + 1) if channels % n == 0)

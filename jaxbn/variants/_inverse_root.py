@@ -12,6 +12,7 @@ from jax import lax
 
 from jaxbn import _checks
 from jaxbn._dtypes import accumulation_dtype
+from jaxbn._names import shown
 from jaxbn._types import Array, Numeric
 from jaxbn.variants._covariance import real
 
@@ -121,8 +122,8 @@ def _newton(a: jax.Array, iterations: int) -> jax.Array:
 
 def require_method(method: Any, iterations: Any) -> None:
   if method not in _METHODS:
-    raise ValueError(f"method={method!r}: it is 'zca' (DBN) or 'newton' (IterNorm).")
+    raise ValueError(f"method={shown(method)}: it is 'zca' (DBN) or 'newton' (IterNorm).")
   if isinstance(iterations, bool) or not hasattr(iterations, "__index__"):
-    raise TypeError(f"iterations={iterations!r} is not an integer: pass how many; 5 is usual.")
+    raise TypeError(f"iterations={shown(iterations)} is not an integer: pass how many; 5 is usual.")
   if operator.index(iterations) < 1:
-    raise ValueError(f"iterations={iterations!r}: at least one is needed; 5 is usual.")
+    raise ValueError(f"iterations={shown(iterations)}: at least one is needed; 5 is usual.")

@@ -16,6 +16,7 @@ from jaxbn._arguments import check_layer, valid_elements
 from jaxbn._choose import choose
 from jaxbn._counts import divisor
 from jaxbn._measure import abs_square
+from jaxbn._names import by_our_names, shown
 from jaxbn._share import of_equal_weights, share
 from jaxbn._track import track
 from jaxbn._types import Array, Axes, Chosen, Inputs, Moments, Numeric, Plan, RunningStats
@@ -24,13 +25,18 @@ from jaxbn.variants._examples import indices, moments_of_examples, row_of_each, 
 __all__ = ["domain_batch_norm", "split_domains"]
 
 
+def __dir__() -> list[str]:
+  return __all__
+
+
+@by_our_names
 def domain_batch_norm(
   x: Array,
   scale: Array | None,
   bias: Array | None,
   state: RunningStats,
-  domains: Array,
   *,
+  domains: Array,
   use_running_average: bool,
   axis: int | Sequence[int] = -1,
   momentum: Numeric | None = 0.99,
@@ -96,7 +102,7 @@ def domain_batch_norm(
   >>> x = jnp.array([[1.0], [3.0], [10.0], [30.0]])
   >>> state, domains = jaxbn.init((2, 1), momentum=0.0), jnp.array([0, 0, 1, 1])
   >>> y, state = domain_batch_norm(
-  ...   x, None, None, state, domains, use_running_average=False, momentum=0.0
+  ...   x, None, None, state, domains=domains, use_running_average=False, momentum=0.0
   ... )
   >>> y.ravel().round(3), state.mean.ravel()
   (Array([-1.,  1., -1.,  1.], dtype=float32), Array([ 2., 20.], dtype=float32))
@@ -136,13 +142,13 @@ def of_layer(
   """`domain_batch_norm`, for a layer that has two more options."""
   if choose is not None:
     raise ValueError(
-      f"choose={choose!r} in a layer with domains: their statistics are what it normalizes by: "
-      "leave it out."
+      f"choose={shown(choose)} in a layer with domains: their statistics are what it normalizes "
+      "by: leave it out."
     )
   if virtual_batch_size is not None:
     raise ValueError(
-      f"virtual_batch_size={virtual_batch_size!r} in a layer with domains: both say which examples "
-      "share their statistics: leave one of them out."
+      f"virtual_batch_size={shown(virtual_batch_size)} in a layer with domains: both say which "
+      "examples share their statistics: leave one of them out."
     )
   return domain_batch_norm(*args, **options)
 

@@ -16,15 +16,22 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbn import Moments, RunningStats, _checks, batch_norm, moments, normalize, sync, update
+from jaxbn._names import by_our_names, shown
 from jaxbn._types import Array, Numeric
 from jaxbn.variants._cells import Options, options, require_lengths, require_shape, where_valid
 from jaxbn.variants.recurrent import GRU, LSTM
 
 __all__ = ["InputNormParams", "input_norm_rnn", "sequence_norm"]
 
+
+def __dir__() -> list[str]:
+  return __all__
+
+
 GATES = {"simple": 1, "lstm": LSTM.gates, "gru": GRU.gates}
 
 
+@by_our_names
 def sequence_norm(
   x: Array,
   scale: Array | None = None,
@@ -123,6 +130,7 @@ class InputNormParams(NamedTuple):
   input_scale: jax.Array
 
 
+@by_our_names
 def input_norm_rnn(
   params: InputNormParams,
   state: RunningStats | None,
@@ -234,7 +242,7 @@ def input_norm_rnn(
 def channels(kind: str, features: int) -> int:
   """G H: how many numbers come from the input in each step."""
   if kind not in GATES:
-    raise ValueError(f"kind={kind!r}: it is one of {', '.join(map(repr, GATES))}.")
+    raise ValueError(f"kind={shown(kind)}: it is one of {', '.join(map(repr, GATES))}.")
   return GATES[kind] * features
 
 
@@ -262,7 +270,7 @@ def _frame_wise(
     if state is None:
       raise ValueError("use_running_average=True needs the statistics: pass state.")
     return apply(state.mean[rows], state.var[rows]), state
-  batch = moments(x, axis, mask=valid)
+  batch = moments(x, axis=axis, mask=valid)
   if how.axis_name is not None:
     batch = sync(batch, how.axis_name, how.axis_index_groups)
   y = apply(batch.mean, batch.var)

@@ -11,15 +11,22 @@ import jax.numpy as jnp
 
 from jaxbn import _checks
 from jaxbn._batch_norm import batch_norm
+from jaxbn._names import by_our_names, shown
 from jaxbn._types import Array, Chosen, Moments, Numeric, RunningStats
 
 __all__ = ["interpolate", "prediction_time_batch_norm"]
+
+
+def __dir__() -> list[str]:
+  return __all__
+
 
 # Nothing is tracked, so that the number of updates so far, which some ways to track ask for, may be
 # unknown here.
 NOT_TRACKED: dict[str, Any] = {"momentum": 0.99, "debias": False}
 
 
+@by_our_names
 def prediction_time_batch_norm(
   x: Array,
   scale: Array | None,
@@ -96,8 +103,8 @@ def interpolate(
   _checks.scalar("prior", prior)
   if _checks.concrete(prior) and not float(prior) >= 0:
     raise ValueError(
-      f"prior={prior!r} is out of range: it is a number of examples, 0 for the batch's statistics "
-      "alone, jnp.inf for the running ones."
+      f"prior={shown(prior)} is out of range: it is a number of examples, 0 for the batch's "
+      "statistics alone, jnp.inf for the running ones."
     )
 
   def choose(batch: Moments, state: RunningStats | None) -> Chosen:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn import RunningStats
+from jaxbn._names import by_our_names
 from jaxbn._types import Array, Numeric
 from jaxbn.variants._cells import Cell, options, step
 
@@ -32,6 +33,10 @@ __all__ = [
   "lstm_stats",
   "lstm_step",
 ]
+
+
+def __dir__() -> list[str]:
+  return __all__
 
 
 class LSTMParams(NamedTuple):
@@ -213,6 +218,7 @@ def gru_carry(
   return GRU.start_carry(batch_shape, features, seq_lengths, dtype)
 
 
+@by_our_names
 def lstm_step(
   params: LSTMParams,
   stats: LSTMStats,
@@ -292,6 +298,7 @@ def lstm_step(
   return step(LSTM, params, stats, carry, x, mask, how)
 
 
+@by_our_names
 def gru_step(
   params: GRUParams,
   stats: GRUStats,

@@ -13,6 +13,7 @@ from jaxbn._apply import apply
 from jaxbn._arguments import check_layer
 from jaxbn._batch_norm import batch_norm
 from jaxbn._measure import measure
+from jaxbn._names import by_our_names
 from jaxbn._share import merge, share
 from jaxbn._types import Array, Chosen, Moments, RunningStats
 from jaxbn.variants._examples import examples_axis
@@ -20,6 +21,11 @@ from jaxbn.variants._examples import examples_axis
 __all__ = ["normalize_reference", "reference_batch_norm"]
 
 
+def __dir__() -> list[str]:
+  return __all__
+
+
+@by_our_names
 def reference_batch_norm(
   x: Array,
   scale: Array | None,
@@ -107,6 +113,7 @@ def reference_batch_norm(
   return y
 
 
+@by_our_names
 def normalize_reference(
   x: Array,
   scale: Array | None,

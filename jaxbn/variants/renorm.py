@@ -22,14 +22,21 @@ from jax import lax
 
 from jaxbn import _checks
 from jaxbn._batch_norm import batch_norm
+from jaxbn._names import by_our_names, shown
 from jaxbn._types import Array, Choose, Chosen, Moments, Numeric, RunningStats
 
 __all__ = ["batch_renorm", "correction"]
+
+
+def __dir__() -> list[str]:
+  return __all__
+
 
 # What a layer takes: a number, or a function of the step that gives one.
 Limit: TypeAlias = "float | Callable[[Any], Numeric]"
 
 
+@by_our_names
 def batch_renorm(
   x: Array,
   scale: Array | None = None,
@@ -187,9 +194,9 @@ def _bounded(name: str, value: Any, least: int, meaning: str) -> None:
   """Refuses a limit that is no number, or too small where that can be seen."""
   if callable(value):
     raise TypeError(
-      f"{name}={value!r} is a function; here it is a number: pass the schedule's value, "
+      f"{name}={shown(value)} is a function; here it is a number: pass the schedule's value, "
       f"{name}(step), or give the schedule to a layer, jaxbn.linen.BatchRenorm or jaxbn.nnx's."
     )
   _checks.scalar(name, value)
   if _checks.concrete(value) and not float(value) >= least:
-    raise ValueError(f"{name}={value!r} is out of range: {meaning}: pass {least} or more.")
+    raise ValueError(f"{name}={shown(value)} is out of range: {meaning}: pass {least} or more.")

@@ -33,6 +33,7 @@ from jaxbn import _checks
 from jaxbn._arguments import check_layer
 from jaxbn._dtypes import promoting
 from jaxbn._meshes import by_partitioner
+from jaxbn._names import by_our_names
 from jaxbn._track import blend
 from jaxbn._types import Array, Axes, Inputs, Numeric, Plan, Tracking
 from jaxbn._xla import recomputing
@@ -59,6 +60,10 @@ __all__ = [
   "whitening_matrix",
   "whitening_norm",
 ]
+
+
+def __dir__() -> list[str]:
+  return __all__
 
 
 class WhiteningStats(NamedTuple):
@@ -97,6 +102,7 @@ def init(channels: int, group_size: int = 16, *, dtype: Any = jnp.float32) -> Wh
   return WhiteningStats(jnp.zeros(channels, dtype), identity)
 
 
+@by_our_names
 def whitening_norm(
   x: Array,
   scale: Array | None = None,
