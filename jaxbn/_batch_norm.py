@@ -111,6 +111,10 @@ def batch_norm(
   with a state has p = 0: up to |mean|/std of 150 that is below the rounding of y, and beyond it x
   itself is off by half a standard deviation.
 
+  One element in a channel, such as a last batch of one example without positions, is legal in
+  training: its variance is 0, y is bias whatever x is, x gets no gradient, and the running variance
+  moves towards 0. Drop such a batch, or merge it with the one before.
+
   Args:
     x: real or complex array of any rank.
     scale: gamma, of the shape of x's channels, or None for 1; where it differs between examples, as
@@ -120,7 +124,8 @@ def batch_norm(
     use_running_average: False in training, True in evaluation; known when tracing, as all flags
       are, but not necessarily a Python bool: 0, 1 and concrete arrays will do.
     axis: the axis or axes of the channels.
-    momentum, debias, unbiased, skip_nonfinite: as in `update`; with unbiased, weights of an integer
+    momentum: the share of the old running value that is kept; PyTorch's momentum is 1 minus it.
+    debias, unbiased, skip_nonfinite: as in `update`; with unbiased, weights of an integer
       dtype are counts, how often an element is there, and those of a floating dtype say how far it
       can be relied on (that takes one more small all-reduce).
     epsilon: added to the variance.

@@ -89,7 +89,9 @@ def moments(
     x: real or complex array of any rank.
     axis: the axis or axes of the channels; all others are summed over.
     mask: boolean, broadcasts against x; where False, the element does not exist: it may be NaN or
-      infinite and reaches no statistic and no gradient.
+      infinite and reaches no statistic and no gradient. As in NumPy the last axes are aligned: a
+      mask (N, T) of sequences x (N, T, C) is passed as mask[..., None]. Where N = T = C it is
+      taken as one of (T, C) without a word.
     weights: real, not negative, broadcasts against x: how much each element counts. One with
       weight 0 is left out as by a mask, and its weight then gets no gradient from it.
     use_fast_variance: one pass over x. If False, two: the variance is then taken around the mean

@@ -77,6 +77,7 @@ def update(
     state: from `init` with the same momentum and debias.
     moments: the batch's (of all devices). A channel whose count is zero stays as it was.
     momentum: the share of the old value that is kept, from 0 to 1; None for a cumulative average.
+      PyTorch's momentum is the share of the batch, 1 minus this: its 0.1 is 0.9 here.
     debias: remove the weight of the initial values. A traced momentum must then be below 1.
     unbiased: multiply the batch's variance by n / (n - 1), n its count, as PyTorch does; a channel
       with n <= 1 keeps the factor 1. The sum of weights is such a count where these say how often

@@ -69,7 +69,7 @@ def test_layers_are_still_copied_and_made_of_their_fields():
     (functools.partial(jax.nn.leaky_relu, negative_slope=0.1), "functools.partial"),
     (None, "None"),
   ],
-  ids=str,
+  ids=range(10),
 )
 def test_a_value_is_shown_in_a_few_words(value, said):
   shown = _names.shown(value)

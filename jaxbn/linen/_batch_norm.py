@@ -34,7 +34,8 @@ class BatchNorm(ByOurNames, nn.BatchNorm):
   Attributes:
     use_running_average: True in evaluation, False in training; here or at the call.
     axis: the axis or axes of the channels.
-    momentum: share of the old running value that is kept; None for a cumulative average.
+    momentum: share of the old running value that is kept (PyTorch's momentum is 1 minus it: its 0.1
+      is 0.9 here); None for a cumulative average.
     epsilon: added to the variance.
     dtype: of the result (default: what input and parameters promote to).
     param_dtype: of scale and bias.
@@ -101,8 +102,9 @@ class BatchNorm(ByOurNames, nn.BatchNorm):
     Args:
       x: real or complex array of any rank.
       use_running_average: True in evaluation, False in training, if not said in the constructor.
-      mask: binary, broadcasts against x: which elements exist. As in Flax any dtype will do; what
-        is not zero is True.
+      mask: binary, broadcasts against x, last axes aligned: which elements exist. For sequences
+        x (N, T, C) it is mask[..., None]; see `jaxbn.moments`. As in Flax any dtype will
+        do; what is not zero is True.
       weights: real, not negative, broadcasts against x: how often each element counts.
       residual: of x's shape, added before the activation, or None.
 

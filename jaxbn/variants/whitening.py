@@ -156,7 +156,7 @@ def whitening_norm(
     axis: the channels' axis, one.
     group_size: g: how many consecutive channels are whitened together; it divides their number.
     method, iterations: as in `whitening_matrix`.
-    momentum: share of the old running values that is kept, from 0 to 1.
+    momentum: share of the old running values that is kept, from 0 to 1 (in PyTorch 1 minus it).
     epsilon: added to the covariance's diagonal.
     mask, weights: as in `covariance`.
     masked_value: what y holds in positions that do not exist, as in `jaxbn.normalize`.
