@@ -22,12 +22,16 @@ comma := ,
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OLDEST := .venv-oldest
+# The wheel alone, in empty environments, where all that is documented runs.
+WHEEL := dist/jaxbn-0.1.0-py3-none-any.whl
+WHEELS := .venv-wheel .venv-wheel-oldest
+PAGES := README.md
 
 # Each process imports whole files, so that what a file's tests share is computed once.
 PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 OLDEST_TESTS := tests/test_*.py tests/linen tests/nnx tests/examples/test_checkpoints.py
 
-.PHONY: train train-hosts chaos test fuzz exactness house compare-norms compare-recurrent \
+.PHONY: train train-hosts chaos test wheel fuzz exactness house compare-norms compare-recurrent \
         compare-renorm compare-descent bench bench-step bench-compiled bench-scaling lint types pytest \
         pytest-oldest format clean
 .DEFAULT_GOAL := help
@@ -46,10 +50,11 @@ train-hosts: $(INSTALLED)
 chaos: $(INSTALLED)
 	@$(BIN)/python -m tests.examples.chaos $(ARGS)
 
-# The two installations at once: each leaves a core idle.
+# Installed at once: each leaves a core idle.
 test:
 	@$(MAKE) --no-print-directory -j 2 $(INSTALLED) $(OLDEST)/.installed
-	@$(MAKE) --no-print-directory lint types pytest pytest-oldest
+	@$(MAKE) --no-print-directory -j 2 $(WHEELS:=/.installed)
+	@$(MAKE) --no-print-directory lint types wheel pytest pytest-oldest
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -64,6 +69,9 @@ pytest: $(INSTALLED)
 pytest-oldest: $(OLDEST)/.installed
 	$(call versions,oldest,$(OLDEST))
 	@$(OLDEST)/bin/python $(PYTEST) $(or $(ARGS),$(OLDEST_TESTS))
+
+wheel: $(WHEELS:=/.installed)
+	@for w in $(WHEELS); do $$w/bin/python -P tests/bare.py $(PAGES) || exit 1; done
 
 fuzz: $(INSTALLED)
 	@$(BIN)/python -m tests.fuzz $(ARGS)
@@ -114,8 +122,8 @@ clean:
 # Newest first. What is newer than all that is tested, only where there is nothing else.
 PYTHONS := 3.13 3.12 3.11 3.14 3
 
-# $(call install,folder,extras,pythons,constraints): a virtual environment with the package and these
-# extras in it, made by the first of these Pythons that is on the PATH or one of pyenv's.
+# $(call install,folder,packages,pythons,constraints): a virtual environment with these packages, made
+# by the first of these Pythons that is on the PATH or one of pyenv's.
 define install
 	@python=$$(for v in $(3); do for p in python$$v "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$$v.*/bin/python$$v; do \
 	    "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break 2; done; done); \
@@ -125,7 +133,7 @@ define install
 	  [ "$$($(1)/bin/python -V 2>/dev/null)" = "$$version" ] || clear=--clear; \
 	  echo "Installing into $(1), with $$version (once, a minute or more) ..."; \
 	  "$$python" -m venv $$clear $(1) || { echo "make: $$python cannot create $(1)." >&2; exit 1; }; \
-	  $(1)/bin/pip install --quiet --disable-pip-version-check --no-compile -c $(4) -e '.[$(2)]' \
+	  $(1)/bin/pip install --quiet --disable-pip-version-check --no-compile -c $(4) $(2) \
 	    2>$(1)/install.log || { echo "make: pip could not install the packages, most likely for want of a network: $(1)/install.log says why." >&2; exit 1; }; \
 	  touch $(1)/.installed
 endef
@@ -138,14 +146,23 @@ define versions
 endef
 
 $(INSTALLED): pyproject.toml constraints.txt
-	$(call install,$(VENV),examples$(comma)test,$(PYTHONS),constraints.txt)
+	$(call install,$(VENV),-e '.[examples$(comma)test]',$(PYTHONS),constraints.txt)
 
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
-	$(call install,$(OLDEST),examples$(comma)test,3.11 3.12 3.13 3.14 3,constraints-oldest.txt)
+	$(call install,$(OLDEST),-e '.[examples$(comma)test]',3.11 3.12 3.13 3.14 3,constraints-oldest.txt)
+
+$(WHEEL): pyproject.toml README.md $(shell find jaxbn -name '*.py')
+	@rm -rf dist; $(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
+
+.venv-wheel/.installed: $(WHEEL)
+	$(call install,.venv-wheel,$(WHEEL) --force-reinstall,$(PYTHONS),constraints.txt)
+
+.venv-wheel-oldest/.installed: $(WHEEL)
+	$(call install,.venv-wheel-oldest,$(WHEEL) --force-reinstall,3.11 3.12 3.13 3.14 3,constraints-oldest.txt)
 
 # PyTorch is compared where it is installed: .venv-bench/bin/pip install torch
 .venv-bench/.installed: pyproject.toml constraints.txt
-	$(call install,.venv-bench,bench,$(PYTHONS),constraints.txt)
+	$(call install,.venv-bench,-e '.[bench]',$(PYTHONS),constraints.txt)
 
 .venv-compiled/.installed: pyproject.toml constraints.txt
-	$(call install,.venv-compiled,compiled,$(PYTHONS),constraints.txt)
+	$(call install,.venv-compiled,-e '.[compiled]',$(PYTHONS),constraints.txt)

@@ -94,6 +94,8 @@ def channels(
     f"{name} has shape {value.shape}, but x of shape {x.shape} has channels of shape {shape} "
     f"on axis {axes.features}: pass {name} of that shape, or name the channels' axis"
     + other_axis(x, value.shape)
+    + f" Has pmap put an axis of devices in front of {name}? Take it back with out_axes=None."
+    * (value.ndim > 0 and value.shape[1:] == shape)
     + f" Where it differs between examples, give it {x.ndim} axes, each 1 or x's." * or_per_example
   )
 
