@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import exactness
+from tests.bare import blocks
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -19,7 +20,7 @@ ROW = r"\| (.+?) +\| +(\S+) +\| +(\S+) +\|"
 def results():
   """What the blocks leave behind, each run where those before it were."""
   names, results = {}, []
-  for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+  for block in blocks(README):
     exec(block, names)
     results.append({k: names.get(k) for k in ("value", "accuracy", "params", "state", "y")})
   return results
