@@ -144,7 +144,7 @@ def test_with_a_mask_the_pivot_is_an_element_that_exists(axis):
   rng = np.random.default_rng(0)
   x = (1e4 + rng.normal(size=(20, 3, 7, 2))).astype(np.float32)
   mask = rng.random(x.shape) < 0.1
-  found = jaxbn.moments(np.where(mask, x, np.float32(np.nan)), axis, mask=mask)
+  found = jaxbn.moments(np.where(mask, x, np.float32(np.nan)), axis=axis, mask=mask)
   right = oracle.moments(x, axis, mask)
   n = right.count
   allowed = (3 * n + 18) * unit_roundoff(np.float32) * (1 + n) * right.var
