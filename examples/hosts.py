@@ -52,6 +52,7 @@ def join(config: Any) -> None:
       "cluster_detection_method": "deactivate",
     }
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  _hush_gloo()
   patience = threading.Timer(PATIENCE, _say_that_it_waits, [config])
   patience.start()
   try:
@@ -69,6 +70,24 @@ def join(config: Any) -> None:
     ) from error
   finally:
     patience.cancel()
+
+
+def _hush_gloo() -> None:
+  """Keeps from the user what Gloo writes to the standard output, past Python: who is connected."""
+  sys.stdout.flush()
+  shown = os.dup(1)
+  sys.stdout = os.fdopen(shown, "w", buffering=1, errors="replace")  # Python's own goes on
+  source, target = os.pipe()
+  os.dup2(target, 1)
+  os.close(target)
+
+  def pass_on() -> None:
+    with os.fdopen(source, "rb") as lines:
+      for line in lines:
+        if not line.startswith(b"[Gloo]"):
+          os.write(shown, line)
+
+  threading.Thread(target=pass_on, daemon=True).start()
 
 
 def _say_that_it_waits(config: Any) -> None:
