@@ -73,21 +73,16 @@ def join(config: Any) -> None:
 
 
 def _hush_gloo() -> None:
-  """Keeps from the user what Gloo writes to the standard output, past Python: who is connected."""
+  """Keeps from the user what Gloo writes to the standard output, past Python: who is connected.
+
+  Its threads write into each other's lines, so that what is theirs cannot be told from others', of
+  which there are none: what else is not Python goes to the standard error.
+  """
   sys.stdout.flush()
-  shown = os.dup(1)
-  sys.stdout = os.fdopen(shown, "w", buffering=1, errors="replace")  # Python's own goes on
-  source, target = os.pipe()
-  os.dup2(target, 1)
-  os.close(target)
-
-  def pass_on() -> None:
-    with os.fdopen(source, "rb") as lines:
-      for line in lines:
-        if not line.startswith(b"[Gloo]"):
-          os.write(shown, line)
-
-  threading.Thread(target=pass_on, daemon=True).start()
+  sys.stdout = os.fdopen(os.dup(1), "w", buffering=1, errors="replace")
+  nowhere = os.open(os.devnull, os.O_WRONLY)
+  os.dup2(nowhere, 1)
+  os.close(nowhere)
 
 
 def _say_that_it_waits(config: Any) -> None:

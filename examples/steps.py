@@ -122,7 +122,7 @@ def _update(
 ) -> tuple[TrainState, Sums]:
   """The optimizer's step; where it is skipped, all but counters stays as it was."""
   if skip_nonfinite:  # what the optimizer looks at has to speak for the rest
-    good = all_finite((sums.loss, batch_stats))
+    good = _all_finite((sums.loss, batch_stats))
     grads = jax.tree.map(lambda g: jnp.where(good, g, jnp.nan), grads)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
@@ -186,8 +186,7 @@ def _mean_where(mask: jax.Array, tree: Any) -> Any:
   return jax.tree.map(mean, tree)
 
 
-def all_finite(tree: Any) -> jax.Array:
-  """Whether there is no NaN and no infinity in any array of `tree`."""
+def _all_finite(tree: Any) -> jax.Array:
   return jnp.all(jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]))
 
 

@@ -28,6 +28,7 @@ if __name__ == "__main__":
   interrupts.during_imports()  # of which the following take seconds
 
 import jax
+import numpy as np
 from grain.sharding import ShardByJaxProcess
 from rich.console import Console
 
@@ -217,7 +218,8 @@ def load(config: Any) -> tuple[data.Dataset, Any]:
 def finite(step: int, state: Any, config: Any) -> steps.TrainState:
   """The state on the host, if there is no NaN or infinity in it: it would be saved for nothing."""
   state = steps.unreplicate(state)
-  if not steps.all_finite((state.params, state.batch_stats)):
+  leaves = jax.tree.leaves((state.params, state.batch_stats))
+  if not all(np.isfinite(leaf).all() for leaf in leaves):
     raise optimizers.not_finite(f"the network was no longer finite after step {step}", config)
   return state
 
