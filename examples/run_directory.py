@@ -38,11 +38,6 @@ def claim(directory: Path, config: Any, command: Sequence[str]) -> Changes:
   Returns:
     The keys that may change and did; `note` is for when they come into force.
   """
-  if directory.exists() and not directory.is_dir():
-    raise UserError(
-      f"config.workdir is {str(directory)!r}, which is a file; try "
-      f"{command_line.changed(command, workdir=free(directory))}"
-    )
   changes = _differences(directory, config)
   fixed = {key: change for key, change in changes.items() if KEYS[key].change == FIXED}
   if fixed:
@@ -52,7 +47,13 @@ def claim(directory: Path, config: Any, command: Sequence[str]) -> Changes:
       f"({words(fixed)}); give this one a directory of its own: {other}"
     )
   if not (directory / CONFIG).exists():
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+      directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # a file is there, or is above it, or nobody may write there
+      raise UserError(
+        f"config.workdir is {str(directory)!r}, which cannot be made ({error.strerror}); try "
+        f"--config.workdir=runs/{directory.name}"
+      ) from error
     _write(directory, config)
   return changes
 

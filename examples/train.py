@@ -10,7 +10,6 @@ stops.
 
 import contextlib
 import functools
-import logging
 import signal
 import sys
 import time
@@ -22,8 +21,11 @@ BEGAN = time.perf_counter()
 if not __package__:  # run as a file: its own folder is on the path, but not the repository
   sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from absl import logging
+
 from examples import interrupts
 
+logging.set_verbosity(logging.FATAL)  # what failed is said once, by `main`
 if __name__ == "__main__":
   interrupts.during_imports()  # of which the following take seconds
 
@@ -60,7 +62,6 @@ def main(argv: Sequence[str]) -> int:
 
   0: done. 1: stopped by something else, such as a full disk. 2: a user's mistake. 128 + a signal.
   """
-  logging.getLogger("absl").setLevel(logging.CRITICAL)  # what failed is said once, below
   try:
     interrupts.after_imports()
     if {"-h", "--help"} & set(argv):
@@ -174,7 +175,7 @@ def run(
   if step < config.steps:
     console.print(f"Interrupted: saved after step {step} of {config.steps}. {to_go_on(command)}")
     return 128 + (interrupt.signal or signal.SIGTERM)  # which another process was sent
-  show_result(console, config, report.rows)
+  show_result(console, config, report.rows, step)
   waiting = report.waiting / max(clock["training"], 1e-9)
   console.print(f"{clock.report()} {waiting:.2%} of the training was waiting for input.")
   return 0
@@ -251,15 +252,15 @@ def show_finished(console: Console, config: Any, command: Sequence[str], step: i
   )
   if hosts.is_first() and not (directory / CURVES).exists():  # killed before it was drawn
     draw(config, rows)
-  show_result(console, config, rows)
+  show_result(console, config, rows, step)
 
 
-def show_result(console: Console, config: Any, rows: list[dict[str, Any]]) -> None:
+def show_result(console: Console, config: Any, rows: list[dict[str, Any]], step: int) -> None:
   """Says how well the network does, and where the rest is."""
   accuracy = reporting.latest(rows, "test/accuracy")
   examples = reporting.latest(rows, "test/examples")
   console.print(
-    f"Test accuracy {accuracy:.2%} on {examples} examples after {config.steps} steps of "
+    f"Test accuracy {accuracy:.2%} on {examples} examples after {step} steps of "
     f"{config.batch_size}; curves, metrics, TensorBoard logs and checkpoints are in "
     f"{config.workdir}."
   )

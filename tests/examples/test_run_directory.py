@@ -65,5 +65,6 @@ def test_what_is_no_run(tmp_path):
   with pytest.raises(UserError, match="holds no run: there is no config"):
     run_directory.read_config(tmp_path)
   (tmp_path / "file").touch()
-  with pytest.raises(UserError, match=r"which is a file; try python .*/file-2$"):
-    claim(tmp_path / "file")
+  for workdir in (tmp_path / "file", tmp_path / "file" / "run"):
+    with pytest.raises(UserError, match=f"{workdir.name}', which cannot be made .*workdir=runs/"):
+      claim(workdir)
