@@ -25,6 +25,7 @@ from examples import (
   interrupts,
   parallelism,
   reporting,
+  run_directory,
   train,
 )
 from examples.settings import UserError
@@ -288,6 +289,7 @@ def test_commands_that_a_run_suggests_work(tmp_path, capsys):
   assert train.main(suggested(capsys.readouterr().out)) == 0
   said = capsys.readouterr().out
   assert "From step 2 on: steps was 2 and is now 4." in said
+  assert run_directory.read_config(tmp_path / "a run").steps == 4
   assert "after 4 steps of 32" in said
   # And a header, and times that add up.
   assert said.startswith("mlp with 314 parameters and norm batch, in float32; 8 x cpu by pmap; dig")
