@@ -1,18 +1,25 @@
-# make train           the main job: a small ResNet on handwritten digits, over all local devices
-# make train-hosts     forty steps of it in two processes with two devices each
-# make chaos           kills a run 20 times and compares it with an undisturbed one
-# make test            everything that CI runs: ruff, the type checker, pytest with the newest versions
-#                      of what jaxbn needs, and the tests of its layers and functions with the oldest
-# make fuzz            random options, dtypes, devices and modes against the equations, for minutes
-# make exactness       the README's comparison with Flax
-# make house           how far a reader of the core has to go, into docs/design.md
-# make compare-norms   every norm on Fashion-MNIST: batch sizes, depths, step times (ARGS=--long)
-# make compare-recurrent, compare-renorm, compare-descent   the experiments of papers
-# make bench           time and accuracy on this machine's CPU, beside other libraries
-# make bench-step      whole training steps beside Flax's, on the device that is here
-# make bench-compiled  what compiled programs cost on an H100 and a TPU v5e, with neither at hand
-# make bench-scaling   what a step costs each of 4 to 1024 TPU chips, with none at hand, and a model
-# All create an environment and install what they need, at most once.
+# make train              the main job: a small ResNet on handwritten digits, over all local devices
+# make train-hosts        forty steps of it in two processes with two devices each
+# make chaos              kills a run 20 times and compares it with an undisturbed one
+# make test               all that CI runs: lint, types, and pytest with the newest and oldest versions
+# make lint               ruff
+# make types              the type checker
+# make pytest             the tests, with the newest versions of what jaxbn needs (ARGS=tests/...)
+# make pytest-oldest      those of the layers and functions, with the oldest
+# make wheel              docstrings and guides where nothing but the wheel is installed, on both ends
+# make fuzz               random options, dtypes, devices and modes against the equations, for minutes
+# make format             ruff's fixes and formatting
+# make exactness          the README's comparison with Flax
+# make house              how far a reader of the core has to go, into docs/design.md
+# make compare-norms      every norm on Fashion-MNIST: batch sizes, depths, step times (ARGS=--long)
+# make compare-recurrent  recurrent batch normalization's experiments, and its cost
+# make compare-renorm     batch renormalization's experiments
+# make compare-descent    the experiments of length and direction apart
+# make bench              time and accuracy on this machine's CPU, beside other libraries
+# make bench-step         whole training steps beside Flax's, on the device that is here
+# make bench-compiled     what compiled programs cost on an H100 and a TPU v5e, with neither at hand
+# make bench-scaling      a step's cost on each of 4 to 1024 TPU chips, with none at hand, and a model
+# make clean              removes the environments and all caches
 
 CONFIG ?= configs/digits.py
 ARGS ?=
@@ -31,13 +38,15 @@ PAGES := README.md $(shell grep -l '```python' docs/*.md)
 PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 OLDEST_TESTS := tests/test_*.py tests/linen tests/nnx tests/examples/test_checkpoints.py
 
-.PHONY: train train-hosts chaos test wheel fuzz exactness house compare-norms compare-recurrent \
+# All create an environment and install what they need, at most once.
+.PHONY: help train train-hosts chaos test wheel fuzz exactness house compare-norms compare-recurrent \
         compare-renorm compare-descent bench bench-step bench-compiled bench-scaling lint types pytest \
         pytest-oldest format clean $(WHEELS:=/run)
 .DEFAULT_GOAL := help
 
+# The lines that this file begins with.
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n '/^#/!q;s/^# //p' $(firstword $(MAKEFILE_LIST))
 
 train: $(INSTALLED)
 	@$(BIN)/python -m examples.train --config=$(CONFIG) $(ARGS)
