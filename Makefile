@@ -81,10 +81,8 @@ pytest-oldest: $(OLDEST)/.installed
 
 wheel: $(WHEELS:=/run)
 
-# One step after the other: with several in flight, four devices of jax 0.9 wait for each other on two
-# cores for ever.
 $(WHEELS:=/run): %/run: %/.installed
-	@JAX_CPU_ENABLE_ASYNC_DISPATCH=0 JAX_NUM_CPU_DEVICES=4 $*/bin/python -P tests/bare.py --docstrings $(PAGES)
+	@JAX_NUM_CPU_DEVICES=4 $*/bin/python -P tests/bare.py --docstrings $(PAGES)
 	@JAX_NUM_CPU_DEVICES=1 $*/bin/python -P tests/bare.py $(shell grep -l device_count $(PAGES))
 
 fuzz: $(INSTALLED)

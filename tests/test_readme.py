@@ -22,7 +22,9 @@ def results():
   names, results = {}, []
   for block in blocks(README):
     exec(block, names)
-    results.append({k: names.get(k) for k in ("value", "accuracy", "params", "state", "y")})
+    results.append(
+      {k: names.get(k) for k in ("value", "accuracy", "params", "state", "losses", "y")}
+    )
   return results
 
 
@@ -34,13 +36,13 @@ def test_its_networks_learn(results):
 
 def test_its_three_loops_on_all_devices_end_alike(results):
   pmap, *others = results[2:5]
-  assert pmap["value"] < 0.47  # from 0.5
+  assert pmap["losses"][-1] < 0.95 * pmap["losses"][0]
   for other in others:
     # A hundred steps of rounding.
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
-      [pmap[k] for k in ("value", "params", "state")],
-      [other[k] for k in ("value", "params", "state")],
+      [pmap[k] for k in ("losses", "params", "state")],
+      [other[k] for k in ("losses", "params", "state")],
     )
 
 
