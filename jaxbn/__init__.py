@@ -28,6 +28,6 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> ModuleType:
   # On first use: `import jaxbn` alone does not import Flax.
-  if name in ("alternatives", "linen", "nnx", "variants"):
+  if name in ("alternatives", "linen", "nnx", "surgery", "variants"):
     return importlib.import_module(f"jaxbn.{name}")
   raise AttributeError(f"module 'jaxbn' has no attribute {name!r}")

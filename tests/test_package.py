@@ -12,6 +12,7 @@ import pytest
 import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
+import jaxbn.surgery
 
 ROOT = pathlib.Path(jaxbn.__file__).parent
 # What a file imports of ours is in a line above its own. A folder stands for all others in it.
@@ -32,11 +33,19 @@ alternatives
 linen/__init__ linen/_common nnx/__init__ nnx/_common
 linen/_batch_norm nnx/_batch_norm
 linen nnx
+surgery/__init__ surgery/_foreign
+surgery/_linen
+surgery/_nnx
+surgery/_find
+surgery
 """
 RANKS = {name: rank for rank, line in enumerate(ORDER.split("\n")) for name in line.split()}
 # What they may import of others', beside these.
 EVERYWHERE = {"jax", "numpy", "chex"}
-ALSO = {"linen": {"flax"}, "nnx": {"flax"}, "alternatives/path_sgd": {"optax"}}
+ALSO = {
+  **{folder: {"flax"} for folder in ("linen", "nnx", "surgery")},
+  "alternatives/path_sgd": {"optax"},
+}
 
 
 def imported(path):
@@ -71,7 +80,11 @@ def rank(name):
 def test_imports_point_one_way(path):
   packages, ours = imported(path)
   name, folder = module(path)
-  if name in ("linen/__init__", "nnx/__init__"):  # the face of what is beside it
+  if name in (
+    "linen/__init__",
+    "nnx/__init__",
+    "surgery/__init__",
+  ):  # the face of what is beside it
     assert all(o.startswith(f"{folder}/_") for o in ours - {"_layers"})
   else:
     assert all(rank(o) < rank(name) for o in ours), ours
@@ -88,7 +101,7 @@ def test_importing_jaxbn_imports_neither_flax_nor_chex():
 
 def test_the_layers_come_on_first_use():
   code = "import jaxbn; jaxbn.linen.BatchNorm; jaxbn.nnx.BatchNorm; "
-  code += "jaxbn.variants; jaxbn.alternatives"
+  code += "jaxbn.variants; jaxbn.alternatives; jaxbn.surgery.find"
   subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -104,14 +117,18 @@ def test_a_layer_is_imported_when_it_is_used(kind):
   subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("package", [jaxbn.linen, jaxbn.nnx], ids=lambda p: p.__name__)
+@pytest.mark.parametrize(
+  "package", [jaxbn.linen, jaxbn.nnx, jaxbn.surgery], ids=lambda p: p.__name__
+)
 def test_every_layer_that_is_exported_is_where_it_is_said_to_be(package):
   assert sorted(package.__all__) == sorted(package._HOMES) == dir(package)
   for name in package.__all__:
     assert getattr(package, name).__module__ == f"{package.__name__}.{package._HOMES[name]}"
 
 
-@pytest.mark.parametrize("package", [jaxbn, jaxbn.linen, jaxbn.nnx], ids=lambda p: p.__name__)
+@pytest.mark.parametrize(
+  "package", [jaxbn, jaxbn.linen, jaxbn.nnx, jaxbn.surgery], ids=lambda p: p.__name__
+)
 def test_an_unknown_name_is_an_attribute_error(package):
   with pytest.raises(AttributeError, match="no attribute 'batchnorm'"):
     _ = package.batchnorm
@@ -124,7 +141,7 @@ FAMILY = [
 ]
 PUBLIC = [
   getattr(where, name)
-  for where in (jaxbn, jaxbn.linen, jaxbn.nnx, *FAMILY)
+  for where in (jaxbn, jaxbn.linen, jaxbn.nnx, jaxbn.surgery, *FAMILY)
   for name in where.__all__
 ]
 

@@ -1,0 +1,34 @@
+"""Trained networks, as they are: find the layers, and work on them, for Flax Linen and NNX."""
+
+from typing import TYPE_CHECKING, Any
+
+from jaxbn._layers import on_first_use
+
+if TYPE_CHECKING:
+  from jaxbn.surgery._find import Layer, find
+  from jaxbn.surgery._foreign import Foreign
+  from jaxbn.surgery._replace import replace, replaced
+
+__all__ = [
+  "Foreign",
+  "Layer",
+  "find",
+  "replace",
+  "replaced",
+]
+# Imported on first use: no verb needs another.
+_HOMES = {
+  "Foreign": "_foreign",
+  "Layer": "_find",
+  "find": "_find",
+  "replace": "_replace",
+  "replaced": "_replace",
+}
+
+
+def __getattr__(name: str) -> Any:
+  return on_first_use(__name__, _HOMES, name)
+
+
+def __dir__() -> list[str]:
+  return sorted(__all__)
