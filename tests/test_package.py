@@ -33,10 +33,11 @@ alternatives
 linen/__init__ linen/_common nnx/__init__ nnx/_common
 linen/_batch_norm nnx/_batch_norm
 linen nnx
-surgery/__init__ surgery/_foreign
-surgery/_linen
-surgery/_nnx
-surgery/_find
+surgery/__init__ surgery/_foreign surgery/_trace
+surgery/_linen surgery/_known
+surgery/_nnx surgery/_linear
+surgery/_find surgery/_chain surgery/_scope
+surgery/_interpret
 surgery
 """
 RANKS = {name: rank for rank, line in enumerate(ORDER.split("\n")) for name in line.split()}

@@ -6,6 +6,7 @@ from jaxbn._layers import on_first_use
 
 if TYPE_CHECKING:
   from jaxbn.surgery._find import Layer, find
+  from jaxbn.surgery._fold import fold
   from jaxbn.surgery._foreign import Foreign
   from jaxbn.surgery._replace import replace, replaced
 
@@ -13,6 +14,7 @@ __all__ = [
   "Foreign",
   "Layer",
   "find",
+  "fold",
   "replace",
   "replaced",
 ]
@@ -21,6 +23,7 @@ _HOMES = {
   "Foreign": "_foreign",
   "Layer": "_find",
   "find": "_find",
+  "fold": "_fold",
   "replace": "_replace",
   "replaced": "_replace",
 }

@@ -58,8 +58,8 @@ def fold(
   and per input channel, for a norm before it, norm(x) * kernel = x * (k kernel) + (bias - mean k) *
   kernel, where the convolution puts no zeros around or between its inputs (Jacob et al. 2018,
   "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
-  section 3.2). Norms are found in the traced program, not by name: whoever wrote the layer, one is a
-  chain of factors and shifts, per channel, that do not depend on the inputs, through transposes,
+  section 3.2). Norms are found in the traced program, not by name: whoever wrote the layer, one is
+  a chain of factors and shifts, per channel, that do not depend on the inputs, through transposes,
   reshapes and conversions, in calls, `remat` and `scan` too. What has another reader stays, as does
   what is behind an activation, a pool, a concatenation or a sum, and what is beside a kernel with
   other readers.
@@ -80,8 +80,8 @@ def fold(
 
   Raises:
     TypeError: variables hold something else than arrays.
-    ValueError: there is nothing to fold, with what was found; a folded kernel or bias is not finite;
-      the outputs are not finite, or differ by more than `rtol`, with the layer that is most of it.
+    ValueError: there is nothing to fold, with what was found; a folded kernel or bias is not
+      finite; the outputs are not, or differ by more than `rtol`, with the layer that is most of it.
 
   >>> import jax, jax.numpy as jnp
   >>> from flax import linen as nn
