@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import InconclusiveDimensionOperation, primitives
+from jax.extend.core import primitives
 
 from jaxbn.surgery._known import Known, made
 from jaxbn.surgery._trace import Op
@@ -56,12 +56,8 @@ def _transposed(channels: Known, order: Sequence[int], back: bool) -> Known:
 
 def _regrouped(channels: Known, before: Sequence[Any], after: Sequence[Any]) -> Known | None:
   """As a reshape does it with what `channels` are the channels of."""
-  try:
-    groups = _groups(before, after)
-  except InconclusiveDimensionOperation:
-    return None
   full, shape = [1] * len(before), [1] * len(after)
-  for old, new in groups:
+  for old, new in _groups(before, after):
     if any(channels.shape[axis] != 1 for axis in old):
       for axis in old:
         full[axis] = before[axis]
@@ -79,7 +75,11 @@ def _groups(before: Sequence[Any], after: Sequence[Any]) -> list[tuple[range, ra
     start = i, j
     i, j = min(i + 1, len(before)), min(j + 1, len(after))
     while (m := math.prod(before[start[0] : i])) != (n := math.prod(after[start[1] : j])):
-      i, j = (i + 1, j) if m < n else (i, j + 1)
+      if i == len(before) or j == len(after):  # the rest is one run, as where sizes are symbols
+        i, j = len(before), len(after)
+        break
+      less = m < n if isinstance(m, int) and isinstance(n, int) else n % m == 0
+      i, j = (i + 1, j) if less else (i, j + 1)
     groups.append((range(start[0], i), range(start[1], j)))
   return groups
 
