@@ -8,6 +8,7 @@ if TYPE_CHECKING:
   from jaxbn.surgery._find import Layer, find
   from jaxbn.surgery._fold import fold
   from jaxbn.surgery._foreign import Foreign
+  from jaxbn.surgery._recalibrate import recalibrate
   from jaxbn.surgery._replace import replace, replaced
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
   "Layer",
   "find",
   "fold",
+  "recalibrate",
   "replace",
   "replaced",
 ]
@@ -24,6 +26,7 @@ _HOMES = {
   "Layer": "_find",
   "find": "_find",
   "fold": "_fold",
+  "recalibrate": "_recalibrate",
   "replace": "_replace",
   "replaced": "_replace",
 }

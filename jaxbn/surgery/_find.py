@@ -104,7 +104,9 @@ def _in_linen(
     reading = readings.get(call.kind)
     said = read(reading, call.layer, call.arguments)
     before, path = len(log), call.layer.path
-    y = call.run()
+    own = _linen.options(call.layer, call.kind)
+    where = _linen.here(own)
+    y = call.run() if where == own else call.run_instead(call.kind, where)
     if path in log[before:]:  # what was called in its place
       return y
     log.append(path)
@@ -151,7 +153,8 @@ def _in_nnx_call(model: Any, example: Any, readings: Any, arguments: dict[str, A
       path, kind = self.surgery_place
       reading = readings.get(kind)
       said = read(reading, self, bound(functools.partial(kind.__call__, self), *args, **kwargs))
-      y = super().__call__(*args, **kwargs)
+      with _nnx.here(self):
+        y = super().__call__(*args, **kwargs)
       layer = of_node(path, self, kind, reading)
       return _record(found, _placed(layer, reading, _nnx.places(self, path), state), said, y)
 

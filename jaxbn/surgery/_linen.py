@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import dataclasses
 import inspect
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -27,6 +27,7 @@ class Call(NamedTuple):
   arguments: dict[str, Any]  # by their names
   kind: type  # the class whose `__call__` this is
   run: Callable[[], Any]  # the call as it is
+  made: list[Any]  # layers that run instead of others, now
 
   def places(self) -> dict[str, tuple[tuple[str, ...], Any]]:
     """Of each of the layer's variables by name its place and its value."""
@@ -40,7 +41,12 @@ class Call(NamedTuple):
     """Calls another layer with the variables of this one, and these arguments changed."""
     given = {name: v for name, v in (self.arguments | changed).items() if v is not None}
     # Made where it belongs: else Flax would take it for a part of the layer.
-    return make(**options, parent=self.layer.scope)(**given)
+    layer = make(**options, parent=self.layer.scope)
+    self.made.append(layer)
+    try:
+      return layer(**given)
+    finally:
+      self.made.pop()
 
   def run_foreign(self, reading: Foreign, **options: Any) -> Any:
     """The call of a layer that is not Flax's, by ours."""
@@ -83,9 +89,9 @@ def intercepting(
 ) -> Iterator[None]:
   """Within it, calls of layers of these kinds are what `around` makes of them.
 
-  Not those of layers within such a layer, nor those that `around` makes itself, unless `nested`. A
-  kind's `__call__` is what counts: of a subclass that calls it, not the subclass's own. The names
-  of all other classes that are called go into `others`.
+  Not of those that `around` makes; nor of others within such a layer, unless `nested`. A kind's
+  `__call__` is what counts: of a subclass that calls it, not the subclass's own. The names of all
+  other classes that are called go into `others`.
   """
   others = set() if others is None else others
   interceptor = _interceptor(around, tuple(kinds), others, nested)
@@ -97,6 +103,7 @@ def _interceptor(
   around: Around, kinds: tuple[type, ...], others: set[str], nested: bool
 ) -> Callable[..., Any]:
   inside = contextvars.ContextVar("inside", default=False)
+  made: list[Any] = []
 
   def intercept(
     next_function: Callable[..., Any],
@@ -110,13 +117,15 @@ def _interceptor(
       return next_function(*args, **kwargs)
     wanted = next(c for c in type(layer).__mro__ if c in kinds)
     function: Any = context.orig_method
+    if any(layer is own for own in made):
+      return next_function(*args, **kwargs)
     if is_library(function.func) != is_library(inspect.unwrap(wanted.__call__)):
       return next_function(*args, **kwargs)  # a subclass's, which may call the one that is meant
     kind = library_class(type(layer)) if is_library(wanted) else wanted
     arguments = bound(function, *args, **kwargs)
     token = inside.set(not nested)
     try:
-      return around(Call(layer, arguments, kind, lambda: next_function(*args, **kwargs)))
+      return around(Call(layer, arguments, kind, lambda: next_function(*args, **kwargs), made))
     finally:
       inside.reset(token)
 
@@ -179,3 +188,20 @@ def _methods(cls: Any) -> list[str]:
 
   names = {name for name in dir(cls) if not name.startswith("__")} - others | {"__call__"}
   return [*filter(is_method, sorted(names)), "apply", "init", "init_with_output", "lazy_init"]
+
+
+def here(options: Mapping[str, Any]) -> dict[str, Any]:
+  """Without an axis that is not bound here, where the whole batch is one array."""
+  options = dict(options)
+  name = options.get("axis_name")
+  if name is not None and not _is_bound(name):
+    options |= {"axis_name": None, "axis_index_groups": None}
+  return options
+
+
+def _is_bound(axis_name: Any) -> bool:
+  try:
+    jax.lax.axis_index(axis_name)
+  except NameError:
+    return False
+  return True

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from flax import nnx
 
 from jaxbn.nnx._common import write
 from jaxbn.surgery._foreign import Foreign, bound, run
+from jaxbn.surgery._linen import here as linen_here
 from jaxbn.surgery._linen import is_library, library_class
 
 BATCH_NORMS = (nnx.BatchNorm,)  # ours are of its class too
@@ -106,3 +108,17 @@ def become(layer: Any, kind: Any, new: Any) -> None:
       setattr(layer, name, type(value)(start))
   classes: Any = type(layer), kind, type(new)
   layer.__class__ = with_mixin(*classes)
+
+
+@contextlib.contextmanager
+def here(layer: Any) -> Iterator[None]:
+  """Within it, a layer has no axis that is not bound here."""
+  before = {v: getattr(layer, v) for v in ("axis_name", "axis_index_groups") if hasattr(layer, v)}
+  now = linen_here(before)
+  for name in before:
+    setattr(layer, name, now[name])
+  try:
+    yield
+  finally:
+    for name, value in before.items():
+      setattr(layer, name, value)

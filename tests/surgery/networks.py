@@ -154,6 +154,25 @@ LINEN = {
 }
 
 
+class Everything(nn.Module):
+  """One after the other, but those in which a layer is called twice."""
+
+  @nn.compact
+  def __call__(self, x, train=True):
+    for name in ("pre-activation", "bare", "scan", "remat", "vmap", "derived", "concatenated"):
+      x = type(LINEN[name].model)(name=name)(x, train=train)
+    return x
+
+
+def in_double_precision(tree: Any) -> Any:
+  """The same variables; within jax.enable_x64."""
+
+  def double(a):
+    return jnp.asarray(a, jnp.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a
+
+  return jax.tree.map(double, tree)
+
+
 class NnxBlock(nnx.Module):
   def __init__(self, rngs, **options):
     options = {"scale_init": randomly, "bias_init": randomly, "momentum": 0.9, **options}
