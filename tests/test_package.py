@@ -33,7 +33,7 @@ alternatives
 linen/__init__ linen/_common nnx/__init__ nnx/_common
 linen/_batch_norm nnx/_batch_norm
 linen nnx
-surgery/__init__ surgery/_foreign surgery/_spread surgery/_trees surgery/_trace
+surgery/__init__ surgery/_difference surgery/_foreign surgery/_spread surgery/_trees surgery/_trace
 surgery/_linen surgery/_known
 surgery/_nnx surgery/_linear
 surgery/_find surgery/_chain surgery/_scope

@@ -8,14 +8,17 @@ if TYPE_CHECKING:
   from jaxbn.surgery._find import Layer, find
   from jaxbn.surgery._fold import fold
   from jaxbn.surgery._foreign import Foreign
+  from jaxbn.surgery._insert import Inserted, insert
   from jaxbn.surgery._recalibrate import recalibrate
   from jaxbn.surgery._replace import replace, replaced
 
 __all__ = [
   "Foreign",
+  "Inserted",
   "Layer",
   "find",
   "fold",
+  "insert",
   "recalibrate",
   "replace",
   "replaced",
@@ -23,9 +26,11 @@ __all__ = [
 # Imported on first use: no verb needs another.
 _HOMES = {
   "Foreign": "_foreign",
+  "Inserted": "_insert",
   "Layer": "_find",
   "find": "_find",
   "fold": "_fold",
+  "insert": "_insert",
   "recalibrate": "_recalibrate",
   "replace": "_replace",
   "replaced": "_replace",

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
 
 from jaxbn.surgery import _interpret
+from jaxbn.surgery._difference import difference
 from jaxbn.surgery._known import Known
 from jaxbn.surgery._scope import Key, Scope, Session
 from jaxbn.surgery._trace import flatten
@@ -136,7 +136,7 @@ def fold(
         )
   with jax.default_matmul_precision("highest"):
     wanted = jax.jit(function)(variables, *example)
-    error = _error(wanted, folded(new, *example))
+    error = difference(wanted, folded(new, *example))
     # Or eight units in the last place of what has fewer digits than float32.
     allowed = max(1e-5, 8 * session.epsilon) if rtol is None else rtol
     if not np.isfinite(error):
@@ -146,7 +146,7 @@ def fold(
       )
     if error > allowed:
       alone = {f.layers: record(key) for key, f in session.folds.items()}
-      errors = {layers: _error(wanted, f(v, *example)) for layers, (_, f, v) in alone.items()}
+      errors = {layers: difference(wanted, f(v, *example)) for layers, (_, f, v) in alone.items()}
       worst = max(errors, key=errors.__getitem__)
       raise ValueError(
         f"with its batch norms folded the function differs from the original by {error:.1e} of its "
@@ -175,14 +175,3 @@ def _named(variables: Any) -> tuple[list[str], list[Any], Any]:
       f"variables has two leaves of the same path, among {sorted(names)}: rename one."
     )
   return names, [leaf for _, leaf in paths], treedef
-
-
-def _error(wanted: Any, given: Any) -> float:
-  """The largest difference of two trees, each leaf relative to its largest element."""
-  errors = [0.0]
-  for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(given), strict=True):
-    if jnp.issubdtype(a.dtype, jnp.inexact) and a.size:
-      a, b = (np.asarray(v, np.complex128) for v in (a, b))
-      difference, size = float(np.max(abs(a - b))), float(np.max(abs(a)))
-      errors.append(difference / size if difference else 0.0)
-  return max(errors, key=lambda e: np.inf if np.isnan(e) else e)
