@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import errors, nnx
 
-import jaxbn.linen
-import jaxbn.nnx
+from jaxbn.linen import BatchNorm as LinenBatchNorm
+from jaxbn.nnx import BatchNorm as NnxBatchNorm
 from jaxbn.surgery import _linen, _nnx
 from jaxbn.surgery._difference import difference
 from jaxbn.surgery._find import Layer, find, split_static
@@ -183,7 +183,7 @@ def _layers(model: Any, variables: Any, args: Any, arguments: Any, where: Any) -
 
 
 def _in_linen(model: Any, layers: list[Layer], norm: Callable[..., Any] | None) -> Any:
-  make = norm or jaxbn.linen.BatchNorm
+  make = norm or LinenBatchNorm
   paths = {layer.path for layer in layers}
 
   def around(call: _linen.Call) -> Any:
@@ -220,7 +220,7 @@ class _Normalized(nnx.Module):
 
 
 def _in_nnx(model: Any, layers: list[Layer], norm: Callable[..., Any] | None) -> Any:
-  make = norm or jaxbn.nnx.BatchNorm
+  make = norm or NnxBatchNorm
   copy = nnx.clone(model)
   found = {layer.path: layer for layer in layers}
   for path, node, kind in _nnx.layers(copy, _IN_NNX):
