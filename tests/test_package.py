@@ -36,7 +36,7 @@ linen nnx
 surgery/__init__ surgery/_foreign surgery/_spread surgery/_trees
 surgery/_linen
 surgery/_nnx
-surgery/_find
+surgery/_find surgery/_collection
 surgery/_population
 surgery/_network
 surgery
@@ -143,7 +143,7 @@ FAMILY = [
 ]
 PUBLIC = [
   getattr(where, name)
-  for where in (jaxbn, jaxbn.linen, jaxbn.nnx, jaxbn.surgery, *FAMILY)
+  for where in (jaxbn, jaxbn.linen, jaxbn.nnx, jaxbn.surgery, jaxbn.surgery.stats, *FAMILY)
   for name in where.__all__
 ]
 

@@ -1,5 +1,6 @@
 """Trained networks, as they are: find the layers, and work on them, for Flax Linen and NNX."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxbn._layers import on_first_use
@@ -30,6 +31,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+  if name == "stats":
+    return importlib.import_module("jaxbn.surgery.stats")
   return on_first_use(__name__, _HOMES, name)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from jaxbn.surgery import _population
 from jaxbn.surgery._find import Layer, find
 from jaxbn.surgery._foreign import Foreign
 from jaxbn.surgery._spread import Spread
-from jaxbn.surgery._trees import Place, get, put, tree_of, with_tree
+from jaxbn.surgery._trees import Place, get, put, tree_of, with_statistics, with_tree
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 
@@ -142,7 +142,7 @@ class Network:
         "its own, say how to read it: foreign={ItsClass: jaxbn.surgery.Foreign(...)}."
       )
     known = {place[:-1] for layer in layers for place in layer.variables.values()}
-    lost = ["/".join(map(str, p)) for p in _with_statistics(self.tree) if p not in known]
+    lost = ["/".join(map(str, p)) for p in with_statistics(self.tree) if p not in known]
     if lost and not self.partial:
       raise ValueError(
         f"there are statistics in {', '.join(lost)}, but no batch norm of Flax's or ours was "
@@ -150,12 +150,3 @@ class Network:
         "called here, partial=True leaves its statistics as they are."
       )
     return layers
-
-
-def _with_statistics(tree: Any, place: Place = ()) -> Iterator[Place]:
-  """Where there are a mean and a variance."""
-  if isinstance(tree, Mapping):
-    if {"mean", "var"} <= tree.keys():
-      yield place
-    for key, below in tree.items():
-      yield from _with_statistics(below, (*place, key))

@@ -10,8 +10,8 @@ from typing import Any
 import flax.linen as nn
 from flax import nnx
 
-import jaxbn.linen
-import jaxbn.nnx
+from jaxbn import linen
+from jaxbn import nnx as jaxbn_nnx
 from jaxbn._batch_norm import batch_norm
 from jaxbn.surgery import _linen, _nnx
 from jaxbn.surgery._find import Layer, of_call, of_node
@@ -69,15 +69,15 @@ def replace(
   >>> jaxbn.surgery.replaced(synchronized)
   [BatchNorm layers_1]
   """
-  linen = isinstance(model, nn.Module)
-  ours: Any = jaxbn.linen.BatchNorm if linen else jaxbn.nnx.BatchNorm
+  is_linen = isinstance(model, nn.Module)
+  ours: Any = linen.BatchNorm if is_linen else jaxbn_nnx.BatchNorm
   known = set(inspect.signature(ours.__init__).parameters) - _NOT_OPTIONS
   for name in options.keys() - known:
     raise TypeError(
       f"{name!r} is no option of {ours.__name__}, which has {', '.join(sorted(known))}."
     )
   choose = functools.partial(_chosen, rule, where, ours, options)
-  if not linen:
+  if not is_linen:
     return _in_nnx(nnx.clone(model) if copy else model, choose, dict(foreign or {}))
   if not copy:
     raise ValueError(
