@@ -8,13 +8,18 @@ from jaxbn._layers import on_first_use
 if TYPE_CHECKING:
   from jaxbn.surgery._find import Layer, find
   from jaxbn.surgery._foreign import Foreign
+  from jaxbn.surgery._freeze import freeze
+  from jaxbn.surgery._labels import decay_mask, param_labels
   from jaxbn.surgery._recalibrate import recalibrate
   from jaxbn.surgery._replace import replace, replaced
 
 __all__ = [
   "Foreign",
   "Layer",
+  "decay_mask",
   "find",
+  "freeze",
+  "param_labels",
   "recalibrate",
   "replace",
   "replaced",
@@ -23,7 +28,10 @@ __all__ = [
 _HOMES = {
   "Foreign": "_foreign",
   "Layer": "_find",
+  "decay_mask": "_labels",
   "find": "_find",
+  "freeze": "_freeze",
+  "param_labels": "_labels",
   "recalibrate": "_recalibrate",
   "replace": "_replace",
   "replaced": "_replace",

@@ -14,7 +14,7 @@ from jaxbn import linen
 from jaxbn import nnx as jaxbn_nnx
 from jaxbn._batch_norm import batch_norm
 from jaxbn.surgery import _linen, _nnx
-from jaxbn.surgery._find import Layer, of_call, of_node
+from jaxbn.surgery._find import Layer, nothing, of_call, of_node
 from jaxbn.surgery._foreign import Foreign
 
 Rule = Callable[[str, Layer], Any]
@@ -130,7 +130,7 @@ def _in_linen(model: nn.Module, choose: Any, foreign: dict[type, Foreign]) -> An
 
   def finished(others: set[str]) -> None:
     if not done:
-      raise ValueError(_nothing(model, others))
+      raise ValueError(nothing("replaced", model, others))
 
   kinds = (*_linen.BATCH_NORMS, *foreign)
   return _linen.intercepted(model, around, kinds, finished, surgery_replaced=done)
@@ -162,7 +162,7 @@ def _in_nnx(model: Any, choose: Any, foreign: dict[type, Foreign]) -> Any:
     node.surgery_replaced = layer.kind
     done += 1
   if not done:
-    raise ValueError(_nothing(model, {type(m).__name__ for _, m in nnx.iter_modules(model)}))
+    raise ValueError(nothing("replaced", model, _nnx.classes(model)))
   return model
 
 
@@ -179,14 +179,6 @@ def _of_function(layer: Layer, options: dict[str, Any]) -> dict[str, Any]:
       "leave the option out there, by a rule or where=."
     )
   return options
-
-
-def _nothing(model: Any, others: set[str]) -> str:
-  return (
-    f"nothing was replaced in this {type(model).__name__}: it has no batch norm of Flax's or ours "
-    f"that rule and where= take. There are {', '.join(sorted(others)) or 'no other layers'}. If "
-    "one is a batch norm, say how to read it: foreign={ItsClass: jaxbn.surgery.Foreign(...)}."
-  )
 
 
 def replaced(model: Any) -> list[Layer]:

@@ -91,9 +91,9 @@ def double_network(shared):
 
 def test_a_layer_called_twice_gets_both_on_all_devices(batches):
   model = double_network(shared=True)
-  before = nnx.state(model, STATE)
+  before = networks.snapshot(model)
   new = recalibrate(model, None, batches)
-  layers.assert_bit_equal(nnx.state(model, STATE), before)
+  layers.assert_bit_equal(networks.snapshot(model), before)
   assert type(new.named["own"]) is networks.NnxOwn
 
   given = []
