@@ -39,6 +39,7 @@ surgery/_nnx
 surgery/_find surgery/_collection
 surgery/_population
 surgery/_network
+surgery/_recalibrate
 surgery
 """
 RANKS = {name: rank for rank, line in enumerate(ORDER.split("\n")) for name in line.split()}

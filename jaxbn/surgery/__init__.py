@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 from jaxbn._layers import on_first_use
 
 if TYPE_CHECKING:
+  from jaxbn.surgery._adapt import adapt
+  from jaxbn.surgery._entropy import minimize_entropy
   from jaxbn.surgery._find import Layer, find
   from jaxbn.surgery._foreign import Foreign
   from jaxbn.surgery._freeze import freeze
@@ -16,9 +18,11 @@ if TYPE_CHECKING:
 __all__ = [
   "Foreign",
   "Layer",
+  "adapt",
   "decay_mask",
   "find",
   "freeze",
+  "minimize_entropy",
   "param_labels",
   "recalibrate",
   "replace",
@@ -28,9 +32,11 @@ __all__ = [
 _HOMES = {
   "Foreign": "_foreign",
   "Layer": "_find",
+  "adapt": "_adapt",
   "decay_mask": "_labels",
   "find": "_find",
   "freeze": "_freeze",
+  "minimize_entropy": "_entropy",
   "param_labels": "_labels",
   "recalibrate": "_recalibrate",
   "replace": "_replace",
