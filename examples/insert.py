@@ -118,7 +118,7 @@ def main(directory: str = "runs/insert") -> dict[str, Curve]:
   norm = functools.partial(BatchNorm, momentum=0.9)
   inserted = insert(plain, variables, batches, norm=norm, train=False)
   print(
-    f"{len(inserted.layers)} norms inserted: outputs differ by {inserted.evaluation:.1e} of the "
+    f"{len(inserted.layers)} norm(s) inserted: outputs differ by {inserted.evaluation:.1e} of the "
     f"largest in evaluation, and by {inserted.training:.1e} in training"
   )
   found = {}

@@ -36,9 +36,10 @@ linen nnx
 surgery/__init__ surgery/_difference surgery/_foreign surgery/_spread surgery/_trees surgery/_trace
 surgery/_linen surgery/_known
 surgery/_nnx surgery/_linear
-surgery/_find surgery/_chain surgery/_scope
-surgery/_population surgery/_interpret
+surgery/_find surgery/_collection surgery/_chain surgery/_scope
+surgery/_population surgery/_interpret surgery/_behind
 surgery/_network
+surgery/_recalibrate
 surgery
 """
 RANKS = {name: rank for rank, line in enumerate(ORDER.split("\n")) for name in line.split()}
@@ -143,7 +144,7 @@ FAMILY = [
 ]
 PUBLIC = [
   getattr(where, name)
-  for where in (jaxbn, jaxbn.linen, jaxbn.nnx, jaxbn.surgery, *FAMILY)
+  for where in (jaxbn, jaxbn.linen, jaxbn.nnx, jaxbn.surgery, jaxbn.surgery.stats, *FAMILY)
   for name in where.__all__
 ]
 

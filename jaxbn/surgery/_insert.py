@@ -8,22 +8,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from flax import errors, nnx
+from flax import errors
 
-from jaxbn.linen import BatchNorm as LinenBatchNorm
-from jaxbn.nnx import BatchNorm as NnxBatchNorm
-from jaxbn.surgery import _linen, _nnx
+from jaxbn._track import update
+from jaxbn.surgery import _behind
 from jaxbn.surgery._difference import difference
-from jaxbn.surgery._find import Layer, find, split_static
+from jaxbn.surgery._find import Layer, find
 from jaxbn.surgery._network import Batches, Network
 from jaxbn.surgery._spread import Spread, to_stderr
 from jaxbn.surgery._trees import get, put
 
-_IN_LINEN = nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Dense, nn.DenseGeneral, nn.Einsum
-_IN_NNX = nnx.Conv, nnx.ConvTranspose, nnx.Linear, nnx.LinearGeneral, nnx.Einsum
-_NAME = "norm"
 _ALLOWED = 1e-4  # relative, in evaluation
 
 
@@ -118,9 +113,9 @@ def insert(
     raise ValueError("batches gave none: give a list, or an iterator that was not gone through.")
   args = inputs(first[0]) if inputs else first[0] if isinstance(first[0], tuple) else first
   layers = _layers(model, variables, args, arguments, where)
-  new = (_in_linen if linen else _in_nnx)(model, layers, norm)
+  new = (_behind.in_linen if linen else _behind.in_nnx)(model, layers, norm)
   try:
-    tree = _completed(new, variables, args, arguments) if linen else None
+    tree = _behind.completed(new, variables, args, arguments) if linen else None
     network = Network(new, tree, inputs=inputs, foreign=None, partial=True, arguments=arguments)
     network.args(first[0])
   except (errors.FlaxError, ValueError) as error:
@@ -129,25 +124,34 @@ def insert(
       "variable_axes has to name batch_stats. Those in nnx.scan and nnx.vmap leave out, as in "
       "where=lambda path, layer: 'blocks' not in path."
     ) from error
-  paths = {f"{layer.path}/{_NAME}" for layer in layers}
+  paths = {f"{layer.path}/{_behind.NAME}" for layer in layers}
   own = [layer for layer in network.layers if layer.path in paths]
   _undo_norms(network, own)
   say = functools.partial(_say, progress)
-  found, number = network.population(itertools.chain(first, batches), True, Spread(devices), say)
+  found = network.population(itertools.chain(first, batches), True, Spread(devices), say)
   network.layers = own
-  network.refuse_not_finite(found)
-  network.set_population(found, number)
+  network.refuse_not_finite(found.moments)
+  states = {
+    v.path: update(
+      network.states()[v.path],
+      found.moments[v.path],
+      momentum=0.0,
+      unbiased=v.options.get("unbiased", False),
+    )
+    for v in own
+  }
+  network.set_states(states, found.batches)
   _undo_norms(network, own)
   result = network.result()
   new, tree = (new, result) if linen else (result, None)
-  before = _output(model, variables, args, arguments)
-  evaluation = difference(before, _output(new, tree, args, arguments))
+  before = _behind.output(model, variables, args, arguments)
+  evaluation = difference(before, _behind.output(new, tree, args, arguments))
   if not evaluation <= _ALLOWED:
     raise ValueError(
       f"with batch norms the outputs differ by {evaluation:.1e} of the largest, and {_ALLOWED} is "
       "allowed: is the network called as in evaluation, with train=False or what it has for that?"
     )
-  training = difference(before, _output(new, tree, args, arguments, training=True))
+  training = difference(before, _behind.output(new, tree, args, arguments, training=True))
   return Inserted(new, tree, tuple(layers), evaluation, training)
 
 
@@ -170,7 +174,7 @@ def _say(progress: Callable[[str], None], text: str) -> None:
 def _layers(model: Any, variables: Any, args: Any, arguments: Any, where: Any) -> list[Layer]:
   """Behind which there will be a norm."""
   linen = isinstance(model, nn.Module)
-  kinds = _IN_LINEN if linen else _IN_NNX
+  kinds = _behind.IN_LINEN if linen else _behind.IN_NNX
   given = {"variables": variables} if linen else {}
   found = find(model, *args, kinds=kinds, **given, **arguments)
   chosen = found[:-1] if where is None else [v for v in found if where(v.path, v)]
@@ -180,66 +184,3 @@ def _layers(model: Any, variables: Any, args: Any, arguments: Any, where: Any) -
       "and there is a norm behind all but the last of them, or those that where= takes."
     )
   return chosen
-
-
-def _in_linen(model: Any, layers: list[Layer], norm: Callable[..., Any] | None) -> Any:
-  make = norm or LinenBatchNorm
-  paths = {layer.path for layer in layers}
-
-  def around(call: _linen.Call) -> Any:
-    y = call.run()
-    if "/".join(call.layer.path) not in paths:
-      return y
-    training = call.layer.is_mutable_collection("batch_stats")
-    scope = call.layer.scope.push(_NAME, reuse=True)
-    return make(use_running_average=not training, parent=scope)(y).astype(y.dtype)
-
-  return _linen.intercepted(model, around, _IN_LINEN)
-
-
-def _completed(model: Any, variables: Any, args: Any, arguments: Any) -> Any:
-  """The variables, and those of the norms as they start."""
-  init, arrays = split_static(model.init, jax.random.key(0), *args, **arguments)
-  shapes = jax.eval_shape(init, arrays)
-
-  def value(path: Any, a: Any) -> Any:
-    there = get(variables, tuple(key.key for key in path))
-    return jnp.full(a.shape, path[-1].key in ("scale", "var"), a.dtype) if there is None else there
-
-  return jax.tree_util.tree_map_with_path(value, shapes)
-
-
-class _Normalized(nnx.Module):
-  """A layer and a norm behind it: a mixin."""
-
-  norm: Any
-
-  def __call__(self, *args: Any, **kwargs: Any) -> Any:
-    y = super().__call__(*args, **kwargs)
-    return self.norm(y).astype(y.dtype)
-
-
-def _in_nnx(model: Any, layers: list[Layer], norm: Callable[..., Any] | None) -> Any:
-  make = norm or NnxBatchNorm
-  copy = nnx.clone(model)
-  found = {layer.path: layer for layer in layers}
-  for path, node, kind in _nnx.layers(copy, _IN_NNX):
-    layer = found.get("/".join(map(str, path)))
-    if layer is not None:
-      made = make(layer.output.shape[-1], use_running_average=True, rngs=nnx.Rngs(0))
-      cls: Any = type(node)
-      node.__class__ = _nnx.with_mixin(cls, kind, _Normalized)
-      setattr(node, _NAME, made)
-  return copy
-
-
-def _output(model: Any, variables: Any, args: Any, arguments: Any, training: bool = False) -> Any:
-  if isinstance(model, nn.Module):
-    if not training:
-      return model.apply(variables, *args, **arguments)
-    return model.apply(variables, *args, mutable=["batch_stats"], **arguments)[0]
-  model = nnx.clone(model)
-  for _, node in nnx.iter_graph(model):
-    if isinstance(node, _Normalized):
-      node.norm.use_running_average = not training
-  return model(*args, **arguments)

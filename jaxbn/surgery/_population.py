@@ -19,8 +19,9 @@ from jaxbn.surgery._find import Layer
 from jaxbn.surgery._foreign import Foreign, Read, bound, read
 from jaxbn.surgery._trees import get, put
 
-# With the moments of each layer, by its path, so far: those with one more batch.
-Step = Callable[[Any, dict[str, Moments], jax.Array, Sequence[Any]], dict[str, Moments]]
+# With the moments of each layer, by its path, so far: what the network gives, and those with one
+# more batch.
+Step = Callable[[Any, dict[str, Moments], jax.Array, Sequence[Any]], tuple[Any, dict[str, Moments]]]
 _NAME = "surgery_moments"
 
 
@@ -41,7 +42,7 @@ def step(
   evaluating: bool,
   arguments: Mapping[str, Any],
 ) -> Step:
-  """A function of variables, moments so far, the batch's number and the call's arguments.
+  """One run, of variables, moments so far, the batch's number and the call's arguments.
 
   Batch norms normalize as in evaluation or as in training, whatever the rest of the network does.
   """
@@ -54,8 +55,8 @@ def step(
 
   def one_more(tree: Any, so_far: dict[str, Moments], index: jax.Array, args: Any) -> Any:
     given = put(tree, {places[path]: value for path, value in so_far.items()})
-    new = run(given, index, args)
-    return {path: get(new, places[path]) for path in so_far}
+    y, new = run(given, index, args)
+    return y, {path: get(new, places[path]) for path in so_far}
 
   return one_more
 
@@ -84,8 +85,7 @@ def _step_in_linen(model: Any, foreign: Any, evaluating: bool, arguments: Any) -
       given["rngs"] = jax.tree.map(lambda key: jax.random.fold_in(key, index), given["rngs"])
     mutable = [collection for collection in variables if collection != "params"]
     with _linen.intercepting(around, (*_linen.BATCH_NORMS, *foreign), nested=True):
-      _, new = model.apply(variables, *args, mutable=mutable, **given)
-    return new
+      return model.apply(variables, *args, mutable=mutable, **given)
 
   return run
 
@@ -129,8 +129,8 @@ def _step_in_nnx(model: Any, foreign: Any, evaluating: bool, arguments: Any) -> 
     for _, node in nnx.iter_graph(running):
       if isinstance(node, nnx.RngStream):
         node.key.set_value(jax.random.fold_in(node.key[...], index))
-    running(*args, **arguments)
-    return nnx.to_pure_dict(nnx.state(running, _Population))
+    y = running(*args, **arguments)
+    return y, nnx.to_pure_dict(nnx.state(running, _Population))
 
   return run
 

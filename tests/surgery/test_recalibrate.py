@@ -76,9 +76,9 @@ def test_in_evaluation_it_is_as_if_all_were_one_batch_of_training(everything, ba
   )
   x = jnp.asarray(ALL)
   layers.assert_equal_to_rounding(new["batch_stats"], of_batch(model, variables, x), EPS)
-  assert said[0] == "recalibrate, pass 1, batch 1"
+  assert said[0] == "pass 1, batch 1"
   # 13 norms are one behind the other, the two of vmap beside each other, and one pass to see it.
-  assert said[-1] == "recalibrated in 14 passes over 3 batches\n"
+  assert said[-1] == "done in 14 passes over 3 batches\n"
 
 
 def double_network(shared):
@@ -91,9 +91,9 @@ def double_network(shared):
 
 def test_a_layer_called_twice_gets_both_on_all_devices(batches):
   model = double_network(shared=True)
-  before = nnx.state(model, STATE)
+  before = networks.snapshot(model)
   new = recalibrate(model, None, batches)
-  layers.assert_bit_equal(nnx.state(model, STATE), before)
+  layers.assert_bit_equal(networks.snapshot(model), before)
   assert type(new.named["own"]) is networks.NnxOwn
 
   given = []

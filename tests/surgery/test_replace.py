@@ -73,11 +73,11 @@ def test_nnx_variables_outputs_and_gradients_are_the_same(name):
   with jax.enable_x64(True):
     x = jnp.asarray(np.asarray(X), jnp.float64)
     model, norms, foreign = nnx_networks()[name]
-    before = jax.tree.map(lambda v: v.astype(x.dtype), nnx.state(model, FILTER))
-    nnx.update(model, before)
+    nnx.update(model, networks.in_double_precision(nnx.state(model, FILTER)))
+    before = networks.snapshot(model)
     ours = replace(model, foreign=foreign)
     assert [layer.path for layer in replaced(ours)] == list(norms)
-    layers.assert_bit_equal(nnx.state(ours, FILTER), before)
+    layers.assert_bit_equal(networks.snapshot(ours), before)
     for train in (True, False):
       for m in (model, ours):
         (m.train if train else m.eval)()
@@ -87,7 +87,7 @@ def test_nnx_variables_outputs_and_gradients_are_the_same(name):
       layers.assert_equal_to_rounding(
         everything_in_nnx(ours, x, train), everything_in_nnx(model, x, train), EPS
       )
-    layers.assert_equal_to_rounding(nnx.state(ours, FILTER), nnx.state(model, FILTER), EPS)
+    layers.assert_equal_to_rounding(networks.snapshot(ours), networks.snapshot(model), EPS)
 
 
 def test_a_copy_leaves_the_graph_as_it_was_and_false_changes_it():
