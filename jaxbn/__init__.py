@@ -2,7 +2,7 @@
 
 `batch_norm` is the whole layer as a function, and the other functions are its steps. `jaxbn.linen`
 and `jaxbn.nnx` have the layers, `jaxbn.variants` and `jaxbn.alternatives` what grew out of batch
-normalization.
+normalization. `jaxbn.surgery` works on networks that are there already.
 """
 
 from typing import TYPE_CHECKING
@@ -29,12 +29,13 @@ __all__ = [
   "update",
 ]
 __version__ = "0.1.0"
-_PACKAGES = ["alternatives", "linen", "nnx", "variants"]
+_PACKAGES = ["alternatives", "linen", "nnx", "surgery", "variants"]
 
 if TYPE_CHECKING:
   from jaxbn import alternatives as alternatives
   from jaxbn import linen as linen
   from jaxbn import nnx as nnx
+  from jaxbn import surgery as surgery
   from jaxbn import variants as variants
 else:  # `import jaxbn` alone does not import Flax
   __getattr__ = on_first_use(__name__, {name: name for name in _PACKAGES})

@@ -12,6 +12,7 @@ import pytest
 import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
+import jaxbn.surgery
 
 ROOT = pathlib.Path(jaxbn.__file__).parent
 # What a file imports of ours is in a line above its own. A folder stands for all others in it.
@@ -33,11 +34,22 @@ alternatives
 linen/__init__ linen/_common nnx/__init__ nnx/_common
 linen/_batch_norm nnx/_batch_norm
 linen nnx
+surgery/__init__ surgery/_difference surgery/_foreign surgery/_spread surgery/_trees surgery/_trace
+surgery/_linen surgery/_known
+surgery/_nnx surgery/_linear
+surgery/_find surgery/_collection surgery/_chain surgery/_scope
+surgery/_population surgery/_interpret surgery/_behind
+surgery/_network
+surgery/_recalibrate
+surgery
 """
 RANKS = {name: rank for rank, line in enumerate(ORDER.split("\n")) for name in line.split()}
 # What they may import of others', beside these.
 EVERYWHERE = {"jax", "numpy"}
-ALSO = {"linen": {"flax"}, "nnx": {"flax"}, "alternatives/path_sgd": {"optax"}}
+ALSO = {
+  **{folder: {"flax"} for folder in ("linen", "nnx", "surgery")},
+  "alternatives/path_sgd": {"optax"},
+}
 
 
 def imported(path):
@@ -97,7 +109,7 @@ def walk(module):
       yield from walk(value)
 print(*walk(jaxbn))"""
   printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-  folders = ("linen", "nnx", "variants", "alternatives")
+  folders = ("linen", "nnx", "surgery", "variants", "alternatives")
   names = [f"{f}.{path.stem}" for f in folders for path in (ROOT / f).glob("[a-z]*.py")]
   assert set(printed.stdout.split()) == {f"jaxbn.{name}" for name in (*folders, *names)}
 
@@ -114,7 +126,9 @@ def test_a_layer_is_imported_when_it_is_used(kind):
   subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("package", [jaxbn.linen, jaxbn.nnx], ids=lambda p: p.__name__)
+@pytest.mark.parametrize(
+  "package", [jaxbn.linen, jaxbn.nnx, jaxbn.surgery], ids=lambda p: p.__name__
+)
 def test_every_layer_that_is_exported_is_where_it_is_said_to_be(package):
   assert sorted(package.__all__) == sorted(package._HOMES)
   for name in package.__all__:
@@ -128,7 +142,7 @@ FAMILY = [
 ]
 PUBLIC = [
   getattr(where, name)
-  for where in (jaxbn, jaxbn.linen, jaxbn.nnx, *FAMILY)
+  for where in (jaxbn, jaxbn.linen, jaxbn.nnx, jaxbn.surgery, jaxbn.surgery.stats, *FAMILY)
   for name in where.__all__
 ]
 

@@ -36,8 +36,7 @@ def has_count(layer: nn.Module, momentum: float | None, debias: bool, evaluating
     raise ValueError(
       f"batch_stats of {_called(layer)} has a mean but no count, which "
       "debias=True and momentum=None need in training: it was saved without that option. Add the "
-      "leaf, for instance count=jnp.full(mean.shape, updates_so_far, jnp.float32), or leave the "
-      "option out."
+      "leaf with jaxbn.surgery.stats.add_count(variables, updates_so_far), or leave the option out."
     )
   return False
 

@@ -1,0 +1,149 @@
+"""The moments of all that each batch norm of a network is given, batch after batch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxbn._measure import moments
+from jaxbn._share import merge, sync
+from jaxbn._types import Moments
+from jaxbn.surgery import _linen, _nnx
+from jaxbn.surgery._find import Layer
+from jaxbn.surgery._foreign import Foreign, Read, bound, read
+from jaxbn.surgery._trees import get, put
+
+# With the moments of each layer, by its path, so far: what the network gives, and those with one
+# more batch.
+Step = Callable[[Any, dict[str, Moments], jax.Array, Sequence[Any]], tuple[Any, dict[str, Moments]]]
+_NAME = "surgery_moments"
+
+
+def start(layers: Sequence[Layer]) -> dict[str, Moments]:
+  """The moments of nothing: their shapes are those of the statistics in the network."""
+
+  def zeros(layer: Layer) -> Moments:
+    # Floating-point counts, for there may be more elements than an integer holds.
+    return Moments(*(jnp.zeros(layer.stacked + layer.shape, jnp.float32) for _ in range(3)))
+
+  return {layer.path: zeros(layer) for layer in layers}
+
+
+def step(
+  model: Any,
+  layers: Sequence[Layer],
+  foreign: Mapping[type, Foreign],
+  evaluating: bool,
+  arguments: Mapping[str, Any],
+) -> Step:
+  """One run, of variables, moments so far, the batch's number and the call's arguments.
+
+  Batch norms normalize as in evaluation or as in training, whatever the rest of the network does.
+  """
+  make = _step_in_linen if isinstance(model, nn.Module) else _step_in_nnx
+  run = make(model, foreign, evaluating, arguments)
+  places = {}
+  for layer in layers:
+    mean = foreign[layer.kind].name("mean") if layer.kind in foreign else "mean"
+    places[layer.path] = (*layer.variables[mean][:-1], _NAME)
+
+  def one_more(tree: Any, so_far: dict[str, Moments], index: jax.Array, args: Any) -> Any:
+    given = put(tree, {places[path]: value for path, value in so_far.items()})
+    y, new = run(given, index, args)
+    return y, {path: get(new, places[path]) for path in so_far}
+
+  return one_more
+
+
+def _step_in_linen(model: Any, foreign: Any, evaluating: bool, arguments: Any) -> Any:
+  def around(call: _linen.Call) -> Any:
+    layer, reading = call.layer, foreign.get(call.kind)
+    options = reading.options_of(layer) if reading else _linen.options(layer, call.kind)
+    mean = reading.name("mean") if reading else "mean"
+    (collection, *_), _ = call.places()[mean]
+    options = _linen.here(options)
+    so_far = layer.get_variable(collection, _NAME)
+    said = read(reading, layer, call.arguments)
+    if reading:
+      y = call.run_foreign(reading, evaluating=evaluating, **options)
+    else:
+      mode = {"use_running_average": evaluating}
+      y = call.run_instead(call.kind, options | mode, use_running_average=None)
+    if layer.get_variable(collection, _NAME) is so_far:  # else what was called in its place did it
+      layer.put_variable(collection, _NAME, _with_call(so_far, said, options))
+    return y
+
+  def run(variables: Any, index: jax.Array, args: Any) -> Any:
+    given = dict(arguments)
+    if "rngs" in given:
+      given["rngs"] = jax.tree.map(lambda key: jax.random.fold_in(key, index), given["rngs"])
+    mutable = [collection for collection in variables if collection != "params"]
+    with _linen.intercepting(around, (*_linen.BATCH_NORMS, *foreign), nested=True):
+      return model.apply(variables, *args, mutable=mutable, **given)
+
+  return run
+
+
+class _Population(nnx.BatchStat):
+  """Moments so far: a BatchStat, so that the axes of nnx.scan and nnx.vmap are those of such."""
+
+
+class _Measuring(nnx.Module):
+  surgery_place: Any
+  surgery_measuring: Any
+
+  def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    _, kind = self.surgery_place
+    reading, evaluating = self.surgery_measuring
+    call = bound(functools.partial(kind.__call__, self), *args, **kwargs)
+    options = _linen.here(reading.options_of(self) if reading else _nnx.options(self, kind))
+    population = getattr(self, _NAME)
+    said = read(reading, self, call)
+    population.set_value(_with_call(population.get_value(), said, options))
+    if reading:
+      options["evaluating"] = evaluating
+      return _nnx.run_foreign(self, kind, reading, args, kwargs, **options)
+    with _nnx.here(self):
+      return super().__call__(**call | {"use_running_average": evaluating})
+
+
+def _step_in_nnx(model: Any, foreign: Any, evaluating: bool, arguments: Any) -> Any:
+  copy = nnx.clone(model)
+  kinds = (*_nnx.BATCH_NORMS, *foreign)
+  for _, layer, kind in _nnx.layers(copy, kinds):
+    layer.surgery_measuring = foreign.get(kind), evaluating
+    setattr(layer, _NAME, _Population(None))
+  _nnx.mix_in(copy, kinds, _Measuring)
+  graphdef, template = nnx.split(copy)
+
+  def run(tree: Any, index: jax.Array, args: Any) -> Any:
+    state = jax.tree.map(lambda leaf: leaf, template)
+    nnx.replace_by_pure_dict(state, tree)
+    running = nnx.merge(graphdef, state, copy=True)
+    for _, node in nnx.iter_graph(running):
+      if isinstance(node, nnx.RngStream):
+        node.key.set_value(jax.random.fold_in(node.key[...], index))
+    y = running(*args, **arguments)
+    return y, nnx.to_pure_dict(nnx.state(running, _Population))
+
+  return run
+
+
+def _with_call(so_far: Moments, said: Read, options: Mapping[str, Any]) -> Moments:
+  given = dict(said.given)
+  if given.get("mask") is not None:
+    given["mask"] = jnp.asarray(given["mask"], bool)
+  found = moments(said.x, options.get("axis", -1), **given)
+  if options.get("axis_name") is not None:
+    found = sync(found, options["axis_name"], options.get("axis_index_groups"))
+  found = Moments(
+    *(jnp.reshape(jnp.broadcast_to(v, found.mean.shape), so_far.mean.shape) for v in found)
+  )
+  count = found.count.astype(so_far.count.dtype)
+  return merge(so_far, found._replace(count=count))

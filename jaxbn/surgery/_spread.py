@@ -1,0 +1,45 @@
+"""Batches over devices, and how far it is."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+
+def rows(args: Any) -> int:
+  """How many examples there are: of the first array that has any."""
+  return next((np.shape(a)[0] for a in jax.tree.leaves(args) if np.ndim(a)), 1)
+
+
+class Spread:
+  """Puts a batch's rows onto as many devices as divide their number, and all else onto the same."""
+
+  def __init__(self, devices: Sequence[Any] | None):
+    self.devices = list(jax.local_devices() if devices is None else devices)
+    self.there: dict[int, tuple[Any, Any]] = {}  # variables, by the number of devices
+
+  def __call__(self, tree: Any, so_far: Any, index: Any, args: Any) -> tuple[Any, ...]:
+    examples = rows(args)
+    n = max(d for d in range(1, len(self.devices) + 1) if examples % d == 0)
+    mesh = Mesh(np.array(self.devices[:n]), ("rows",))
+    whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("rows"))
+
+    def place(a: Any) -> Any:
+      return jax.device_put(a, split if np.shape(a)[:1] == (examples,) else whole)
+
+    if n not in self.there or self.there[n][0] is not tree:
+      self.there[n] = tree, jax.device_put(tree, whole)
+    rest = jax.device_put((so_far, index), whole)
+    return self.there[n][1], *rest, jax.tree.map(place, args)
+
+
+def to_stderr(text: str) -> None:
+  """Where it is said how far long work is: one line, if somebody can see it."""
+  if sys.stderr.isatty():
+    print(f"\r{text}", end="", file=sys.stderr, flush=True)
