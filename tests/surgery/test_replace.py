@@ -182,6 +182,14 @@ def test_methods_functions_parts_and_two_replacements():
   assert [layer.path for layer in replaced(doubled)] == ["norm", "inner/norm"]
 
 
+def test_a_variable_that_is_new_is_there_for_each_of_a_stack():
+  renorm = functools.partial(jaxbn.nnx.BatchRenorm, r_max=lambda step: 1.0 + step)
+  model = replace(networks.nnx_network(), lambda path, layer: renorm)
+  model(X)
+  np.testing.assert_array_equal(model.scanned.norm.step[...], [1, 1, 1])
+  np.testing.assert_array_equal(model.blocks[0].norm.step[...], 2)  # called twice
+
+
 def test_jit_tells_the_two_apart():
   inner = nn.jit(nn.BatchNorm)
 
