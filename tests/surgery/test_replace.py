@@ -29,15 +29,15 @@ def case(name):
 
 @functools.partial(jax.jit, static_argnums=0)
 def everything(model, variables, x):
-  """What training and evaluation give, and the gradients."""
+  """What training gives, with gradients, and evaluation."""
 
-  def loss(params, x, train):
-    mutable = ["batch_stats"] if train else []
-    y, new = model.apply({**variables, "params": params}, x, train=train, mutable=mutable)
+  def loss(params, x):
+    given = {**variables, "params": params}
+    y, new = model.apply(given, x, train=True, mutable=["batch_stats"])
     return jnp.sum(jnp.sin(y)), (y, new)
 
-  grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-  return [grad(variables["params"], x, train) for train in (True, False)]
+  trained = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(variables["params"], x)
+  return trained, model.apply(variables, x, train=False)
 
 
 @pytest.mark.parametrize("name", NAMES)
