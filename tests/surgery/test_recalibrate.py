@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 
 import jaxbn.linen
 from jaxbn.surgery import recalibrate, replace
+from jaxbn.surgery._spread import Spread
 from tests import layers
 from tests.surgery import networks
 
@@ -153,6 +154,16 @@ def test_a_network_that_trains_where_batch_stats_may_change(batches):
   new = recalibrate(model, variables, batches, mode="evaluation", devices=ONE, rngs=rngs)
   h = ALL @ variables["params"]["Dense_0"]["kernel"]
   np.testing.assert_allclose(new["batch_stats"]["BatchNorm_0"]["mean"], h.mean(0), rtol=1e-6)
+
+
+def test_rows_lie_on_as_many_devices_as_divide_them():
+  spread = Spread(None)
+  for rows, devices in ((16, 8), (12, 6), (7, 7), (11, 1)):
+    tree, *_, (x, other) = spread({"w": jnp.ones(3)}, None, 0, (jnp.ones((rows, 3)), jnp.ones(2)))
+    assert len(x.sharding.device_set) == len(tree["w"].sharding.device_set) == devices
+    assert {s.data.shape for s in x.addressable_shards} == {(rows // devices, 3)}
+    assert tree["w"].is_fully_replicated
+    assert other.is_fully_replicated
 
 
 SIMPLE = networks.PreActivation()

@@ -29,15 +29,15 @@ def case(name):
 
 @functools.partial(jax.jit, static_argnums=0)
 def everything(model, variables, x):
-  """What training and evaluation give, and the gradients."""
+  """What training gives, with gradients, and evaluation."""
 
-  def loss(params, x, train):
-    mutable = ["batch_stats"] if train else []
-    y, new = model.apply({**variables, "params": params}, x, train=train, mutable=mutable)
+  def loss(params, x):
+    given = {**variables, "params": params}
+    y, new = model.apply(given, x, train=True, mutable=["batch_stats"])
     return jnp.sum(jnp.sin(y)), (y, new)
 
-  grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-  return [grad(variables["params"], x, train) for train in (True, False)]
+  trained = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(variables["params"], x)
+  return trained, model.apply(variables, x, train=False)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -180,6 +180,14 @@ def test_methods_functions_parts_and_two_replacements():
   within = Outer(doubled).init(jax.random.key(0), X)
   layers.assert_bit_equal(within["params"]["inner"], variables["params"])
   assert [layer.path for layer in replaced(doubled)] == ["norm", "inner/norm"]
+
+
+def test_a_variable_that_is_new_is_there_for_each_of_a_stack():
+  renorm = functools.partial(jaxbn.nnx.BatchRenorm, r_max=lambda step: 1.0 + step)
+  model = replace(networks.nnx_network(), lambda path, layer: renorm)
+  model(X)
+  np.testing.assert_array_equal(model.scanned.norm.step[...], [1, 1, 1])
+  np.testing.assert_array_equal(model.blocks[0].norm.step[...], 2)  # called twice
 
 
 def test_jit_tells_the_two_apart():
