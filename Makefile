@@ -1,18 +1,25 @@
-# make train           the main job: a small ResNet on handwritten digits, over all local devices
-# make train-hosts     forty steps of it in two processes with two devices each
-# make chaos           kills a run 20 times and compares it with an undisturbed one
-# make test            everything that CI runs: ruff, the type checker, pytest with the newest versions
-#                      of what jaxbn needs, and the tests of its layers and functions with the oldest
-# make fuzz            random options, dtypes, devices and modes against the equations, for minutes
-# make exactness       the README's comparison with Flax
-# make house           how far a reader of the core has to go, into docs/design.md
-# make compare-norms   every norm on Fashion-MNIST: batch sizes, depths, step times (ARGS=--long)
-# make compare-recurrent, compare-renorm, compare-descent   the experiments of papers
-# make bench           time and accuracy on this machine's CPU, beside other libraries
-# make bench-step      whole training steps beside Flax's, on the device that is here
-# make bench-compiled  what compiled programs cost on an H100 and a TPU v5e, with neither at hand
-# make bench-scaling   what a step costs each of 4 to 1024 TPU chips, with none at hand, and a model
-# All create an environment and install what they need, at most once.
+# make train              the main job: a small ResNet on handwritten digits, over all local devices
+# make train-hosts        forty steps of it in two processes with two devices each
+# make chaos              kills a run 20 times and compares it with an undisturbed one
+# make test               all that CI runs: lint, types, and pytest with the newest and oldest versions
+# make lint               ruff
+# make types              the type checker
+# make pytest             the tests, with the newest versions of what jaxbn needs (ARGS=tests/...)
+# make pytest-oldest      those of the layers and functions, with the oldest
+# make wheel              docstrings and guides where nothing but the wheel is installed, on both ends
+# make fuzz               random options, dtypes, devices and modes against the equations, for minutes
+# make format             ruff's fixes and formatting
+# make exactness          the README's comparison with Flax
+# make house              how far a reader of the core has to go, into docs/design.md
+# make compare-norms      every norm on Fashion-MNIST: batch sizes, depths, step times (ARGS=--long)
+# make compare-recurrent  recurrent batch normalization's experiments, and its cost
+# make compare-renorm     batch renormalization's experiments
+# make compare-descent    the experiments of length and direction apart
+# make bench              time and accuracy on this machine's CPU, beside other libraries
+# make bench-step         whole training steps beside Flax's, on the device that is here
+# make bench-compiled     what compiled programs cost on an H100 and a TPU v5e, with neither at hand
+# make bench-scaling      a step's cost on each of 4 to 1024 TPU chips, with none at hand, and a model
+# make clean              removes the environments and all caches
 
 CONFIG ?= configs/digits.py
 ARGS ?=
@@ -22,18 +29,24 @@ comma := ,
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OLDEST := .venv-oldest
+# The wheel alone, in empty environments, where all that is documented runs.
+WHEEL := dist/jaxbn-0.1.0-py3-none-any.whl
+WHEELS := .venv-wheel .venv-wheel-oldest
+PAGES := README.md $(shell grep -l '```python' docs/*.md)
 
 # Each process imports whole files, so that what a file's tests share is computed once.
 PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 OLDEST_TESTS := tests/test_*.py tests/linen tests/nnx tests/examples/test_checkpoints.py
 
-.PHONY: train train-hosts chaos test fuzz exactness house compare-norms compare-recurrent \
+# All create an environment and install what they need, at most once.
+.PHONY: help train train-hosts chaos test wheel fuzz exactness house compare-norms compare-recurrent \
         compare-renorm compare-descent bench bench-step bench-compiled bench-scaling lint types pytest \
-        pytest-oldest format clean
+        pytest-oldest format clean $(WHEELS:=/run)
 .DEFAULT_GOAL := help
 
+# The lines that this file begins with.
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n '/^#/!q;s/^# //p' $(firstword $(MAKEFILE_LIST))
 
 train: $(INSTALLED)
 	@$(BIN)/python -m examples.train --config=$(CONFIG) $(ARGS)
@@ -46,9 +59,10 @@ train-hosts: $(INSTALLED)
 chaos: $(INSTALLED)
 	@$(BIN)/python -m tests.examples.chaos $(ARGS)
 
-# The two installations at once: each leaves a core idle.
+# Installed at once: each leaves a core idle.
 test:
 	@$(MAKE) --no-print-directory -j 2 $(INSTALLED) $(OLDEST)/.installed
+	@$(MAKE) --no-print-directory -j 2 wheel
 	@$(MAKE) --no-print-directory lint types pytest pytest-oldest
 
 lint: $(INSTALLED)
@@ -64,6 +78,12 @@ pytest: $(INSTALLED)
 pytest-oldest: $(OLDEST)/.installed
 	$(call versions,oldest,$(OLDEST))
 	@$(OLDEST)/bin/python $(PYTEST) $(or $(ARGS),$(OLDEST_TESTS))
+
+wheel: $(WHEELS:=/run)
+
+$(WHEELS:=/run): %/run: %/.installed
+	@JAX_NUM_CPU_DEVICES=4 $*/bin/python -P tests/bare.py --docstrings $(PAGES)
+	@JAX_NUM_CPU_DEVICES=1 $*/bin/python -P tests/bare.py $(shell grep -l device_count $(PAGES))
 
 fuzz: $(INSTALLED)
 	@$(BIN)/python -m tests.fuzz $(ARGS)
@@ -114,8 +134,8 @@ clean:
 # Newest first. What is newer than all that is tested, only where there is nothing else.
 PYTHONS := 3.13 3.12 3.11 3.14 3
 
-# $(call install,folder,extras,pythons,constraints): a virtual environment with the package and these
-# extras in it, made by the first of these Pythons that is on the PATH or one of pyenv's.
+# $(call install,folder,packages,pythons,constraints): a virtual environment with these packages, made
+# by the first of these Pythons that is on the PATH or one of pyenv's.
 define install
 	@python=$$(for v in $(3); do for p in python$$v "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$$v.*/bin/python$$v; do \
 	    "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break 2; done; done); \
@@ -125,7 +145,7 @@ define install
 	  [ "$$($(1)/bin/python -V 2>/dev/null)" = "$$version" ] || clear=--clear; \
 	  echo "Installing into $(1), with $$version (once, a minute or more) ..."; \
 	  "$$python" -m venv $$clear $(1) || { echo "make: $$python cannot create $(1)." >&2; exit 1; }; \
-	  $(1)/bin/pip install --quiet --disable-pip-version-check --no-compile -c $(4) -e '.[$(2)]' \
+	  $(1)/bin/pip install --quiet --disable-pip-version-check --no-compile -c $(4) $(2) \
 	    2>$(1)/install.log || { echo "make: pip could not install the packages, most likely for want of a network: $(1)/install.log says why." >&2; exit 1; }; \
 	  touch $(1)/.installed
 endef
@@ -138,14 +158,23 @@ define versions
 endef
 
 $(INSTALLED): pyproject.toml constraints.txt
-	$(call install,$(VENV),examples$(comma)test,$(PYTHONS),constraints.txt)
+	$(call install,$(VENV),-e '.[examples$(comma)test]',$(PYTHONS),constraints.txt)
 
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
-	$(call install,$(OLDEST),examples$(comma)test,3.11 3.12 3.13 3.14 3,constraints-oldest.txt)
+	$(call install,$(OLDEST),-e '.[examples$(comma)test]',3.11 3.12 3.13 3.14 3,constraints-oldest.txt)
+
+$(WHEEL): pyproject.toml README.md $(shell find jaxbn -name '*.py')
+	@rm -rf dist; $(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
+
+.venv-wheel/.installed: $(WHEEL)
+	$(call install,.venv-wheel,$(WHEEL) --force-reinstall,$(PYTHONS),constraints.txt)
+
+.venv-wheel-oldest/.installed: $(WHEEL)
+	$(call install,.venv-wheel-oldest,$(WHEEL) --force-reinstall,3.11 3.12 3.13 3.14 3,constraints-oldest.txt)
 
 # PyTorch is compared where it is installed: .venv-bench/bin/pip install torch
 .venv-bench/.installed: pyproject.toml constraints.txt
-	$(call install,.venv-bench,bench,$(PYTHONS),constraints.txt)
+	$(call install,.venv-bench,-e '.[bench]',$(PYTHONS),constraints.txt)
 
 .venv-compiled/.installed: pyproject.toml constraints.txt
-	$(call install,.venv-compiled,compiled,$(PYTHONS),constraints.txt)
+	$(call install,.venv-compiled,-e '.[compiled]',$(PYTHONS),constraints.txt)

@@ -22,7 +22,7 @@ ROOT = pathlib.Path(jaxbn.__file__).parent
 PAGE = ROOT.parent / "docs" / "design.md"
 START, END = "<!-- house -->", "<!-- /house -->"
 # What a reader may skip: the words of refusal, and what is said to the compiler.
-ASIDE = {"_checks.py", "_xla.py"}
+ASIDE = {"_checks.py", "_names.py", "_xla.py"}
 
 
 def code_lines(path: pathlib.Path) -> int:
@@ -64,7 +64,7 @@ def table() -> str:
   read = sorted({name for name, _ in functions} - ASIDE - {"_track.py"})
   core = sorted(ROOT.glob("_[a-z]*.py"))
   rows = {
-    "functions entered": f"{len(functions)}, of these {aside} in {' and '.join(sorted(ASIDE))}",
+    "functions entered": f"{len(functions)}, of these {aside} in {', '.join(sorted(ASIDE))}",
     "depth": depth,
     "files from x to y": f"{len(read)}: {', '.join(read)}",
     "lines of code in the core": f"{sum(map(code_lines, core))}, in {len(core)} files",

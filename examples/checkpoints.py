@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -93,6 +93,12 @@ class Checkpoints:
             state=ocp.args.StandardSave(state), input=ocp.args.JsonSave(batches.get_state())
           ),
         )
+
+  def fitting(self, step: int, candidates: Sequence[TrainState]) -> TrainState:
+    """The first of `candidates` with the names and shapes that were saved, or the first of all."""
+    saved = _shapes(self._manager.item_metadata(step).state.tree)
+    fits = next((like for like in candidates if _shapes(like) == saved), candidates[0])
+    return _zeros(fits)
 
   def restore(self, step: int, like: TrainState, batches: grain.DatasetIterator) -> TrainState:
     """The state at `step`, of the shapes of `like`; moves `batches` to where it was."""
@@ -182,6 +188,13 @@ def _reason(error: BaseException) -> str:
   return (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
 
 
+def _zeros(tree: Any) -> Any:
+  """Arrays of these shapes, where there are only shapes."""
+  return jax.tree.map(
+    lambda x: np.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x, tree
+  )
+
+
 def _shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {
@@ -192,3 +205,13 @@ def _shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
 
 def _show(shape: tuple[tuple[int, ...], str] | None) -> str:
   return "absent" if shape is None else f"{shape[1]}{list(shape[0])}"
+
+
+def read(directory: Path) -> tuple[int, dict[str, Any]]:
+  """The step and the `params` and `batch_stats` of the latest whole checkpoint; changes nothing."""
+  for step in reversed(_steps(directory)):
+    saved = directory / str(step)
+    if integrity.damage(saved) is None:
+      state = ocp.StandardCheckpointer().restore(saved.absolute() / "state")
+      return step, {"params": state["params"], "batch_stats": state["batch_stats"]}
+  raise UserError(f"{str(directory)!r} holds no checkpoint that is whole")

@@ -23,14 +23,14 @@ def draw(rows: list[dict[str, Any]], file: Path, title: str) -> None:
   figure.suptitle(title)
   loss, accuracy = figure.subplots(1, 2)
   for axes, quantity in ((loss, "loss"), (accuracy, "accuracy")):
-    _line(axes, rows, f"train_{quantity}", color=TRAIN, label="training")
-    _line(axes, rows, f"test_{quantity}", color=TEST, marker="o", markersize=4, label="test")
+    _line(axes, rows, f"train/{quantity}", color=TRAIN, label="training")
+    _line(axes, rows, f"test/{quantity}", color=TEST, marker="o", markersize=4, label="test")
     axes.set_xlabel("step")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
   loss.set_title("Loss")
   loss.set_ylabel("cross entropy per example (nats, log scale)")
-  if any("train_loss" in row for row in rows):  # nothing has no logarithm
+  if any("train/loss" in row for row in rows):  # nothing has no logarithm
     loss.set_yscale("log")
     accuracy.legend(loc="lower right", frameon=False)
   accuracy.set_title("Accuracy")

@@ -52,6 +52,7 @@ def join(config: Any) -> None:
       "cluster_detection_method": "deactivate",
     }
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  _hush_gloo()
   patience = threading.Timer(PATIENCE, _say_that_it_waits, [config])
   patience.start()
   try:
@@ -69,6 +70,19 @@ def join(config: Any) -> None:
     ) from error
   finally:
     patience.cancel()
+
+
+def _hush_gloo() -> None:
+  """Keeps from the user what Gloo writes to the standard output, past Python: who is connected.
+
+  Its threads write into each other's lines, so that what is theirs cannot be told from others', of
+  which there are none: what else is not Python goes to the standard error.
+  """
+  sys.stdout.flush()
+  sys.stdout = os.fdopen(os.dup(1), "w", buffering=1, errors="replace")
+  nowhere = os.open(os.devnull, os.O_WRONLY)
+  os.dup2(nowhere, 1)
+  os.close(nowhere)
 
 
 def _say_that_it_waits(config: Any) -> None:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
+LAUNCHED = "EXAMPLES_LAUNCH"  # in the environment of what is started: how many there are
 GRACE = 10  # seconds in which the others may say what they have lost before they are ended
 
 
@@ -50,7 +51,10 @@ def main(argv: Sequence[str]) -> int:
 def start(count: int, arguments: Sequence[str]) -> list[subprocess.Popen[str]]:
   """`count` processes that know of each other; process 0 has this one's output."""
   address = f"127.0.0.1:{free_port()}"
-  environment = os.environ | {"JAX_COORDINATOR_BIND_ADDRESS": address}  # not for the world
+  environment = os.environ | {
+    "JAX_COORDINATOR_BIND_ADDRESS": address,  # not for the world
+    LAUNCHED: str(count),
+  }
   processes = []
   for i in range(count):
     place = [f"--config.coordinator={address}", f"--config.processes={count}"]

@@ -45,7 +45,7 @@ def network(params: Any, stats: Any, images: jax.Array, training: bool) -> tuple
     momentum=0.9,
     activation=jax.nn.relu,
   )
-  x, new_stats = images, []
+  x, new_stats = images, list[Any]()
   layers, classifier = params
   for layer, old in zip(layers, stats, strict=True):
     x = lax.conv_general_dilated(

@@ -1,13 +1,19 @@
 """The optimizer that a config names, with its schedule and its weight decay."""
 
+import itertools
 import math
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from examples.settings import LARGEST_LOSS_SCALE, lookup
+from examples import run_directory
+from examples.keys import LARGEST_LOSS_SCALE
+from examples.settings import UserError, lookup
 
 
 def decayed(params: Any) -> Any:
@@ -128,3 +134,40 @@ def create(config: Any) -> optax.GradientTransformation:
   if skips(config):
     result = optax.apply_if_finite(result, skips(config))
   return scaled_loss(result, config.loss_scale) if config.loss_scale else result
+
+
+def forms(config: Any, params: Any) -> Iterator[Any]:
+  """Shapes of the states with which a run may go on: with and without clipping and skipping."""
+  for clip, skip in itertools.product((0.0, 1.0), (0, 1)):
+    other = config.copy_and_resolve_references()
+    other.adaptive_clip, other.skip_nonfinite = clip, skip
+    yield jax.eval_shape(create(other).init, params)
+
+
+def carry_over(saved: Any, fresh: Any) -> Any:
+  """`fresh` with the moments and counters of `saved`, which may be another of `forms`."""
+  if isinstance(fresh, LossScale | optax.ApplyIfFiniteState) and isinstance(saved, type(fresh)):
+    return saved._replace(inner_state=carry_over(saved.inner_state, fresh.inner_state))
+  if isinstance(fresh, optax.ApplyIfFiniteState):
+    return fresh._replace(inner_state=carry_over(saved, fresh.inner_state))
+  if isinstance(saved, optax.ApplyIfFiniteState):
+    return carry_over(saved.inner_state, fresh)
+  return jax.tree.unflatten(jax.tree.structure(fresh), jax.tree.leaves(saved))  # clipping has none
+
+
+USUAL_RATES = {"adamw": 3e-3, "sgd": 0.1}
+
+
+def not_finite(what: str, config: Any) -> UserError:
+  """What to say when numbers ran out; the keys that help may change when the run goes on."""
+  lower = min(config.learning_rate / 10, USUAL_RATES[config.optimizer])
+  slower = f"--config.learning_rate={lower:.3g}"
+  afresh = f"--config.workdir={run_directory.free(Path(config.workdir))}"
+  more = max(10, 10 * config.skip_nonfinite)
+  return UserError(
+    f"{what}, where config.learning_rate is {config.learning_rate} and config.skip_nonfinite "
+    f"{config.skip_nonfinite}; it was not saved. Run the same command again with\n"
+    f"  {slower} to go on from what was saved, if anything, at a lower rate,\n"
+    f"  {slower} {shlex.quote(afresh)} to start afresh with that, or\n"
+    f"  --config.skip_nonfinite={more} to go on without such steps, if single batches are to blame"
+  )

@@ -1,7 +1,9 @@
 """What a run shows and leaves behind: a progress bar, metrics.jsonl and TensorBoard.
 
-Every number is first a row of metrics.jsonl: a step, and what was measured at it. The
-others, and the curves of `examples.curves`, are views of those rows.
+Every number is first a row of metrics.jsonl: a step, the time (seconds since 1970), and what was
+measured, by the names that TensorBoard shows: train/loss, train/accuracy, train/learning_rate,
+train/examples_per_second, train/skipped_steps, test/loss, test/accuracy, test/examples. The others,
+and the curves of `examples.curves`, are views of those rows.
 """
 
 import collections
@@ -9,17 +11,20 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+import jax
 import tensorboardX
 from rich import progress
 from rich.console import Console
 
 from examples import hosts, optimizers, steps
-from examples.settings import Failure, UserError, write_atomically
+from examples.clock import Clock
+from examples.data import Dataset
+from examples.settings import Failure, write_atomically
 
 # Steps given to the devices before the oldest is waited for: enough that they never run
 # dry, few enough that Ctrl-C is answered at once and the progress bar tells the truth.
@@ -32,10 +37,30 @@ def read_rows(directory: Path) -> list[dict[str, Any]]:
   rows = []
   for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
     try:
-      rows.append(json.loads(line))
+      rows.append({_name(key): value for key, value in json.loads(line).items()})
     except ValueError:
       break
   return rows
+
+
+def _name(key: str) -> str:
+  """What is called so now; runs of before have train_loss, test_loss, learning_rate and others."""
+  if "/" in key or key in ("step", "time"):
+    return key
+  kind, _, rest = key.partition("_")
+  return f"{kind}/{rest}" if kind in ("train", "test") else f"train/{key}"
+
+
+def header(config: Any, params: Any, devices: Sequence[Any], dataset: Dataset) -> str:
+  """What is trained on what, in a line."""
+  count = sum(leaf.size for leaf in jax.tree.leaves(params))
+  height, width, channels = dataset.train_images.shape[1:]
+  return (
+    f"{config.model} with {count:,} parameters and norm {config.norm}, in {config.dtype}; "
+    f"{len(devices)} x {devices[0].device_kind} by {config.parallelism}; {dataset.name}: "
+    f"{len(dataset.train_images):,} training and {len(dataset.test_images):,} test images of "
+    f"{height}x{width}x{channels}, {len(dataset.class_names)} classes"
+  )
 
 
 def latest(rows: list[dict[str, Any]], key: str) -> Any:
@@ -51,17 +76,15 @@ class Reporter:
 
   Attributes:
     rows: everything measured so far.
-    compiling: seconds until the first step was done.
-    training: seconds of the steps after it, without evaluation and saving.
-    waiting: seconds of those in which the devices could have waited for input: it was late,
-      and when it came they had nothing left to do.
+    waiting: seconds of the training in which the devices could have waited for input: it was
+      late, and when it came they had nothing left to do.
   """
 
-  def __init__(self, directory: Path, config: Any, start: int, console: Console):
+  def __init__(self, directory: Path, config: Any, start: int, console: Console, clock: Clock):
     """Continues after `start` steps: rows of later ones will be measured again."""
     self.rows = [row for row in read_rows(directory) if row["step"] <= start]
-    self.compiling = self.training = self.waiting = 0.0
-    self._config, self._console = config, console
+    self.waiting = 0.0
+    self._config, self._console, self._clock = config, console, clock
     self._schedule = optimizers.schedule(config)
     file = directory / "metrics.jsonl"
     self._file: TextIO | None = None
@@ -74,12 +97,13 @@ class Reporter:
         self._show(row)
     self._bar = _bar(console)
     self._task = self._bar.add_task(
-      config.dataset, total=config.steps, completed=start, loss="", accuracy="", rate=""
+      "compiling", total=config.steps, completed=start, loss="", accuracy="", rate=""
     )
+    self._compiled = False
     self._unread: collections.deque[steps.Sums] = collections.deque()
     self._window = steps.Sums(0.0, 0, 0)
-    self._untimed = 0  # examples of the window that the clock has not seen
-    self._clock = time.perf_counter()
+    self._untimed = 0  # examples of the window's first step, if that had to be compiled
+    self._timed = 0.0  # seconds of training when the window began
 
   def __enter__(self) -> "Reporter":
     self._bar.start()
@@ -102,18 +126,19 @@ class Reporter:
     start = time.perf_counter()
     batch = next(batches)
     idle = not self._unread or self._unread[-1].loss.is_ready()
-    if self.compiling and idle:
+    if self._compiled and idle:
       self.waiting += time.perf_counter() - start
     return batch
 
   def stepped(self, step: int, sums: steps.Sums) -> None:
     """Notes the results of a training step, which the devices may still be working on."""
     self._unread.append(sums)
-    if not self.compiling:
+    if not self._compiled:
       self._read(0)
-      self.compiling = time.perf_counter() - self._clock
-      self._untimed = self._window.count
-      self._clock = time.perf_counter()
+      self._untimed, self._timed = self._window.count, self._clock["training"]
+      self._compiled = True
+      self._console.print(f"Compiled in {self._clock['compiling']:.1f} s.")
+      self._bar.update(self._task, description=self._config.dataset)
     self._read(IN_FLIGHT)
     self._bar.update(self._task, completed=step)
     if step % self._config.log_every == 0:
@@ -124,26 +149,23 @@ class Reporter:
     self._read(0)
     count, skipped = self._window.count, self._window.skipped
     if skipped:
-      self._write(step, skipped_steps=skipped)
+      self._write(step, **{"train/skipped_steps": skipped})
     if not count:
       self._window = steps.Sums(0.0, 0, 0)
       return
-    seconds = time.perf_counter() - self._clock
+    seconds = self._clock["training"] - self._timed
     loss, accuracy = self._window.loss / count, self._window.correct / count
     if not math.isfinite(loss):
-      raise UserError(
-        f"the training loss became {loss} by step {step}, where config.learning_rate is "
-        f"{self._config.learning_rate} and config.skip_nonfinite {self._config.skip_nonfinite}; "
-        "start afresh with a lower rate, or, if single batches are to blame, let more steps be "
-        "skipped with --config.skip_nonfinite=10"
-      )
+      raise optimizers.not_finite(f"the training loss became {loss} by step {step}", self._config)
     rate = (count - self._untimed) / seconds
     self._write(
       step,
-      train_loss=loss,
-      train_accuracy=accuracy,
-      learning_rate=float(self._schedule(step - 1 - self._skipped())),
-      examples_per_second=rate,
+      **{
+        "train/loss": loss,
+        "train/accuracy": accuracy,
+        "train/learning_rate": float(self._schedule(step - 1 - self._skipped())),
+        "train/examples_per_second": rate,
+      },
     )
     self._bar.update(
       self._task,
@@ -151,18 +173,17 @@ class Reporter:
       accuracy=f"accuracy {accuracy:.1%}",
       rate=f"{rate:,.0f} examples/s",
     )
-    self.training += seconds
     self._window, self._untimed = steps.Sums(0.0, 0, 0), 0
-    self._clock = time.perf_counter()
+    self._timed = self._clock["training"]
 
   def _skipped(self) -> int:
     """The steps that were skipped so far."""
-    return sum(row.get("skipped_steps", 0) for row in self.rows)
+    return sum(row.get("train/skipped_steps", 0) for row in self.rows)
 
   def tested(self, step: int, loss: float, accuracy: float, count: int) -> None:
     """Writes a result on the test set, and a line for those who have no progress bar to watch."""
-    self._write(step, test_loss=loss, test_accuracy=accuracy, test_examples=count)
-    training, skipped = latest(self.rows, "train_loss"), self._skipped()
+    self._write(step, **{"test/loss": loss, "test/accuracy": accuracy, "test/examples": count})
+    training, skipped = latest(self.rows, "train/loss"), self._skipped()
     self._console.print(
       f"step {step:>6} of {self._config.steps}: "
       + ("" if training is None else f"training loss {training:.4f}, ")
@@ -172,11 +193,11 @@ class Reporter:
     )
 
   @contextlib.contextmanager
-  def pause(self, step: int) -> Iterator[None]:
-    """Does something other than training: ends the window, and stops the clock meanwhile."""
+  def pause(self, step: int, activity: str) -> Iterator[None]:
+    """Does something other than training: ends the window, whose time it is not."""
     self.finish_window(step)
-    yield
-    self._clock = time.perf_counter()
+    with self._clock.spent(activity):
+      yield
 
   def _read(self, leave: int) -> None:
     """Adds up all but the `leave` newest results; waits for them."""
@@ -184,7 +205,7 @@ class Reporter:
       self._window = steps.add(self._window, self._unread.popleft())
 
   def _write(self, step: int, **measured: float) -> None:
-    row = {"step": step, **measured}
+    row = {"step": step, "time": time.time(), **measured}
     self.rows.append(row)
     if not self._file:
       return
@@ -200,8 +221,8 @@ class Reporter:
 
   def _show(self, row: dict[str, Any]) -> None:
     for name, value in row.items():
-      if name != "step":
-        self._board.add_scalar(name.replace("_", "/", 1), value, row["step"])
+      if name not in ("step", "time"):
+        self._board.add_scalar(name, value, row["step"], row.get("time"))
 
 
 def _bar(console: Console) -> progress.Progress:

@@ -1,15 +1,15 @@
 """The main job: train an image classifier with synchronized batch normalization.
 
-  python -m examples.train --config=configs/digits.py --config.batch_size=256
+  python -m examples.train --config=configs/digits.py --config.learning_rate=0.01
 
-Any key of the config may be changed on the command line. Results go to config.workdir;
-the same command run again continues there. Ctrl-C saves and stops; twice, it just stops.
+Any key of the config may be changed on the command line: --help lists them. Results go to
+config.workdir; the same command run again continues there. Ctrl-C saves and stops; twice, it just
+stops.
 """
+# ruff: noqa: E402 (what takes seconds to import comes after what can wait for no import)
 
 import contextlib
 import functools
-import logging
-import shlex
 import signal
 import sys
 import time
@@ -17,27 +17,39 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+BEGAN = time.perf_counter()
 if not __package__:  # run as a file: its own folder is on the path, but not the repository
   sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from absl import logging
+
+from examples import interrupts
+
+logging.set_verbosity(logging.FATAL)  # what failed is said once, by `main`
+if __name__ == "__main__":
+  interrupts.during_imports()  # of which the following take seconds
+
 import jax
+import numpy as np
 from grain.sharding import ShardByJaxProcess
 from rich.console import Console
 
 from examples import (
   checkpoints,
+  command_line,
   curves,
   data,
   hosts,
-  interrupts,
   microbatches,
   models,
   optimizers,
   parallelism,
   reporting,
+  run_directory,
   settings,
   steps,
 )
+from examples.clock import Clock
 from examples.settings import Failure, UserError
 
 DEFAULT_CONFIG = "configs/digits.py"
@@ -50,24 +62,24 @@ def main(argv: Sequence[str]) -> int:
 
   0: done. 1: stopped by something else, such as a full disk. 2: a user's mistake. 128 + a signal.
   """
-  if {"-h", "--help"} & set(argv):
-    print(__doc__)
-    return 0
-  logging.getLogger("absl").setLevel(logging.CRITICAL)  # what failed is said once, below
   try:
-    config = settings.from_command_line(argv, DEFAULT_CONFIG)
+    interrupts.after_imports()
+    if {"-h", "--help"} & set(argv):
+      print(command_line.show_help(argv, DEFAULT_CONFIG))
+      return 0
+    config = command_line.parse(argv, DEFAULT_CONFIG)
     if jax.config.values["jax_num_cpu_devices"] < 0:  # not set by the user
-      count = max((config.devices or VIRTUAL_DEVICES) // max(config.processes, 1), 1)
+      count = max((config.devices or VIRTUAL_DEVICES) // config.processes, 1)
       jax.config.update("jax_num_cpu_devices", count)
     hosts.join(config)
-    program = "-m examples.train" if __package__ else shlex.quote(argv[0])
-    return hosts.leave(run(config, f"python {program} {shlex.join(argv[1:])}"), together=True)
+    command = command_line.command(argv, as_module=bool(__package__))
+    return hosts.leave(run(config, command, BEGAN), together=True)
   except UserError as error:
     code, message = 2, f"error: {error}"
   except (Failure, OSError) as error:
     code, message = 1, f"error: {error}"
   except KeyboardInterrupt:
-    code, message = 130, "Stopped without saving; what was saved before is kept."
+    code, message = 130, interrupts.STOPPED
   except Exception as error:
     if not hosts.is_loss(error):
       raise
@@ -76,9 +88,13 @@ def main(argv: Sequence[str]) -> int:
   return hosts.leave(code, together=False)
 
 
-def run(config: Any, command: str = "the same command") -> int:
+def run(
+  config: Any,
+  command: Sequence[str] = ("python", "-m", "examples.train"),
+  began: float | None = None,
+) -> int:
   """Trains as `config` says, or goes on with it; `command` is what starts this run again."""
-  started = time.perf_counter()
+  clock = Clock("starting", began)
   console = Console(soft_wrap=True, highlight=False, quiet=not hosts.is_first())
 
   # Whatever can be wrong is found here, before any work.
@@ -93,7 +109,7 @@ def run(config: Any, command: str = "the same command") -> int:
   virtual = settings.virtual_batch_size(config, len(devices))
   model = models.create(config, image_shape, len(dataset.class_names), axes, virtual)
   directory = Path(config.workdir)
-  hosts.in_turn(lambda: settings.claim(directory, config))
+  changes = hosts.in_turn(lambda: run_directory.claim(directory, config, command))
 
   with (
     contextlib.closing(batches),
@@ -103,19 +119,19 @@ def run(config: Any, command: str = "the same command") -> int:
     # Start from the seed, or from where the last run stopped.
     step = store.latest() or 0
     if step >= config.steps:
-      console.print(
-        f"{directory} is finished already: to start afresh, delete it or give another "
-        "--config.workdir."
-      )
-      rows = reporting.read_rows(directory)
-      if hosts.is_first() and not (directory / CURVES).exists():  # killed before it was drawn
-        draw(config, rows)
-      show_result(console, config, rows)
+      show_finished(console, config, command, step)
       return 0
     state = steps.init_state(model, optimizer, config.seed, image_shape)
+    console.print(reporting.header(config, state.params, devices, dataset))
     if step:
-      state = store.restore(step, state, batches)
+      forms = [state._replace(opt_state=f) for f in optimizers.forms(config, state.params)]
+      saved = store.restore(step, store.fitting(step, [state, *forms]), batches)
+      state = saved._replace(opt_state=optimizers.carry_over(saved.opt_state, state.opt_state))
       console.print(f"Resuming {directory} after step {step} of {config.steps}.")
+    if changes:
+      console.print(f"From step {step} on: {run_directory.words(changes)}.")
+      if hosts.is_first():
+        run_directory.note(directory, config, changes, step)
     state = parallel.replicate(state)
 
     # The one body of each step, on every device.
@@ -130,36 +146,38 @@ def run(config: Any, command: str = "the same command") -> int:
       ),
       donate_state=True,
     )
+    train_step = clock.first_call("compiling", train_step)
     eval_step = parallel.step(functools.partial(steps.eval_step, model=model))
+    eval_step = clock.first_call("compiling", eval_step)
 
     stop = hosts.Agreement()
-    with reporting.Reporter(directory, config, step, console) as report:
+    console.print("Compiling ...")
+    clock.begin("training")
+    with reporting.Reporter(directory, config, step, console, clock) as report:
       while step < config.steps and not stop.reached(bool(interrupt)):
         batch = parallel.shard(report.take(batches))
         state, sums = train_step(state, batch)
         step += 1
         report.stepped(step, sums)
         if step % config.eval_every == 0 or step == config.steps:
-          with report.pause(step):
+          with report.pause(step, "testing"):
             tests = data.test_batches(dataset, config.eval_batch_size, ShardByJaxProcess())
             report.tested(step, *steps.evaluate(eval_step, state, tests, parallel))
         if step % config.save_every == 0:
-          with report.pause(step):
-            store.save(step, steps.unreplicate(state), batches)
-      report.finish_window(step)
-      store.save(step, steps.unreplicate(state), batches)
+          with report.pause(step, "saving"):
+            store.save(step, finite(step, state, config), batches)
+      with report.pause(step, "saving"):
+        store.save(step, finite(step, state, config), batches)
+    clock.begin("finishing")
 
   if hosts.is_first():
     draw(config, report.rows)
   if step < config.steps:
-    console.print(f"Interrupted: saved after step {step} of {config.steps}. To go on: {command}")
+    console.print(f"Interrupted: saved after step {step} of {config.steps}. {to_go_on(command)}")
     return 128 + (interrupt.signal or signal.SIGTERM)  # which another process was sent
-  show_result(console, config, report.rows)
-  console.print(
-    f"It took {time.perf_counter() - started:.1f} s: {report.compiling:.1f} s until the first "
-    f"step was done, {report.training:.1f} s for the others, of which "
-    f"{report.waiting / max(report.training, 1e-9):.2%} waiting for input."
-  )
+  show_result(console, config, report.rows, step)
+  waiting = report.waiting / max(clock["training"], 1e-9)
+  console.print(f"{clock.report()} {waiting:.2%} of the training was waiting for input.")
   return 0
 
 
@@ -198,6 +216,15 @@ def load(config: Any) -> tuple[data.Dataset, Any]:
     raise UserError(str(error)) from error
 
 
+def finite(step: int, state: Any, config: Any) -> steps.TrainState:
+  """The state on the host, if there is no NaN or infinity in it: it would be saved for nothing."""
+  state = steps.unreplicate(state)
+  leaves = jax.tree.leaves((state.params, state.batch_stats))
+  if not all(np.isfinite(leaf).all() for leaf in leaves):
+    raise optimizers.not_finite(f"the network was no longer finite after step {step}", config)
+  return state
+
+
 def draw(config: Any, rows: list[dict[str, Any]]) -> None:
   """Draws the curves of a run, all of them or nothing."""
   title = f"{config.model} on {config.dataset}"
@@ -208,12 +235,32 @@ def draw(config: Any, rows: list[dict[str, Any]]) -> None:
   draft.replace(Path(config.workdir) / CURVES)
 
 
-def show_result(console: Console, config: Any, rows: list[dict[str, Any]]) -> None:
-  """Says how well the network does, and where the rest is."""
-  accuracy = reporting.latest(rows, "test_accuracy")
-  examples = reporting.latest(rows, "test_examples")
+def to_go_on(command: Sequence[str]) -> str:
+  """What starts this run again."""
+  others = " in this process, and as before in the others" if jax.process_count() > 1 else ""
+  if command[2:3] == ["examples.launch"]:
+    others = ""  # which starts them all
+  return f"To go on{others}: {command_line.changed(command)}"
+
+
+def show_finished(console: Console, config: Any, command: Sequence[str], step: int) -> None:
+  """Says that there is nothing left to do, and how more could be done."""
+  directory, rows = Path(config.workdir), reporting.read_rows(Path(config.workdir))
+  longer = command_line.changed(command, steps=2 * step)
   console.print(
-    f"Test accuracy {accuracy:.2%} on {examples} examples after {config.steps} steps of "
+    f"{directory} is finished already, after {step} steps. To go on for longer: {longer}"
+  )
+  if hosts.is_first() and not (directory / CURVES).exists():  # killed before it was drawn
+    draw(config, rows)
+  show_result(console, config, rows, step)
+
+
+def show_result(console: Console, config: Any, rows: list[dict[str, Any]], step: int) -> None:
+  """Says how well the network does, and where the rest is."""
+  accuracy = reporting.latest(rows, "test/accuracy")
+  examples = reporting.latest(rows, "test/examples")
+  console.print(
+    f"Test accuracy {accuracy:.2%} on {examples} examples after {step} steps of "
     f"{config.batch_size}; curves, metrics, TensorBoard logs and checkpoints are in "
     f"{config.workdir}."
   )

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxbn._names import shown
+
 
 class Hoisted(NamedTuple):
   """A function of z and of the arrays that it held: what it computes, and nothing else of it."""
@@ -32,7 +34,7 @@ def hoist(name: str, function: Any, z: jax.Array, dtype: Any) -> Hoisted:
   """
   if not callable(function):
     raise TypeError(
-      f"{name}={function!r} is not a function: pass an elementwise one, such as jax.nn.relu, "
+      f"{name}={shown(function)} is not a function: pass an elementwise one, such as jax.nn.relu, "
       "or None."
     )
   lasts = _lasts(function)
@@ -40,7 +42,7 @@ def hoist(name: str, function: Any, z: jax.Array, dtype: Any) -> Hoisted:
   traced, result = jax.make_jaxpr(function if lasts else lambda z: function(z), return_shape=True)(
     z
   )
-  _check_result(f"{name}={name_of(function)}", z.shape, result, dtype)
+  _check_result(f"{name}={shown(function)}", z.shape, result, dtype)
   if lasts and not traced.consts:
     return Hoisted(function, (), True)
 
@@ -53,12 +55,6 @@ def hoist(name: str, function: Any, z: jax.Array, dtype: Any) -> Hoisted:
     return jax.core.eval_jaxpr(pure.jaxpr, pure.consts, z, *constants)[0]
 
   return Hoisted(of_arrays, constants, False)
-
-
-def name_of(function: Any) -> str:
-  """A function as its user would write it."""
-  name = getattr(function, "__qualname__", None) or getattr(function, "__name__", None)
-  return name if isinstance(name, str) and name.isidentifier() else repr(function)
 
 
 def _check_result(given: str, shape: tuple[int, ...], result: Any, dtype: Any) -> None:

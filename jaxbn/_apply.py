@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,25 +29,24 @@ from jaxbn import _checks, _xla
 from jaxbn._arguments import check
 from jaxbn._dtypes import promoting, wide
 from jaxbn._meshes import zeros_like
-from jaxbn._types import Axes, Chosen, Inputs, Plan
-
-if TYPE_CHECKING:
-  import chex
+from jaxbn._names import by_our_names
+from jaxbn._types import Array, Axes, Chosen, Inputs, Plan
 
 
+@by_our_names
 def normalize(
-  x: chex.Array,
-  mean: chex.Array,
-  var: chex.Array,
-  scale: chex.Array | None = None,
-  bias: chex.Array | None = None,
+  x: Array,
+  mean: Array,
+  var: Array,
+  scale: Array | None = None,
+  bias: Array | None = None,
   *,
   epsilon: float = 1e-5,
   axis: int | Sequence[int] = -1,
-  mask: chex.Array | None = None,
+  mask: Array | None = None,
   masked_value: float | None = None,
   activation: Callable[[jax.Array], jax.Array] | None = None,
-  residual: chex.Array | None = None,
+  residual: Array | None = None,
   dtype: Any = None,
 ) -> jax.Array:
   r"""Subtract the mean, divide by the standard deviation, scale and shift.

@@ -6,7 +6,7 @@ What is refused and in which words is in `_checks.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,26 +15,24 @@ from jaxbn import _checks, _groups
 from jaxbn._activation import hoist
 from jaxbn._counts import are_reliabilities
 from jaxbn._dtypes import accumulation_dtype, promoting, wide
-from jaxbn._types import Inputs, Plan, RunningStats, Tracking
-
-if TYPE_CHECKING:
-  import chex
+from jaxbn._names import shown
+from jaxbn._types import Array, Inputs, Numeric, Plan, RunningStats, Tracking
 
 
 def check(
   x: Any,
-  scale: chex.Array | None = None,
-  bias: chex.Array | None = None,
+  scale: Array | None = None,
+  bias: Array | None = None,
   *,
   axis: int | Sequence[int] = -1,
   epsilon: float = 1e-5,
-  mask: chex.Array | None = None,
-  weights: chex.Array | None = None,
+  mask: Array | None = None,
+  weights: Array | None = None,
   masked_value: float | None = None,
   activation: Callable[[jax.Array], jax.Array] | None = None,
-  residual: chex.Array | None = None,
+  residual: Array | None = None,
   dtype: Any = None,
-  mean: chex.Array | None = None,
+  mean: Array | None = None,
 ) -> tuple[Plan, Inputs]:
   """The arguments of x, its elements and y, as the steps take them."""
   x = _checks.inexact(x)
@@ -61,7 +59,7 @@ def check(
 
 
 def _hoisted(
-  plan: Plan, inputs: Inputs, activation: Any, mean: chex.Array | None
+  plan: Plan, inputs: Inputs, activation: Any, mean: Array | None
 ) -> tuple[Plan, Inputs]:
   """With an activation that is a function of arrays alone."""
   parts = inputs.wide_x, mean, inputs.scale, inputs.bias, wide(inputs.residual)
@@ -75,18 +73,18 @@ def _hoisted(
 
 def check_layer(
   x: Any,
-  scale: chex.Array | None,
-  bias: chex.Array | None,
+  scale: Array | None,
+  bias: Array | None,
   state: Any,
   *,
   use_running_average: bool,
-  momentum: chex.Numeric | None = 0.99,
+  momentum: Numeric | None = 0.99,
   debias: bool = False,
   unbiased: bool = False,
   skip_nonfinite: bool = False,
   use_fast_variance: bool = True,
   detach_stats: bool = False,
-  weights: chex.Array | None = None,
+  weights: Array | None = None,
   axis_name: Any = None,
   axis_index_groups: Sequence[Sequence[int]] | None = None,
   virtual_batch_size: int | str | None = None,
@@ -96,8 +94,8 @@ def check_layer(
   """`check`, and what a layer has more: two modes, running statistics, devices that share."""
   if not (choose is None or callable(choose)):
     raise TypeError(
-      f"choose={choose!r} is not a function: pass one of the batch's moments and the state, which "
-      "gives a jaxbn.Chosen, or leave it out."
+      f"choose={shown(choose)} is not a function: pass one of the batch's moments and the state, "
+      "which gives a jaxbn.Chosen, or leave it out."
     )
   _checks.momentum_in_range(momentum, debias)
   if virtual_batch_size is not None:
@@ -138,7 +136,7 @@ def check_state(state: Any, plan: Plan, x: jax.Array, tracking: Tracking) -> Run
 
 
 def valid_elements(
-  x: jax.Array, mask: chex.Array | None, weights: chex.Array | None
+  x: jax.Array, mask: Array | None, weights: Array | None
 ) -> tuple[jax.Array | None, jax.Array | None]:
   """Which elements of x exist, and their weights, aligned with x; None where all do, or weigh 1.
 

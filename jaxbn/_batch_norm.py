@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -12,27 +12,72 @@ from jaxbn._apply import apply
 from jaxbn._arguments import check_layer, check_state
 from jaxbn._choose import choose as choose_statistics
 from jaxbn._measure import measure
+from jaxbn._names import by_our_names
 from jaxbn._share import share, worth
 from jaxbn._track import track
-from jaxbn._types import Choose, Chosen, Inputs, Moments, Plan, RunningStats
+from jaxbn._types import (
+  Array,
+  Choose,
+  Chosen,
+  Inputs,
+  Moments,
+  Numeric,
+  Options,
+  Plan,
+  RunningStats,
+)
 from jaxbn._virtual import in_groups
 
-if TYPE_CHECKING:
-  import chex
 
-
+@overload
 def batch_norm(
-  x: chex.Array,
-  scale: chex.Array | None = None,
-  bias: chex.Array | None = None,
+  x: Array,
+  scale: Array | None = None,
+  bias: Array | None = None,
+  state: None = None,
+  *,
+  use_running_average: bool,
+  **options: Unpack[Options],
+) -> tuple[jax.Array, None]: ...
+
+
+@overload
+def batch_norm(
+  x: Array,
+  scale: Array | None = None,
+  bias: Array | None = None,
+  state: RunningStats = ...,
+  *,
+  use_running_average: bool,
+  **options: Unpack[Options],
+) -> tuple[jax.Array, RunningStats]: ...
+
+
+@overload
+def batch_norm(
+  x: Array,
+  scale: Array | None = None,
+  bias: Array | None = None,
+  state: RunningStats | None = None,
+  *,
+  use_running_average: bool,
+  **options: Unpack[Options],
+) -> tuple[jax.Array, RunningStats | None]: ...
+
+
+@by_our_names
+def batch_norm(
+  x: Array,
+  scale: Array | None = None,
+  bias: Array | None = None,
   state: RunningStats | None = None,
   *,
   use_running_average: bool,
   axis: int | Sequence[int] = -1,
-  momentum: chex.Numeric | None = 0.99,
+  momentum: Numeric | None = 0.99,
   epsilon: float = 1e-5,
-  mask: chex.Array | None = None,
-  weights: chex.Array | None = None,
+  mask: Array | None = None,
+  weights: Array | None = None,
   masked_value: float | None = None,
   axis_name: Any = None,
   axis_index_groups: Sequence[Sequence[int]] | None = None,
@@ -44,7 +89,7 @@ def batch_norm(
   detach_stats: bool = False,
   choose: Choose | None = None,
   activation: Callable[[jax.Array], jax.Array] | None = None,
-  residual: chex.Array | None = None,
+  residual: Array | None = None,
   dtype: Any = None,
 ) -> tuple[jax.Array, RunningStats | None]:
   r"""Batch normalization (Ioffe & Szegedy 2015, Algorithm 1 in training, 2 in evaluation).
@@ -66,6 +111,10 @@ def batch_norm(
   with a state has p = 0: up to |mean|/std of 150 that is below the rounding of y, and beyond it x
   itself is off by half a standard deviation.
 
+  One element in a channel, such as a last batch of one example without positions, is legal in
+  training: its variance is 0, y is bias whatever x is, x gets no gradient, and the running variance
+  moves towards 0. Drop such a batch, or merge it with the one before.
+
   Args:
     x: real or complex array of any rank.
     scale: gamma, of the shape of x's channels, or None for 1; where it differs between examples, as
@@ -75,7 +124,8 @@ def batch_norm(
     use_running_average: False in training, True in evaluation; known when tracing, as all flags
       are, but not necessarily a Python bool: 0, 1 and concrete arrays will do.
     axis: the axis or axes of the channels.
-    momentum, debias, unbiased, skip_nonfinite: as in `update`; with unbiased, weights of an integer
+    momentum: the share of the old running value that is kept; PyTorch's momentum is 1 minus it.
+    debias, unbiased, skip_nonfinite: as in `update`; with unbiased, weights of an integer
       dtype are counts, how often an element is there, and those of a floating dtype say how far it
       can be relied on (that takes one more small all-reduce).
     epsilon: added to the variance.

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxbn._names import shown
 from jaxbn._types import Axes, Moments, RunningStats
 
 
@@ -41,13 +42,17 @@ def split_axes(ndim: int, axis: int | Sequence[int]) -> Axes:
         raise TypeError
       a = operator.index(a)
     except TypeError:
-      raise TypeError(f"axis={axis!r}: the channels' axes are integers, one or several.") from None
+      raise TypeError(
+        f"axis={shown(axis)}: the channels' axes are integers, one or several."
+      ) from None
     if not -ndim <= a < ndim:
       allowed = f"each must be at least {-ndim} and less than {ndim}" if ndim else "it has none"
-      raise ValueError(f"axis={axis!r} is out of range for x with {ndim} axes: {allowed}.")
+      raise ValueError(f"axis={shown(axis)} is out of range for x with {ndim} axes: {allowed}.")
     features.append(a % ndim)
   if len(set(features)) != len(features):
-    raise ValueError(f"axis={axis!r} names one axis of x (which has {ndim}) twice: name it once.")
+    raise ValueError(
+      f"axis={shown(axis)} names one axis of x (which has {ndim}) twice: name it once."
+    )
   return Axes(tuple(sorted(features)), tuple([i for i in range(ndim) if i not in features]))
 
 
@@ -62,7 +67,7 @@ def channel_shape(shape: Any) -> tuple[int, ...]:
     return tuple(operator.index(n) for n in ((shape,) if np.ndim(shape) == 0 else shape))
   except TypeError:
     raise TypeError(
-      f"shape={shape!r}: the channels' shape is an integer or a sequence of integers."
+      f"shape={shown(shape)}: an integer or a sequence of integers is needed, such as x.shape[-1]."
     ) from None
 
 
@@ -87,10 +92,18 @@ def channels(
     return value
   raise ValueError(
     f"{name} has shape {value.shape}, but x of shape {x.shape} has channels of shape {shape} "
-    f"on axis {axes.features}: pass {name} of that shape, or name the channels' axis."
-    + f" Where it differs between examples, give it {x.ndim} axes, each 1 or x's."
-    * or_per_example
+    f"on axis {axes.features}: pass {name} of that shape, or name the channels' axis"
+    + other_axis(x, value.shape)
+    + f" Has pmap put an axis of devices in front of {name}? Take it back with out_axes=None."
+    * (value.ndim > 0 and value.shape[1:] == shape)
+    + f" Where it differs between examples, give it {x.ndim} axes, each 1 or x's." * or_per_example
   )
+
+
+def other_axis(x: jax.Array, shape: tuple[int, ...]) -> str:
+  """The end of a sentence that asks for the channels' axis: which it may be."""
+  found = [a for a in range(x.ndim) if shape == (x.shape[a],)]
+  return f": axis={found[0]} has {shape[0]}." if len(found) == 1 else "."
 
 
 def fits(shape: tuple[int, ...], x: jax.Array) -> bool:
@@ -156,11 +169,11 @@ def scalar(name: str, value: Any) -> None:
   if isinstance(value, bool) or not isinstance(
     value, int | float | np.generic | np.ndarray | jax.Array
   ):
-    raise TypeError(f"{name}={value!r} is not a number.")
+    raise TypeError(f"{name}={shown(value)} is not a number.")
   if np.ndim(value) != 0:
     raise ValueError(f"{name} has shape {np.shape(value)}; it is one number, a scalar.")
   if jnp.iscomplexobj(value):
-    raise TypeError(f"{name}={value!r} is complex; a real number is needed.")
+    raise TypeError(f"{name}={shown(value)} is complex; a real number is needed.")
 
 
 def in_range(name: str, value: Any, most: float) -> bool:
@@ -175,8 +188,8 @@ def epsilon_in_range(epsilon: Any) -> None:
   """Refuses an epsilon that is negative or not finite."""
   if not in_range("epsilon", epsilon, sys.float_info.max):
     raise ValueError(
-      f"epsilon={epsilon!r} is out of range: it is added to the variance and must be finite and "
-      "not negative; 1e-5 is usual, and 0 makes constant channels NaN."
+      f"epsilon={shown(epsilon)} is out of range: it is added to the variance and must be finite "
+      "and not negative; 1e-5 is usual, and 0 makes constant channels NaN."
     )
 
 
@@ -190,7 +203,7 @@ def momentum_in_range(momentum: Any, debias: bool) -> None:
     )
   if momentum is not None and not in_range("momentum", momentum, 1.0):
     raise ValueError(
-      f"momentum={momentum!r} is out of range: it is the share of the old value that is kept, "
+      f"momentum={shown(momentum)} is out of range: it is the share of the old value that is kept, "
       "from 0 to 1 (0.99 is usual; PyTorch's momentum is 1 minus it), or None for a cumulative "
       "average."
     )
@@ -213,7 +226,7 @@ def static_bool(name: str, value: Any) -> bool:
     if flag.shape == () and flag.dtype.kind in "biu" and flag in (0, 1):
       return bool(flag)
   raise TypeError(
-    f"{name}={value!r}: a Python bool is needed, for it decides which program is traced: "
+    f"{name}={shown(value)}: a Python bool is needed, for it decides which program is traced: "
     f"pass {name}=True or False, mark it static under jit, or choose with jax.lax.cond outside."
   )
 
@@ -256,7 +269,7 @@ def sharing(axis_name: Any, axis_index_groups: Any) -> tuple[Any, Any]:
   if axis_index_groups is not None:
     if axis_name is None:
       raise ValueError(
-        f"axis_index_groups={axis_index_groups!r} are groups of indices along axis_name, "
+        f"axis_index_groups={shown(axis_index_groups)} are groups of indices along axis_name, "
         "which is None: pass axis_name too."
       )
     axis_index_groups = partition(axis_index_groups, axis_size(axis_name), axis_name)
@@ -271,8 +284,8 @@ def partition(axis_index_groups: Any, size: int, axis_name: Any) -> tuple[tuple[
     groups = ()
   if sorted(i for group in groups for i in group) != list(range(size)) or not all(groups):
     raise ValueError(
-      f"axis_index_groups={axis_index_groups!r} do not partition the axis {axis_name!r} of size "
-      f"{size}: each index from 0 to {size - 1} must be in exactly one group, "
+      f"axis_index_groups={shown(axis_index_groups)} do not partition the axis {axis_name!r} of "
+      f"size {size}: each index from 0 to {size - 1} must be in exactly one group, "
       "for example [[0, 1], [2, 3]] for size 4."
     )
   return groups
@@ -283,7 +296,7 @@ def result_dtype(dtype: Any, mean: Any = None, **arrays: Any) -> Any:
   if dtype is None:
     dtype = jnp.result_type(*[jnp.asarray(a) for a in arrays.values() if a is not None])
   elif not jnp.issubdtype(dtype, jnp.inexact):
-    raise TypeError(f"dtype={dtype!r} is not a floating-point or complex dtype, as y needs.")
+    raise TypeError(f"dtype={shown(dtype)} is not a floating-point or complex dtype, as y needs.")
   if not jnp.issubdtype(dtype, jnp.complexfloating):
     for name, value in {"mean": mean, **arrays}.items():
       if jnp.iscomplexobj(value):
@@ -298,7 +311,7 @@ def masked_value(value: Any, valid: jax.Array | None) -> None:
   """Refuses a masked_value that is not a number, or that nothing would hold."""
   if valid is None:
     raise ValueError(
-      f"masked_value={value!r} is what masked positions hold, but there is no mask: "
+      f"masked_value={shown(value)} is what masked positions hold, but there is no mask: "
       "pass mask too, or leave masked_value out."
     )
   scalar("masked_value", value)
@@ -319,14 +332,14 @@ def running_stats(state: Any) -> RunningStats:
       f"state is a {type(state).__name__}; a jaxbn.RunningStats is needed: make it with "
       "jaxbn.init(...), or, from Flax's collection, jaxbn.RunningStats(mean=..., var=...)."
     )
-  leaves = []
+  leaves: list[Any] = []
   for name, value in state._asdict().items():
     try:
       leaves.append(None if value is None and name == "count" else jnp.asarray(value))
     except (TypeError, ValueError):
       raise TypeError(
-        f"state.{name}={value!r} is not an array of one number for each channel: make the state "
-        "with jaxbn.init(...)."
+        f"state.{name}={shown(value)} is not an array of one number for each channel: make the "
+        "state with jaxbn.init(...)."
       ) from None
   mean, var, count = leaves
   inexact(mean, "state.mean")

@@ -8,6 +8,7 @@ import jax
 from jax import lax
 
 from jaxbn import _checks
+from jaxbn._names import shown
 from jaxbn._types import Choose, Chosen, Moments, Plan, RunningStats
 
 
@@ -22,7 +23,8 @@ def choose(
   chosen = by(batch, state)
   if not isinstance(chosen, Chosen):
     raise TypeError(
-      f"choose={by!r} gave a {type(chosen).__name__}; it has to give a jaxbn.Chosen(mean, var)."
+      f"choose={shown(by)} gave a {type(chosen).__name__}; it has to give a "
+      "jaxbn.Chosen(mean, var)."
     )
 
   def checked(name: str) -> Any:

@@ -7,7 +7,7 @@ device, and need not be sent.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +15,13 @@ import numpy as np
 
 from jaxbn._dtypes import accumulation_dtype
 from jaxbn._meshes import sharded_alike
-from jaxbn._types import INT32_MAX, Axes
-
-if TYPE_CHECKING:
-  import chex
+from jaxbn._types import INT32_MAX, Array, Axes, Numeric
 
 _EXACT_ONES = 2**24  # of which a sum in float32 is exact
 _LOW_BITS = 12  # of a count, which travels as these and those above
 
 
-def count_of(axes: Axes, x: jax.Array, counted: jax.Array | None) -> chex.Numeric:
+def count_of(axes: Axes, x: jax.Array, counted: jax.Array | None) -> Numeric:
   """How many elements of x each channel has, by a mask or by weights; of the smallest shape."""
   if counted is None:
     return axes.size(x)
@@ -40,7 +37,7 @@ def count_of(axes: Axes, x: jax.Array, counted: jax.Array | None) -> chex.Numeri
   return count.reshape(()) if count.size == 1 else count
 
 
-def are_reliabilities(weights: chex.Array | None) -> bool:
+def are_reliabilities(weights: Array | None) -> bool:
   """Whether these weights say how far an element can be relied on, not how often it is there."""
   return weights is not None and jnp.issubdtype(jnp.result_type(weights), jnp.floating)
 
@@ -50,11 +47,11 @@ def is_known(count: Any) -> bool:
   return isinstance(count, int | float | np.generic | np.ndarray)
 
 
-def is_integer(count: chex.Numeric) -> bool:
+def is_integer(count: Numeric) -> bool:
   return jnp.issubdtype(jnp.result_type(count), jnp.integer)
 
 
-def divisor(count: chex.Numeric, dtype: Any) -> chex.Numeric:
+def divisor(count: Numeric, dtype: Any) -> Numeric:
   """The count to divide by: 1 where there is nothing to divide."""
   if is_known(count):
     return np.where(np.asarray(count) > 0, count, 1).astype(dtype)
@@ -62,14 +59,14 @@ def divisor(count: chex.Numeric, dtype: Any) -> chex.Numeric:
   return jnp.where(count > 0, count, 1)
 
 
-def occupied(count: chex.Numeric) -> Any:
+def occupied(count: Numeric) -> Any:
   """Whether a channel has elements; True itself where all are known to have."""
   if is_known(count) and np.all(np.asarray(count) > 0):
     return True
   return jnp.asarray(count) > 0
 
 
-def where(condition: Any, value: jax.Array, otherwise: chex.Numeric) -> jax.Array:
+def where(condition: Any, value: jax.Array, otherwise: Numeric) -> jax.Array:
   """jnp.where, and no operation at all where the condition is True itself."""
   if condition is True:
     return value
@@ -77,7 +74,7 @@ def where(condition: Any, value: jax.Array, otherwise: chex.Numeric) -> jax.Arra
   return jnp.where(condition, value, otherwise)
 
 
-def add(a: chex.Numeric, b: chex.Numeric) -> chex.Numeric:
+def add(a: Numeric, b: Numeric) -> Numeric:
   """a + b, which stops at the largest int32 rather than wrapping around."""
   if not (is_integer(a) and is_integer(b)):
     return jnp.asarray(a) + jnp.asarray(b)
@@ -87,7 +84,7 @@ def add(a: chex.Numeric, b: chex.Numeric) -> chex.Numeric:
   return jnp.where(a > INT32_MAX - b, INT32_MAX, a + b)
 
 
-def multiply_known(count: chex.Numeric, times: int) -> chex.Numeric:
+def multiply_known(count: Numeric, times: int) -> Numeric:
   if is_integer(count) and int(np.max(count, initial=0)) * times <= INT32_MAX:
     return np.asarray(count, np.int32) * np.int32(times)
   return np.asarray(count, np.float32) * np.float32(times)

@@ -8,12 +8,13 @@ from typing import Any
 import jax
 
 from jaxbn import _checks
+from jaxbn._names import shown
 from jaxbn._types import Groups, Plan
 
 
 def require_size(virtual_batch_size: Any, axis_index_groups: Any) -> None:
   """Refuses what is no size of a virtual batch, and two ways at once to say who shares."""
-  given = f"virtual_batch_size={virtual_batch_size!r}"
+  given = f"virtual_batch_size={shown(virtual_batch_size)}"
   allowed = "pass a number of examples, 'device' for those of each device, or None for all."
   if isinstance(virtual_batch_size, str):
     if virtual_batch_size != "device":
@@ -29,8 +30,8 @@ def require_size(virtual_batch_size: Any, axis_index_groups: Any) -> None:
       raise ValueError(f"{given}: a group holds at least one example: {allowed}")
   if axis_index_groups is not None:
     raise ValueError(
-      f"{given} with axis_index_groups={axis_index_groups!r}: both say which examples share their "
-      "statistics: leave one of them out (a virtual batch makes its own groups of devices)."
+      f"{given} with axis_index_groups={shown(axis_index_groups)}: both say which examples share "
+      "their statistics: leave one of them out (a virtual batch makes its own groups of devices)."
     )
 
 
@@ -44,8 +45,8 @@ def groups(virtual_batch_size: Any, plan: Plan, x: jax.Array) -> Groups | None:
     )
   if not plan.axes.reduced:
     raise ValueError(
-      f"virtual_batch_size={virtual_batch_size!r}, but x of shape {x.shape} has channels on all "
-      "its axes, and no axis of examples to group."
+      f"virtual_batch_size={shown(virtual_batch_size)}, but x of shape {x.shape} has channels on "
+      "all its axes, and no axis of examples to group."
     )
   axis = plan.axes.reduced[0]
   share, devices = x.shape[axis], 1 if plan.axis_name is None else _checks.axis_size(plan.axis_name)

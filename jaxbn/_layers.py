@@ -1,22 +1,18 @@
-"""What the Flax layers of both kinds do alike: hand their fields to `batch_norm`, wait for use.
+"""What the Flax layers of both kinds do alike: hand their fields to `batch_norm`.
 
 An option added here is in both. Flax itself is not imported: the layers are.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxbn._batch_norm import batch_norm
-from jaxbn._types import RunningStats
-
-if TYPE_CHECKING:
-  import chex
+from jaxbn._types import Array, RunningStats
 
 # The fields that have the name and the meaning of an argument of batch_norm.
 _OPTIONS = (
@@ -36,13 +32,13 @@ _OPTIONS = (
 def call(
   layer: Any,
   x: jax.Array,
-  scale: chex.Array | None,
-  bias: chex.Array | None,
+  scale: Array | None,
+  bias: Array | None,
   state: RunningStats,
   *,
-  mask: chex.Array | None = None,
-  weights: chex.Array | None = None,
-  residual: chex.Array | None = None,
+  mask: Array | None = None,
+  weights: Array | None = None,
+  residual: Array | None = None,
   function: Callable[..., tuple[jax.Array, RunningStats | None]] = batch_norm,
   **arguments: Any,
 ) -> tuple[jax.Array, RunningStats | None]:
@@ -57,10 +53,3 @@ def call(
     options["mask"] = jnp.asarray(mask, bool)  # any dtype will do in Flax
   options |= arguments
   return function(x, scale, bias, state, weights=weights, residual=residual, **options)
-
-
-def on_first_use(package: str, homes: dict[str, str], name: str) -> Any:
-  """What a package exports under a name, from the module that `homes` says: its `__getattr__`."""
-  if name not in homes:
-    raise AttributeError(f"module {package!r} has no attribute {name!r}")
-  return getattr(importlib.import_module(f"{package}.{homes[name]}"), name)

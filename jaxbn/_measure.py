@@ -24,7 +24,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -36,10 +36,8 @@ from jaxbn._arguments import valid_elements
 from jaxbn._counts import count_of, divisor
 from jaxbn._dtypes import promoting, wide
 from jaxbn._meshes import by_partitioner
-from jaxbn._types import Inputs, Moments, Plan
-
-if TYPE_CHECKING:
-  import chex
+from jaxbn._names import by_our_names
+from jaxbn._types import Array, Inputs, Moments, Numeric, Plan
 
 _NEAR = 4  # squared distance of the mean from 0, in variances, up to which 0 is a good pivot
 _SAMPLED = 8  # elements that make a pivot
@@ -65,14 +63,15 @@ def empty_moments(shape: int | Sequence[int], dtype: Any = jnp.float32) -> Momen
   return Moments(np.int32(0), mean, jnp.zeros_like(mean.real))
 
 
+@by_our_names
 def moments(
-  x: chex.Array,
-  axis: int | Sequence[int] = -1,
+  x: Array,
   *,
-  mask: chex.Array | None = None,
-  weights: chex.Array | None = None,
+  axis: int | Sequence[int] = -1,
+  mask: Array | None = None,
+  weights: Array | None = None,
   use_fast_variance: bool = True,
-  pivot: chex.Array | None = None,
+  pivot: Array | None = None,
 ) -> Moments:
   r"""Count, mean and variance of x per channel.
 
@@ -90,7 +89,9 @@ def moments(
     x: real or complex array of any rank.
     axis: the axis or axes of the channels; all others are summed over.
     mask: boolean, broadcasts against x; where False, the element does not exist: it may be NaN or
-      infinite and reaches no statistic and no gradient.
+      infinite and reaches no statistic and no gradient. As in NumPy the last axes are aligned: a
+      mask (N, T) of sequences x (N, T, C) is passed as mask[..., None]. Where N = T = C it is
+      taken as one of (T, C) without a word.
     weights: real, not negative, broadcasts against x: how much each element counts. One with
       weight 0 is left out as by a mask, and its weight then gets no gradient from it.
     use_fast_variance: one pass over x. If False, two: the variance is then taken around the mean
@@ -154,7 +155,7 @@ PivotMeanVar: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 @_xla.traced_once
 def _pivot_mean_var(
-  plan: Plan, inputs: Inputs, n: chex.Numeric, pivot: jax.Array | None
+  plan: Plan, inputs: Inputs, n: Numeric, pivot: jax.Array | None
 ) -> PivotMeanVar:
   """Around the pivot given, or else one that costs little where this runs."""
   if pivot is not None:
@@ -165,23 +166,23 @@ def _pivot_mean_var(
   return _xla.by_platform(inputs, n, cpu=by_branch, default=default)
 
 
-def _around_default(plan: Plan, inputs: Inputs, n: chex.Numeric) -> PivotMeanVar:
+def _around_default(plan: Plan, inputs: Inputs, n: Numeric) -> PivotMeanVar:
   pivot = _sample(plan, inputs.x, inputs.valid) if plan.sample_pivot else None
   return _from_sums(plan, n, _sums(plan, inputs, n, pivot), pivot)
 
 
-def _around_0_where_near(plan: Plan, inputs: Inputs, n: chex.Numeric) -> PivotMeanVar:
+def _around_0_where_near(plan: Plan, inputs: Inputs, n: Numeric) -> PivotMeanVar:
   """Around 0, and in channels whose mean is far from it, if there are any, around the sample."""
   sums = _sums(plan, inputs, n, None)
   _, mean, var = _from_sums(plan, n, sums)
   near = (abs_square(mean) < _NEAR * var) & jnp.isfinite(var) | (mean == 0)
 
   # All in one array: for the CPU, each costs as much as all.
-  def around_0(near: jax.Array, sums: Any, inputs: Inputs, n: chex.Numeric) -> jax.Array:
+  def around_0(near: jax.Array, sums: Any, inputs: Inputs, n: Numeric) -> jax.Array:
     # Zeros that vary as the rest does: under vmap on an explicit mesh, JAX stacks no others.
     return jnp.stack([0 * near.astype(plan.sum_dtype), *sums])
 
-  def elsewhere(near: jax.Array, sums: Any, inputs: Inputs, n: chex.Numeric) -> jax.Array:
+  def elsewhere(near: jax.Array, sums: Any, inputs: Inputs, n: Numeric) -> jax.Array:
     pivot = _sample(plan, inputs.x, inputs.valid)
     around_pivot = jnp.stack([pivot, *_sums(plan, inputs, n, pivot)])
     return jnp.where(near, around_0(near, sums, inputs, n), around_pivot)
@@ -192,7 +193,7 @@ def _around_0_where_near(plan: Plan, inputs: Inputs, n: chex.Numeric) -> PivotMe
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)  # traced once for all platforms
-def _sums(plan: Plan, inputs: Inputs, n: chex.Numeric, pivot: jax.Array | None) -> Any:
+def _sums(plan: Plan, inputs: Inputs, n: Numeric, pivot: jax.Array | None) -> Any:
   """The sums of d = x - pivot and of |d|^2, or in a second pass of |d - E[d]|^2."""
   p = None if pivot is None else plan.axes.expand(pivot)
   first = _total(plan, inputs, _from_pivot(plan, inputs, p))
@@ -205,9 +206,7 @@ def _sums(plan: Plan, inputs: Inputs, n: chex.Numeric, pivot: jax.Array | None) 
   return first, _total(plan, inputs, abs_square(d))
 
 
-def _from_sums(
-  plan: Plan, n: chex.Numeric, sums: Any, pivot: jax.Array | None = None
-) -> PivotMeanVar:
+def _from_sums(plan: Plan, n: Numeric, sums: Any, pivot: jax.Array | None = None) -> PivotMeanVar:
   """E[d] and the variance."""
   mean, second = sums[0] / n, sums[1].real / n
   var = variance(second, mean) if plan.use_fast_variance else second
@@ -252,7 +251,7 @@ def _tangent(plan: Plan, *args: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def d_mean_and_var(
-  plan: Plan, inputs: Inputs, n: chex.Numeric, values: PivotMeanVar, d: Inputs, d_n: Any
+  plan: Plan, inputs: Inputs, n: Numeric, values: PivotMeanVar, d: Inputs, d_n: Any
 ) -> tuple[jax.Array, jax.Array]:
   """The tangents: dmean = E[dx], dvar = 2 E[(x - mean) dx], and what weights add."""
   pivot, mean, var = values

@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,11 +34,8 @@ from jaxbn import _checks, _counts, _digits
 from jaxbn._counts import divisor, is_integer, is_known, occupied, where
 from jaxbn._dtypes import promoting
 from jaxbn._measure import abs_square, variance
-from jaxbn._types import Inputs, Moments, Plan
+from jaxbn._types import Inputs, Moments, Numeric, Plan
 from jaxbn._xla import nonzero
-
-if TYPE_CHECKING:
-  import chex
 
 
 def merge(a: Moments, b: Moments) -> Moments:
@@ -80,7 +77,7 @@ def merge(a: Moments, b: Moments) -> Moments:
 @promoting
 def merge_moments(
   a: Sequence[Any], b: Sequence[Any], square: Callable[[jax.Array], jax.Array]
-) -> tuple[chex.Numeric, jax.Array, jax.Array]:
+) -> tuple[Numeric, jax.Array, jax.Array]:
   """The count, the mean and the variance, or covariance, of two sets of elements together."""
   (count_a, mean_a, var_a), (count_b, mean_b, var_b) = a, b
   real = jnp.promote_types(var_a.dtype, var_b.dtype)
@@ -187,8 +184,8 @@ class Sharing(NamedTuple):
 
 @promoting
 def share_moments(
-  sharing: Sharing, count: chex.Numeric, mean: jax.Array, var: jax.Array
-) -> tuple[chex.Numeric, jax.Array, jax.Array]:
+  sharing: Sharing, count: Numeric, mean: jax.Array, var: jax.Array
+) -> tuple[Numeric, jax.Array, jax.Array]:
   """The count, the mean and the variance, or covariance, of all devices."""
   if is_known(count) and len(sharing.sizes) == 1:
     # Every device weighs the same: there are no counts to send.
@@ -312,7 +309,7 @@ def worth(plan: Plan, inputs: Inputs, batch: Moments) -> Moments:
   return batch._replace(count=of_equal_weights(plan, batch.count, squares))
 
 
-def of_equal_weights(plan: Plan, count: chex.Numeric, squares: jax.Array) -> jax.Array:
+def of_equal_weights(plan: Plan, count: Any, squares: Any) -> jax.Array:
   """(sum w)^2 / sum w^2, of a count that all devices share and this device's sum of squares."""
   if plan.axis_name is not None:
     (squares,) = sum_over_devices([squares], plan.axis_name, plan.axis_index_groups)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,11 @@ import jax.numpy as jnp
 from jaxbn import _checks
 from jaxbn._counts import occupied, where
 from jaxbn._dtypes import promoting
-from jaxbn._types import Moments, RunningStats, Tracking
-
-if TYPE_CHECKING:
-  import chex
+from jaxbn._names import by_our_names
+from jaxbn._types import Moments, Numeric, RunningStats, Tracking
 
 
+@by_our_names
 def init(
   shape: int | Sequence[int],
   *,
@@ -51,11 +50,12 @@ def init(
   return RunningStats(mean, jnp.ones_like(mean.real), count)
 
 
+@by_our_names
 def update(
   state: RunningStats,
   moments: Moments,
   *,
-  momentum: chex.Numeric | None = 0.99,
+  momentum: Numeric | None = 0.99,
   debias: bool = False,
   unbiased: bool = False,
   skip_nonfinite: bool = False,
@@ -77,6 +77,7 @@ def update(
     state: from `init` with the same momentum and debias.
     moments: the batch's (of all devices). A channel whose count is zero stays as it was.
     momentum: the share of the old value that is kept, from 0 to 1; None for a cumulative average.
+      PyTorch's momentum is the share of the batch, 1 minus this: its 0.1 is 0.9 here.
     debias: remove the weight of the initial values. A traced momentum must then be below 1.
     unbiased: multiply the batch's variance by n / (n - 1), n its count, as PyTorch does; a channel
       with n <= 1 keeps the factor 1. The sum of weights is such a count where these say how often
@@ -125,14 +126,12 @@ def track(state: RunningStats, moments: Moments, tracking: Tracking) -> RunningS
   if tracking.skip_nonfinite:
     usable = usable & jnp.isfinite(mean) & jnp.isfinite(var)
 
-  new_count = None if count is None else where(usable, count, old_count)
+  new_count = None if count is None or old_count is None else where(usable, count, old_count)
   both = functools.partial(blend, keep, gain, usable)
   return RunningStats(both(state.mean, mean), both(state.var, var), new_count)
 
 
-def blend(
-  keep: chex.Numeric, gain: chex.Numeric, usable: Any, old: jax.Array, batch: jax.Array
-) -> jax.Array:
+def blend(keep: Any, gain: Any, usable: Any, old: jax.Array, batch: jax.Array) -> jax.Array:
   """keep * old + gain * batch where that is usable, else old."""
   with jax.numpy_dtype_promotion("standard"):
     # In float32 at least: in bfloat16 0.99 is 0.988, and what is added is soon rounded away.
@@ -143,9 +142,7 @@ def blend(
     return where(usable, keep * wide + gain * where(usable, batch, 0), wide)
 
 
-def shares(
-  tracking: Tracking, count: jax.Array | None, dtype: Any
-) -> tuple[chex.Numeric, chex.Numeric]:
+def shares(tracking: Tracking, count: jax.Array | None, dtype: Any) -> tuple[Numeric, Numeric]:
   """How much of the old value is kept, and how much of the batch's is added: they sum to one."""
   momentum = tracking.momentum
   if momentum is not None and not isinstance(momentum, jax.Array):

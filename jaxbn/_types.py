@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias, TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-if TYPE_CHECKING:
-  import chex
-
 INT32_MAX = 2**31 - 1
+
+Array: TypeAlias = jax.Array | np.ndarray
+Numeric: TypeAlias = Array | np.number | float
 
 
 class Moments(NamedTuple):
@@ -32,9 +32,9 @@ class Moments(NamedTuple):
     var: E[|x - mean|^2] (divided by the count, not the count less one), real, of the same shape.
   """
 
-  count: chex.Numeric
-  mean: chex.Array
-  var: chex.Array
+  count: Numeric  # type: ignore[assignment]  # tuple's method gives way
+  mean: jax.Array
+  var: jax.Array
 
 
 class RunningStats(NamedTuple):
@@ -48,9 +48,9 @@ class RunningStats(NamedTuple):
       it stays what it is where all statistics are averaged over devices; integers will do.
   """
 
-  mean: chex.Array
-  var: chex.Array
-  count: chex.Array | None = None  # type: ignore[assignment]  # tuple's method gives way
+  mean: jax.Array
+  var: jax.Array
+  count: jax.Array | None = None  # type: ignore[assignment]  # tuple's method gives way
 
 
 class Chosen(NamedTuple):
@@ -66,13 +66,36 @@ class Chosen(NamedTuple):
     bias: likewise, such as d of batch renormalization, or None for 0.
   """
 
-  mean: chex.Array
-  var: chex.Array
-  scale: chex.Array | None = None
-  bias: chex.Array | None = None
+  mean: jax.Array
+  var: jax.Array
+  scale: jax.Array | None = None
+  bias: jax.Array | None = None
 
 
 Choose: TypeAlias = Callable[[Moments, RunningStats | None], Chosen]
+
+
+class Options(TypedDict, total=False):
+  """The options of `batch_norm`, for type checkers."""
+
+  axis: int | Sequence[int]
+  momentum: Numeric | None
+  epsilon: float
+  mask: Array | None
+  weights: Array | None
+  masked_value: float | None
+  axis_name: Any
+  axis_index_groups: Sequence[Sequence[int]] | None
+  virtual_batch_size: int | str | None
+  use_fast_variance: bool
+  debias: bool
+  unbiased: bool
+  skip_nonfinite: bool
+  detach_stats: bool
+  choose: Choose | None
+  activation: Callable[[jax.Array], jax.Array] | None
+  residual: Array | None
+  dtype: Any
 
 
 class Axes(NamedTuple):
@@ -92,7 +115,7 @@ class Axes(NamedTuple):
     """A statistic with the summed axes put back as ones, so that it broadcasts against x."""
     return jnp.expand_dims(statistic, self.reduced)
 
-  def size(self, x: jax.Array) -> chex.Numeric:
+  def size(self, x: jax.Array) -> Numeric:
     """How many elements a channel of x has, as a count of `Moments`."""
     sizes = [x.shape[a] for a in self.reduced]
     whole = math.prod(sizes)
@@ -117,7 +140,7 @@ class Groups(NamedTuple):
 class Tracking(NamedTuple):
   """How the running statistics follow those of the batches."""
 
-  momentum: chex.Numeric | None = 0.99  # may be traced
+  momentum: Numeric | None = 0.99  # may be traced
   debias: bool = False
   unbiased: bool = False
   skip_nonfinite: bool = False

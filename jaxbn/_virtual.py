@@ -44,7 +44,7 @@ def in_groups(
     return y.reshape(shape), _mean(batch, unbiased, position, groups.everyone)
 
   # No type says that two axes of an array share one of the mesh: this is for the partitioner.
-  of_batch = jax.P(*(sharding.spec[a] for a in plan.axes.features))
+  of_batch: Any = jax.P(*(sharding.spec[a] for a in plan.axes.features))
   out = sharding.spec, Moments(of_batch, of_batch, of_batch)
   placed = by_partitioner(split_and_join, inputs.x, out)
   if sharding.mesh.explicit_axes and sharding.mesh.manual_axes:

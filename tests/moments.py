@@ -108,7 +108,7 @@ def samples(seed, shape, ratio=0.0, dtype=np.float32):
 
 @functools.partial(jax.jit, static_argnames=("axis", "use_fast_variance"))
 def measure(x, axis=-1, **kwargs):
-  return jaxbn.moments(x, axis, **kwargs)
+  return jaxbn.moments(x, axis=axis, **kwargs)
 
 
 def on_device(stats, i):

@@ -60,3 +60,20 @@ def test_a_traced_flag_is_refused(flag):
 
   with pytest.raises(TypeError, match=rf"{flag}=.*static under jit, or.*jax\.lax\.cond"):
     jax.jit(call)(True)
+
+
+def test_a_state_with_the_axis_of_pmap_is_told_how_to_lose_it():
+  def layer(state, x):
+    return jaxbn.batch_norm(x, state=state, use_running_average=False, axis_name="i")[1]
+
+  x, state = jnp.stack([X, X + 1]), jaxbn.init(3)
+  step = jax.pmap(layer, axis_name="i", in_axes=(None, 0))
+  with pytest.raises(ValueError, match=r"state\.mean has shape \(2, 3\).*out_axes=None"):
+    step(step(state, x), x)
+  step = jax.pmap(layer, axis_name="i", in_axes=(None, 0), out_axes=None)
+  assert step(step(state, x), x).mean.shape == (3,)
+
+
+def test_channels_elsewhere_are_found():
+  with pytest.raises(ValueError, match=r"name the channels' axis: axis=1 has 3\."):
+    jaxbn.batch_norm(jnp.ones((4, 3, 8)), state=STATE, use_running_average=False)

@@ -85,7 +85,7 @@ def test_double_precision_stays_double(dtype, fast):
 @pytest.mark.parametrize("axis", [1, -2, (1,), [np.int64(-2)], np.array([1])])
 def test_axis_may_be_said_in_many_ways(axis):
   x = samples(0, (4, 3, 2))
-  got = jax.jit(lambda x: jaxbn.moments(x, axis))(x)
+  got = jax.jit(lambda x: jaxbn.moments(x, axis=axis))(x)
   chex.assert_trees_all_equal(got, measure(x, axis=1))
 
 
@@ -144,7 +144,7 @@ def test_with_a_mask_the_pivot_is_an_element_that_exists(axis):
   rng = np.random.default_rng(0)
   x = (1e4 + rng.normal(size=(20, 3, 7, 2))).astype(np.float32)
   mask = rng.random(x.shape) < 0.1
-  found = jaxbn.moments(np.where(mask, x, np.float32(np.nan)), axis, mask=mask)
+  found = jaxbn.moments(np.where(mask, x, np.float32(np.nan)), axis=axis, mask=mask)
   right = oracle.moments(x, axis, mask)
   n = right.count
   allowed = (3 * n + 18) * unit_roundoff(np.float32) * (1 + n) * right.var

@@ -1,25 +1,64 @@
-"""What the README shows runs, and the figures in it are those that its command prints."""
+"""What the README shows trains, and the figures in it are those that its command prints."""
 
 import math
 import pathlib
 import re
 
+import jax
+import numpy as np
 import pytest
 
 from benchmarks import exactness
+from tests.bare import blocks
 
-README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 ROW = r"\| (.+?) +\| +(\S+) +\| +(\S+) +\|"
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["plain JAX", "Flax", "groups", "a variant"])
-def test_its_examples_run(block):
-  names = {}
-  exec(block, names)
-  y = names["y"]
-  assert abs(float(y.mean())) < 1
-  assert y.shape[:-1] == names["x"].shape[:-1]
+@pytest.fixture(scope="module")
+def results():
+  """What the blocks leave behind, each run where those before it were."""
+  names, results = {}, []
+  for block in blocks(README):
+    exec(block, names)
+    results.append(
+      {k: names.get(k) for k in ("value", "accuracy", "params", "state", "losses", "y")}
+    )
+  return results
+
+
+def test_its_networks_learn(results):
+  for block in results[:2]:
+    assert block["accuracy"] > 0.95
+    assert block["value"] < 0.2
+
+
+def test_its_three_loops_on_all_devices_end_alike(results):
+  pmap, *others = results[2:5]
+  assert pmap["losses"][-1] < 0.95 * pmap["losses"][0]
+  for other in others:
+    # A hundred steps of rounding.
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
+      [pmap[k] for k in ("losses", "params", "state")],
+      [other[k] for k in ("losses", "params", "state")],
+    )
+
+
+def test_its_other_loops_track(results):
+  for block in results[5:]:
+    np.testing.assert_allclose(block["y"].mean(0), 0, atol=0.3)
+    assert block["state"].mean.shape == (16,)
+  assert len(results) == 7
+
+
+def test_its_links_lead_to_files():
+  home = r"https://(?:raw\.githubusercontent|github)\.com/jaxbn/jaxbn/(?:blob/)?main/"
+  links = re.findall(home + r"([^)]+)\)", README)
+  assert links
+  for link in links:
+    assert (ROOT / link).exists(), link
 
 
 def test_its_table_is_what_the_command_prints():

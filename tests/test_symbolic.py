@@ -33,12 +33,12 @@ def some(batch_norm=jaxbn.batch_norm, **options):
 
 def in_domains(x, scale, bias, state, **options):
   state = jax.tree.map(lambda s: jnp.stack([s, s]), state)
-  y, state = domain_batch_norm(x, scale, bias, state, jnp.int32(1), **options)
+  y, state = domain_batch_norm(x, scale, bias, state, domains=jnp.int32(1), **options)
   return y, jax.tree.map(lambda s: s[1], state)
 
 
 def of_class(x, scale, bias, state, **options):
-  return conditional_batch_norm(x, scale[None], bias[None], jnp.int32(0), state, **options)
+  return conditional_batch_norm(x, scale[None], bias[None], state, labels=jnp.int32(0), **options)
 
 
 LAYERS = {

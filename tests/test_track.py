@@ -593,10 +593,10 @@ OF_A_STATE = {
     X, None, None, state, prior=2.0
   ),
   "conditional": lambda state, train: conditional.conditional_batch_norm(
-    X, jnp.ones((2, 2)), None, LABELS, state, use_running_average=not train
+    X, jnp.ones((2, 2)), None, state, labels=LABELS, use_running_average=not train
   ),
   "domain": lambda state, train: domain.domain_batch_norm(
-    X, None, None, _each([state] * 2), LABELS, use_running_average=not train
+    X, None, None, _each([state] * 2), domains=LABELS, use_running_average=not train
   ),
   "sequence": lambda state, train: input_norm.sequence_norm(
     X, state=state, use_running_average=not train

@@ -4,7 +4,7 @@
 them, `formats` reads them, `pipeline` makes batches of them.
 """
 
-from examples.data.pipeline import test_batches, train_batches
+from examples.data.pipeline import standardizer, test_batches, train_batches
 from examples.data.sources import Dataset, load
 
-__all__ = ["Dataset", "load", "test_batches", "train_batches"]
+__all__ = ["Dataset", "load", "standardizer", "test_batches", "train_batches"]

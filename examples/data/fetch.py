@@ -132,7 +132,6 @@ def download(file: PublishedFile, mirrors: Sequence[str], folder: Path) -> Path:
 
 
 def _download(file: PublishedFile, url: str, folder: Path) -> Path:
-  folder.mkdir(parents=True, exist_ok=True)
   partial = folder / f"{file.name}.{os.getpid()}.part"
   try:
     received, sha256 = _copy(url, partial, file)
@@ -149,15 +148,16 @@ def _download(file: PublishedFile, url: str, folder: Path) -> Path:
 def _copy(url: str, target: Path, file: PublishedFile) -> tuple[int, str]:
   """Copies the URL to the target; stops past the expected size. Returns the size and SHA-256."""
   received, digest = 0, hashlib.sha256()
-  with (
-    urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response,
-    open(target, "wb") as output,
-    Progress(console=Console(stderr=True), transient=True) as progress,
-  ):
-    task = progress.add_task(file.name, total=file.size)
-    while received <= file.size and (chunk := response.read(CHUNK_BYTES)):
-      output.write(chunk)
-      digest.update(chunk)
-      received += len(chunk)
-      progress.update(task, completed=received)
+  with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:
+    target.parent.mkdir(parents=True, exist_ok=True)  # now that there is something to put there
+    with (
+      open(target, "wb") as output,
+      Progress(console=Console(stderr=True), transient=True) as progress,
+    ):
+      task = progress.add_task(file.name, total=file.size)
+      while received <= file.size and (chunk := response.read(CHUNK_BYTES)):
+        output.write(chunk)
+        digest.update(chunk)
+        received += len(chunk)
+        progress.update(task, completed=received)
   return received, digest.hexdigest()

@@ -67,7 +67,7 @@ def train_batches(
   if augment not in AUGMENTATIONS:
     raise ValueError(f"augment={augment!r} is none of {', '.join(AUGMENTATIONS)}.")
   draw, change = AUGMENTATIONS[augment]
-  standardize = _standardizer(dataset.train_images)
+  standardize = standardizer(dataset.train_images)
 
   def make_batch(rows: np.ndarray, rng: np.random.Generator) -> Batch:
     drawn = [values[own] for values in draw(rng, len(rows))]
@@ -106,7 +106,7 @@ def test_batches(
 
 
 def _padded_batches(dataset: Dataset, batch_size: int, own: slice) -> Iterator[Batch]:
-  standardize = _standardizer(dataset.train_images)
+  standardize = standardizer(dataset.train_images)
   for first in range(0, len(dataset.test_images), batch_size):
     rows = slice(first + own.start, first + own.stop)
     labels = dataset.test_labels[rows]
@@ -164,7 +164,7 @@ def _epoch_order(examples: int, seed: int, epoch: int) -> np.ndarray:
   return np.random.default_rng([seed, epoch]).permutation(examples)
 
 
-def _standardizer(train_images: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+def standardizer(train_images: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
   """The map from uint8 images to float32 of mean 0 and standard deviation 1 a channel."""
   image_shape = train_images.shape[1:]
   flat = train_images.reshape(len(train_images), -1)

@@ -1,6 +1,7 @@
 """Which data sets there are, where their files lie, and what they hold."""
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,8 +85,8 @@ def load(name: str, directory: str | None = None, *, download: bool = True) -> D
 
   Args:
     name: one of the names above.
-    directory: where the files lie, and where missing ones are downloaded to. By default
-      `data/<name>` under the current directory and then, for fashion_mnist, the folder
+    directory: where the files lie, and where missing ones are downloaded to; it has to exist. By
+      default `data/<name>` under the current directory and then, for fashion_mnist, the folder
       of Debian's package `dataset-fashion-mnist`; the first that holds every file is used.
     download: whether to download missing files (into `data/<name>` by default).
 
@@ -95,7 +96,7 @@ def load(name: str, directory: str | None = None, *, download: bool = True) -> D
   Raises:
     ValueError: the name is unknown; a directory is given for digits; a file is damaged,
       truncated, mislabelled or of another kind.
-    FileNotFoundError: a file is missing, and was not or could not be downloaded.
+    FileNotFoundError: files are missing, and were not or could not be downloaded; all are named.
   """
   if name not in CLASS_NAMES:
     (nearest,) = difflib.get_close_matches(str(name), CLASS_NAMES, n=1, cutoff=0)
@@ -171,7 +172,16 @@ def _locate(name: str, directory: str | None, download: bool) -> list[Path]:
     found = [path for file in files if (path := _find(file, folder))]
     if len(found) == len(files):
       return found
-  return [_find(file, folders[0]) or _obtain(name, file, folders, download) for file in files]
+  missing = [file for file in files if not _find(file, folders[0])]
+  reason = "download=False forbids fetching"
+  if directory is not None and not folders[0].is_dir():  # more likely misspelled than meant
+    reason = "there is no such folder"
+  elif download:
+    reason = _download(name, missing, folders[0])
+  still = [file for file in missing if not _find(file, folders[0])]
+  if still:
+    raise FileNotFoundError(_how_to_get(name, still, folders, reason))
+  return [path for file in files if (path := _find(file, folders[0]))]
 
 
 def _find(file: fetch.PublishedFile, folder: Path) -> Path | None:
@@ -179,17 +189,23 @@ def _find(file: fetch.PublishedFile, folder: Path) -> Path | None:
   return next((path for path in candidates if path.exists()), None)
 
 
-def _obtain(name: str, file: fetch.PublishedFile, folders: list[Path], download: bool) -> Path:
-  """Downloads a missing file into the first folder, or says what to do instead."""
-  mirrors = fetch.MIRRORS[name]
-  reason = "download=False forbids fetching it"
-  if download:
-    try:
-      return fetch.download(file, mirrors, folders[0])
-    except fetch.DownloadError as error:
-      reason = f"downloading it failed ({error})"
-  raise FileNotFoundError(
-    f"{name} needs {file.name} (or {file.unpacked}), which is not in "
-    f"{' or '.join(map(str, folders))}, and {reason}: fetch {mirrors[0]}{file.name} on a machine "
-    f"with a network and put it in {folders[0]}, or name the directory that has it."
+def _download(name: str, files: Sequence[fetch.PublishedFile], folder: Path) -> str:
+  """Downloads into `folder` until one fails; says why."""
+  try:
+    for file in files:
+      fetch.download(file, fetch.MIRRORS[name], folder)
+  except fetch.DownloadError as error:
+    return f"downloading failed ({error})"
+  return ""
+
+
+def _how_to_get(
+  name: str, files: Sequence[fetch.PublishedFile], folders: Sequence[Path], reason: str
+) -> str:
+  needed = ", ".join(f"{file.name} (or {file.unpacked})" for file in files)
+  be, them = ("is", "it") if len(files) == 1 else ("are", "them")
+  return (
+    f"{name} needs {needed}, which {be} not in {' or '.join(map(str, folders))}, and {reason}: "
+    f"fetch {them} from {fetch.MIRRORS[name][0]} on a machine with a network and put {them} in "
+    f"{folders[0]}, or name the folder that has all files."
   )

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,7 @@ import numpy as np
 from jax import lax
 
 from jaxbn import _checks
-
-if TYPE_CHECKING:
-  import chex
+from jaxbn._types import Array, Numeric
 
 __all__ = [
   "Problem",
@@ -42,6 +40,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+  return __all__
+
+
 class Split(NamedTuple):
   """Weights as a direction and a length.
 
@@ -50,8 +52,8 @@ class Split(NamedTuple):
     length: g, a number: the weights' norm in the metric S, with a sign.
   """
 
-  direction: chex.Array
-  length: chex.Numeric
+  direction: jax.Array
+  length: jax.Array | float
 
 
 class Problem(NamedTuple):
@@ -64,13 +66,13 @@ class Problem(NamedTuple):
     length: from a direction to the best length for it.
   """
 
-  second_moment: chex.Array
-  loss: Callable[[chex.Array], chex.Numeric]
-  curvature: Callable[[chex.Array], chex.Numeric]
-  length: Callable[[chex.Array], chex.Numeric]
+  second_moment: jax.Array
+  loss: Callable[[jax.Array], jax.Array]
+  curvature: Callable[[jax.Array], jax.Array]
+  length: Callable[[jax.Array], jax.Array]
 
 
-def combine(split: Split, second_moment: chex.Array) -> jax.Array:
+def combine(split: Split, second_moment: Array) -> jax.Array:
   """The weights: v = length * direction / sqrt(direction^T S direction).
 
   Args:
@@ -91,10 +93,10 @@ def combine(split: Split, second_moment: chex.Array) -> jax.Array:
 
 def gdnp(
   problem: Problem,
-  direction: chex.Array,
+  direction: Array,
   steps: int,
   *,
-  smoothness: chex.Numeric | None = None,
+  smoothness: Numeric | None = None,
 ) -> tuple[Split, jax.Array]:
   r"""Gradient descent in normalized parametrization (Kohler et al. 2019, Algorithm 1).
 
@@ -160,7 +162,7 @@ def gdnp(
   return last, jnp.concatenate([combine(start, S)[None], weights])
 
 
-def least_squares(x: chex.Array, y: chex.Array) -> Problem:
+def least_squares(x: Array, y: Array) -> Problem:
   r"""E[(y - x^T v)^2], whose best length is known: g = E[y x]^T w / ||w||_S.
 
   With it, what is left is the generalized Rayleigh quotient -(E[y x]^T w)^2 / (w^T S w), up to a
@@ -194,8 +196,8 @@ def least_squares(x: chex.Array, y: chex.Array) -> Problem:
 
 
 def halfspace(
-  x: chex.Array,
-  y: chex.Array,
+  x: Array,
+  y: Array,
   *,
   loss: Callable[[jax.Array], jax.Array] = jax.nn.softplus,
   max_length: float = 64.0,
@@ -235,8 +237,8 @@ def halfspace(
 
 
 def gaussian_halfspace(
-  mean: chex.Array,
-  covariance: chex.Array,
+  mean: Array,
+  covariance: Array,
   *,
   loss: Callable[[jax.Array], jax.Array] = jax.nn.softplus,
   max_length: float = 64.0,
@@ -320,7 +322,7 @@ def _derivative(f: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], ja
   return lambda t: jax.jvp(f, (t,), (jnp.ones_like(t),))[1]
 
 
-def _examples(x: chex.Array, y: chex.Array) -> tuple[jax.Array, jax.Array]:
+def _examples(x: Array, y: Array) -> tuple[jax.Array, jax.Array]:
   x = _checks.inexact(x)
   y = jnp.asarray(y, x.dtype)
   if x.ndim != 2 or y.shape != x.shape[:1]:

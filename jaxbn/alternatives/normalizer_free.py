@@ -24,7 +24,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +32,8 @@ import numpy as np
 
 from jaxbn import _checks, batch_norm
 from jaxbn._activation import hoist
-
-if TYPE_CHECKING:
-  import chex
+from jaxbn._names import shown
+from jaxbn._types import Array
 
 __all__ = [
   "activation_gain",
@@ -44,9 +43,13 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+  return __all__
+
+
 def scaled_weight_standardization(
-  kernel: chex.Array,
-  gain: chex.Array | None = None,
+  kernel: Array,
+  gain: Array | None = None,
   *,
   axis: int | Sequence[int] = -1,
   epsilon: float = 1e-5,
@@ -93,8 +96,8 @@ def scaled_weight_standardization(
   fan_in = math.prod(kernel.shape[a] for a in axes.reduced)
   if fan_in < 2:
     raise ValueError(
-      f"kernel of shape {kernel.shape} has {fan_in} weight for each output on axis={axis!r}, and "
-      "without its mean nothing is left of it: leave such a layer unstandardized, or name the "
+      f"kernel of shape {kernel.shape} has {fan_in} weight for each output on axis={shown(axis)}, "
+      "and without its mean nothing is left of it: leave such a layer unstandardized, or name the "
       "outputs' axis."
     )
   if gain is None:
@@ -103,7 +106,7 @@ def scaled_weight_standardization(
   if gain.shape != shape:
     raise ValueError(
       f"gain has shape {gain.shape}, but kernel of shape {kernel.shape} has outputs of shape "
-      f"{shape} on axis={axis!r}: pass one gain for each output, or name the outputs' axis."
+      f"{shape} on axis={shown(axis)}: pass one gain for each output, or name the outputs' axis."
     )
   standardized, _ = batch_norm(
     kernel,
@@ -152,8 +155,8 @@ def activation_gain(activation: Callable[[jax.Array], jax.Array]) -> float:
   var = float(weights @ (f - weights @ f) ** 2)
   if not 0 < var < math.inf:
     raise ValueError(
-      f"activation={activation!r} has variance {var} for standard normal input: no factor makes "
-      "that 1: pass a function that is finite and not constant."
+      f"activation={shown(activation)} has variance {var} for standard normal input: no factor "
+      "makes that 1: pass a function that is finite and not constant."
     )
   return 1 / math.sqrt(var)
 
@@ -232,9 +235,11 @@ def expected_variances(
   for name, value in (("alpha", alpha), ("var", var)):
     _checks.scalar(name, value)
     if not math.isfinite(value):
-      raise ValueError(f"{name}={value!r} is not finite: no block has such a variance.")
+      raise ValueError(f"{name}={shown(value)} is not finite: no block has such a variance.")
   if var <= 0:
-    raise ValueError(f"var={var!r} is out of range: a signal's variance is positive; 1 is usual.")
+    raise ValueError(
+      f"var={shown(var)} is out of range: a signal's variance is positive; 1 is usual."
+    )
   result: list[Any] = [var]
   for transition in transitions:
     result.append((1.0 if transition else result[-1]) + alpha**2)

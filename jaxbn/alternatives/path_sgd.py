@@ -29,8 +29,13 @@ import optax
 
 from jaxbn import _checks
 from jaxbn._dtypes import accumulation_dtype
+from jaxbn._names import shown
 
 __all__ = ["path_sgd", "scale_by_path"]
+
+
+def __dir__() -> list[str]:
+  return __all__
 
 
 def path_sgd(
@@ -137,13 +142,15 @@ def _divided(g: jax.Array, kappa: jax.Array) -> jax.Array:
 def _check_options(layers: Sequence[str] | None, p: float) -> None:
   _checks.scalar("p", p)
   if not 1 <= float(p) < float("inf"):
-    raise ValueError(f"p={p!r} is out of range: it is finite and at least 1; the paper uses 2.")
+    raise ValueError(
+      f"p={shown(p)} is out of range: it is finite and at least 1; the paper uses 2."
+    )
   if layers is None:
     return
   if isinstance(layers, str):
-    raise TypeError(f"layers={layers!r} is one name: pass a list of them, in order.")
+    raise TypeError(f"layers={shown(layers)} is one name: pass a list of them, in order.")
   if not layers or len(set(layers)) != len(layers):
-    raise ValueError(f"layers={layers!r}: name every layer of the network once, in order.")
+    raise ValueError(f"layers={shown(layers)}: name every layer of the network once, in order.")
 
 
 def _in_order(params: Any, layers: Sequence[str] | None) -> list[Mapping[str, Any]]:

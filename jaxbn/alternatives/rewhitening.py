@@ -31,7 +31,7 @@ import functools
 import operator
 import string
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,11 +40,10 @@ from jax import lax
 
 from jaxbn import _checks
 from jaxbn._dtypes import accumulation_dtype
+from jaxbn._names import shown
+from jaxbn._types import Array, Numeric
 from jaxbn.variants._covariance import covariance, real, share
 from jaxbn.variants._inverse_root import whitening_matrix
-
-if TYPE_CHECKING:
-  import chex
 
 __all__ = [
   "Statistics",
@@ -56,6 +55,11 @@ __all__ = [
   "whitened_conv",
   "whitened_dense",
 ]
+
+
+def __dir__() -> list[str]:
+  return __all__
+
 
 # Between steps, accuracy is worth more than speed: accelerators round products otherwise.
 exact_matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
@@ -69,8 +73,8 @@ class Whitening(NamedTuple):
     matrix: U, of shape (inputs, inputs), invertible.
   """
 
-  center: chex.Array
-  matrix: chex.Array
+  center: jax.Array
+  matrix: jax.Array
 
 
 class Statistics(NamedTuple):
@@ -81,8 +85,8 @@ class Statistics(NamedTuple):
     cov: E[(x - mean)(x - mean)^T], of shape (inputs, inputs).
   """
 
-  mean: chex.Array
-  cov: chex.Array
+  mean: jax.Array
+  cov: jax.Array
 
 
 def init(inputs: int, dtype: Any = jnp.float32) -> Whitening:
@@ -104,9 +108,9 @@ def init(inputs: int, dtype: Any = jnp.float32) -> Whitening:
 
 
 def statistics(
-  x: chex.Array,
+  x: Array,
   *,
-  mask: chex.Array | None = None,
+  mask: Array | None = None,
   axis_name: Any = None,
   axis_index_groups: Sequence[Sequence[int]] | None = None,
 ) -> Statistics:
@@ -142,9 +146,9 @@ def statistics(
 
 
 def whitened_dense(
-  x: chex.Array,
-  kernel: chex.Array,
-  bias: chex.Array,
+  x: Array,
+  kernel: Array,
+  bias: Array,
   whitening: Whitening,
   *,
   precision: Any = None,
@@ -185,9 +189,9 @@ def whitened_dense(
 
 
 def whitened_conv(
-  x: chex.Array,
-  kernel: chex.Array,
-  bias: chex.Array,
+  x: Array,
+  kernel: Array,
+  bias: Array,
   whitening: Whitening,
   *,
   strides: int | Sequence[int] = 1,
@@ -295,7 +299,7 @@ def rewhiten(
   whitening: Whitening,
   statistics: Statistics,
   *,
-  epsilon: chex.Numeric = 1e-3,
+  epsilon: Numeric = 1e-3,
   decorrelate: bool = True,
 ) -> tuple[dict[str, Any], Whitening]:
   r"""Whitens a layer's input anew, and leaves its function as it is.
@@ -367,8 +371,8 @@ def _pads(padding: Any, positions: Any, window: Any, strides: Any) -> Sequence[t
     return lax.padtype_to_pads(positions, window, strides, padding)
   if isinstance(padding, str) or np.shape(padding) != (len(positions), 2):
     raise ValueError(
-      f"padding={padding!r}: 'SAME', 'VALID', or (low, high) for each of the {len(positions)} axes "
-      "of positions: pad x itself for another."
+      f"padding={shown(padding)}: 'SAME', 'VALID', or (low, high) for each of the {len(positions)} "
+      "axes of positions: pad x itself for another."
     )
   return [(int(low), int(high)) for low, high in padding]
 
@@ -377,7 +381,7 @@ def _each(name: str, value: int | Sequence[int], positions: int) -> tuple[int, .
   """One integer for each axis of positions."""
   values = (value,) * positions if np.ndim(value) == 0 else tuple(value)  # type: ignore[arg-type]
   if len(values) != positions:
-    raise ValueError(f"{name}={value!r}: one integer, or one for each of {positions} axes.")
+    raise ValueError(f"{name}={shown(value)}: one integer, or one for each of {positions} axes.")
   return tuple(map(operator.index, values))  # type: ignore[arg-type]
 
 

@@ -15,6 +15,11 @@ from jaxbn.alternatives.rewhitening import Whitening, exact_matmul
 
 __all__ = ["rewhiten_optimizer_state"]
 
+
+def __dir__() -> list[str]:
+  return __all__
+
+
 _Path = tuple[str, ...]
 
 

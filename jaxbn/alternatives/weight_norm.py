@@ -12,7 +12,7 @@ nothing of the data; the paper brings two things back: an initialization by one 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +20,19 @@ from jax import lax
 
 from jaxbn import Chosen, Moments, RunningStats, _checks, batch_norm, moments, sync
 from jaxbn._dtypes import accumulation_dtype
-
-if TYPE_CHECKING:
-  import chex
+from jaxbn._names import by_our_names
+from jaxbn._types import Array
 
 __all__ = ["data_dependent_init", "lengths", "mean_only_batch_norm", "weight_norm"]
 
 
+def __dir__() -> list[str]:
+  return __all__
+
+
 def weight_norm(
-  kernel: chex.Array,
-  scale: chex.Array,
+  kernel: Array,
+  scale: Array,
   *,
   axis: int | Sequence[int] = -1,
   epsilon: float = 1e-12,
@@ -69,7 +72,7 @@ def weight_norm(
   return (wide * axes.expand(scale * inverse)).astype(dtype)
 
 
-def lengths(kernel: chex.Array, *, axis: int | Sequence[int] = -1) -> jax.Array:
+def lengths(kernel: Array, *, axis: int | Sequence[int] = -1) -> jax.Array:
   r"""||v|| of each feature: the scale with which `weight_norm` gives the kernel back.
 
   So that training can go on, in the new parameters, from weights that were trained without.
@@ -97,11 +100,11 @@ def lengths(kernel: chex.Array, *, axis: int | Sequence[int] = -1) -> jax.Array:
 
 
 def data_dependent_init(
-  t: chex.Array,
+  t: Array,
   *,
   axis: int | Sequence[int] = -1,
   epsilon: float = 1e-10,
-  mask: chex.Array | None = None,
+  mask: Array | None = None,
   axis_name: Any = None,
   axis_index_groups: Sequence[Sequence[int]] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -134,7 +137,7 @@ def data_dependent_init(
   (0.5, -1.5)
   """
   _checks.epsilon_in_range(epsilon)
-  batch = moments(t, axis, mask=mask)
+  batch = moments(t, axis=axis, mask=mask)
   axis_name, axis_index_groups = _checks.sharing(axis_name, axis_index_groups)
   if axis_name is not None:
     batch = sync(batch, axis_name, axis_index_groups)
@@ -142,9 +145,10 @@ def data_dependent_init(
   return scale, -batch.mean * scale
 
 
+@by_our_names
 def mean_only_batch_norm(
-  x: chex.Array,
-  bias: chex.Array | None = None,
+  x: Array,
+  bias: Array | None = None,
   state: RunningStats | None = None,
   *,
   use_running_average: bool,

@@ -1,10 +1,11 @@
 """The doctor: why evaluation is bad; and the functions that measure what papers do."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from jaxbn._layers import on_first_use
+from jaxbn._names import on_first_use
 
 if TYPE_CHECKING:
+  from jaxbn.diagnostics import measures as measures
   from jaxbn.diagnostics._diagnose import diagnose, faults
   from jaxbn.diagnostics._finding import Finding
   from jaxbn.diagnostics._report import Report
@@ -31,6 +32,7 @@ __all__ = [
   "faults",
   "gradient_norms",
   "gradient_shift",
+  "measures",
   "smoothness",
 ]
 _HOMES = {
@@ -45,13 +47,13 @@ _HOMES = {
   "faults": "_diagnose",
   "gradient_norms": "measures",
   "gradient_shift": "measures",
+  "measures": "measures",
   "smoothness": "measures",
 }
 
-
-def __getattr__(name: str) -> Any:
-  return on_first_use(__name__, _HOMES, name)
+if not TYPE_CHECKING:
+  __getattr__ = on_first_use(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:
-  return sorted(__all__)
+  return __all__

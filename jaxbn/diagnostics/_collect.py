@@ -19,11 +19,12 @@ from jaxbn.diagnostics import _observe
 from jaxbn.diagnostics._facts import Facts, LayerFacts
 from jaxbn.surgery._find import Layer, find
 from jaxbn.surgery._network import Network
-from jaxbn.surgery._spread import Spread
+from jaxbn.surgery._spread import Spread, rows
 from jaxbn.surgery._trees import Place, get, put
 
 # By these names a call is told its mode; what else there is has to be said.
 _FLAGS = ("train", "training", "is_training", "deterministic", "use_running_average")
+_VARIABLES = ("mean", "var", "scale", "bias")
 
 
 class Run(NamedTuple):
@@ -69,7 +70,7 @@ def collect(
       if run.gradients:
         flow = _flow(network, batch, run.loss, *shown(tree, 0, args))
     training, evaluation = look(*shown(tree, len(seen), args))
-    seen.append(Batch(_rows(args), *jax.tree.map(np.asarray, (training, evaluation))))
+    seen.append(Batch(rows(args), *jax.tree.map(np.asarray, (training, evaluation))))
     progress(f"diagnose, batch {len(seen)}")
   if not seen:
     raise ValueError(
@@ -86,13 +87,17 @@ def _placed(spread: Spread, tree: Any, index: int, args: Any) -> Any:
 
 def _in_full_precision(network: Network) -> Any:
   """Its variables, with statistics that a batch's can be put into without loss."""
-  values = network.statistics()
+  places = [_places(network, layer)[name] for layer in network.layers for name in ("mean", "var")]
+  values = {place: get(network.tree, place) for place in places}
   wide = {p: v.astype(jnp.promote_types(v.dtype, jnp.float32)) for p, v in values.items()}
   return put(network.tree, wide)
 
 
-def _rows(args: Any) -> int:
-  return next((np.shape(a)[0] for a in jax.tree.leaves(args) if np.ndim(a)), 1)
+def _places(network: Network, layer: Layer) -> dict[str, Any]:
+  """Of mean, var, scale and bias, which foreign layers call otherwise; None where there is none."""
+  reading = network.foreign.get(layer.kind)
+  names = {name: reading.name(name) if reading else name for name in _VARIABLES}
+  return {ours: layer.variables.get(theirs) for ours, theirs in names.items()}
 
 
 def _modes(network: Network, args: Any, training: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -215,11 +220,7 @@ def _layer_facts(
   trains: bool | None,
   earlier: Any,
 ) -> LayerFacts:
-  reading = network.foreign.get(layer.kind)
-  place: dict[str, Any] = {
-    name: layer.variables.get(reading.name(name) if reading else name)
-    for name in ("mean", "var", "scale", "bias")
-  }
+  place = _places(network, layer)
 
   def value(name: str, tree: Any = None, leading: tuple[int, ...] = ()) -> Any:
     found = None
@@ -233,8 +234,8 @@ def _layer_facts(
     return RunningStats(value("mean", tree, leading), value("var", tree, leading))
 
   scale = value("scale")
-  if scale is not None and reading:
-    scale = scale + reading.scale_offset
+  if scale is not None and layer.kind in network.foreign:
+    scale = scale + network.foreign[layer.kind].scale_offset
   replicas = _replicas(network, place)
   if run.replicas is not None:
     number = len(get(run.replicas, place["mean"]))

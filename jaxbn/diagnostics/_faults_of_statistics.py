@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from jaxbn.diagnostics._facts import Facts, LayerFacts
+from jaxbn._types import RunningStats
+from jaxbn.diagnostics._facts import Facts, LayerFacts, lost
 from jaxbn.diagnostics._finding import Finding
 
 RECALIBRATE = "variables = jaxbn.surgery.recalibrate(model, variables, batches, train=False)"
@@ -72,55 +73,69 @@ def not_mutable(facts: Facts) -> Iterator[Finding]:
 
 
 def momentum_too_slow(
-  facts: Facts, batches: float = 1.0, nats: float = 0.05, weight: float = 0.1, left: float = 0.2
+  facts: Facts, batches: float = 1.0, nats: float = 0.05, weight: float = 0.1
 ) -> Iterator[Finding]:
   """Running statistics that still hold much of their initial values.
 
   Args:
     facts: of the network.
     batches: as of `other_domain`.
-    nats: as of `other_domain`.
+    nats: as of `other_domain`; also what w may leave unexplained.
     weight: of the initial values: momentum**steps, or where steps are not given, fitted to
-      running = w initial + (1 - w) data. A tenth changes the variance by about the tenth by which
+      running = w initial + (1 - w) data. A tenth changes a variance of 0 or 2 by the tenth by which
       those of 200 independent elements are known: their standard error is sqrt(2 / 200).
-    left: share of the squared distance to the initial values that the fit may leave: parameters
-      change while statistics are averaged, so that it is not 0. Steps that are given need no fit.
   """
-  cleared = set()  # momenta that the first layer of that momentum shows to be fast enough
+  fitted = {v.layer.path: initial_weight(v) for v in facts.layers if _is_average(v)}
+  # The momenta that some layer shows to be fast enough, one in which initial values would be seen.
+  fast = {
+    v.momentum
+    for v in facts.layers
+    if v.layer.path in fitted
+    and fitted[v.layer.path] <= weight
+    and v.lost(0 * v.data.mean, 0 * v.data.var + 1) > nats
+  }
   for v in facts.layers:
-    a = v.momentum
-    if a is None or not 0 < a < 1 or v.layer.options.get("debias") or is_initial(v):
+    if v.layer.path not in fitted or not drifted(v, batches, nats):
       continue
-    w, unexplained = initial_weight(v)
-    sure = "likely"
+    a, w = v.momentum, fitted[v.layer.path]
+    left = lost(v.running, _blend(v, min(w, 1.0)), v.epsilon)
+    is_slow = weight < w <= 1 and left < nats and a not in fast
     if facts.steps is not None:
-      w, unexplained, sure = a**facts.steps, 0.0, "certain"
-    if not (weight < w <= 1 and unexplained < left and drifted(v, batches, nats)):
-      cleared.add(a)
-    if a in cleared:
-      continue
-    steps = facts.steps or max(round(np.log(w) / np.log(a)), 1)
-    fast = max(0.01 ** (1 / steps), 0.5)
-    evidence = (
-      f"after {'' if facts.steps else 'about '}{steps} steps with momentum {a:g} its running "
-      f"statistics are still {w:.0%} initial values"
-    )
-    mend = (
-      f"BatchNorm(momentum={_floor(fast)})  # or debias=True, of jaxbn; and now:\n{RECALIBRATE}"
-    )
-    yield Finding("momentum-too-slow", v.layer.path, "error", sure, evidence, mend)
+      w = a**facts.steps
+      is_slow = w > weight
+    if is_slow:
+      yield _too_slow(v, a, w, facts.steps)
 
 
-def initial_weight(v: LayerFacts) -> tuple[float, float]:
-  """The w of running = w initial + (1 - w) data by least squares, and what share it leaves."""
+def _is_average(v: LayerFacts) -> bool:
+  is_plain = v.momentum is not None and 0 < v.momentum < 1 and not v.layer.options.get("debias")
+  return is_plain and v.is_finite and not is_initial(v) and bool(np.isfinite(v.running.var).all())
+
+
+def _blend(v: LayerFacts, w: float) -> RunningStats:
+  return RunningStats((1 - w) * v.data.mean, w + (1 - w) * v.data.var)
+
+
+def _too_slow(v: LayerFacts, momentum: float, w: float, steps: int | None) -> Finding:
+  number = steps or max(round(np.log(w) / np.log(momentum)), 1)
+  evidence = (
+    f"after {'' if steps else 'about '}{number} steps with momentum {momentum:g} its running "
+    f"statistics are still {w:.0%} initial values"
+  )
+  enough = _floor(max(0.01 ** (1 / number), 0.5))
+  mend = f"BatchNorm(momentum={enough})  # or debias=True, of jaxbn; and now:\n{RECALIBRATE}"
+  sure = "certain" if steps else "likely"
+  return Finding("momentum-too-slow", v.layer.path, "error", sure, evidence, mend)
+
+
+def initial_weight(v: LayerFacts) -> float:
+  """The w of running = w initial + (1 - w) data, by least squares in standard errors."""
   mean, var = v.data.mean, v.data.var + v.epsilon
-  with np.errstate(all="ignore"):
-    a = np.concatenate([mean / np.sqrt(var), (var - 1) / var / np.sqrt(2)])
-    b = np.concatenate(
-      [(mean - v.running.mean) / np.sqrt(var), (v.data.var - v.running.var) / var / np.sqrt(2)]
-    )
-  w = float(a @ b / max(a @ a, 1e-30))
-  return w, float(np.sum((b - w * a) ** 2) / max(b @ b, 1e-30))
+  a = np.concatenate([mean / np.sqrt(var), (var - 1) / var / np.sqrt(2)])
+  b = np.concatenate(
+    [(mean - v.running.mean) / np.sqrt(var), (v.data.var - v.running.var) / var / np.sqrt(2)]
+  )
+  return float(a @ b / max(a @ a, 1e-30))
 
 
 def other_domain(facts: Facts, batches: float = 1.0, nats: float = 0.05) -> Iterator[Finding]:

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from flax.typing import Initializer
 
 from jaxbn import _checks, _layers
+from jaxbn._names import ByOurNames
 from jaxbn._track import init
 from jaxbn._types import Choose, RunningStats
-from jaxbn.linen._common import first_activation, has_count, pure
+from jaxbn.linen._common import first_activation, has_count, mended, pure
 
 
-class BatchNorm(nn.BatchNorm):
+class BatchNorm(ByOurNames, nn.BatchNorm):
   r"""Batch normalization (Ioffe & Szegedy 2015): a drop-in for `flax.linen.BatchNorm`.
 
       y = (x - mean) / sqrt(var + epsilon) * scale + bias
@@ -33,7 +34,8 @@ class BatchNorm(nn.BatchNorm):
   Attributes:
     use_running_average: True in evaluation, False in training; here or at the call.
     axis: the axis or axes of the channels.
-    momentum: share of the old running value that is kept; None for a cumulative average.
+    momentum: share of the old running value that is kept (PyTorch's momentum is 1 minus it: its 0.1
+      is 0.9 here); None for a cumulative average.
     epsilon: added to the variance.
     dtype: of the result (default: what input and parameters promote to).
     param_dtype: of scale and bias.
@@ -85,6 +87,7 @@ class BatchNorm(nn.BatchNorm):
   choose: Choose | None = None
 
   @nn.compact
+  @mended
   def __call__(
     self,
     x: Any,
@@ -99,8 +102,9 @@ class BatchNorm(nn.BatchNorm):
     Args:
       x: real or complex array of any rank.
       use_running_average: True in evaluation, False in training, if not said in the constructor.
-      mask: binary, broadcasts against x: which elements exist. As in Flax any dtype will do; what
-        is not zero is True.
+      mask: binary, broadcasts against x, last axes aligned: which elements exist. For sequences
+        x (N, T, C) it is mask[..., None]; see `jaxbn.moments`. As in Flax any dtype will
+        do; what is not zero is True.
       weights: real, not negative, broadcasts against x: how often each element counts.
       residual: of x's shape, added before the activation, or None.
 
@@ -138,7 +142,7 @@ class BatchNorm(nn.BatchNorm):
       x,
       scale,
       bias,
-      RunningStats(*(None if leaf is None else leaf.value for leaf in state)),
+      jax.tree.map(lambda leaf: leaf.value, state),
       use_running_average=evaluating,
       axis_name=None if initializing else self.axis_name,
       axis_index_groups=None if initializing else self.axis_index_groups,
@@ -161,12 +165,12 @@ class BatchNorm(nn.BatchNorm):
     return value if self.force_float32_reductions else jnp.asarray(value, self.param_dtype)
 
   @nn.nowrap
-  def _running_stats(self, shape: tuple[int, ...], evaluating: bool) -> RunningStats:
+  def _running_stats(self, shape: tuple[int, ...], evaluating: bool) -> Any:
     """The layer's variables, in the place of the values that they hold."""
     dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
     counted = has_count(self, self.momentum, self.debias, evaluating)
 
-    def variable(name: str) -> nn.Variable:
+    def variable(name: str) -> Any:
       def start() -> jax.Array:
         return getattr(init(shape, momentum=self.momentum, debias=self.debias, dtype=dtype), name)
 

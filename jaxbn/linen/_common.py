@@ -1,15 +1,24 @@
-"""What the Linen layers do alike: counts of updates, and activations with variables."""
+"""What the Linen layers do alike: variables that are missing or do not fit, and activations."""
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import errors
+from flax.core import meta
 
+from jaxbn import _checks
 from jaxbn._activation import hoist
 from jaxbn._arguments import valid_elements
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def has_count(layer: nn.Module, momentum: float | None, debias: bool, evaluating: bool) -> bool:
@@ -25,12 +34,58 @@ def has_count(layer: nn.Module, momentum: float | None, debias: bool, evaluating
     return True
   if not evaluating:
     raise ValueError(
-      f"batch_stats of {'/'.join(layer.path) or 'the layer'} has a mean but no count, which "
+      f"batch_stats of {_called(layer)} has a mean but no count, which "
       "debias=True and momentum=None need in training: it was saved without that option. Add the "
-      "leaf, for instance count=jnp.full(mean.shape, updates_so_far, jnp.float32), or leave the "
-      "option out."
+      "leaf with jaxbn.surgery.stats.add_count(variables, updates_so_far), or leave the option out."
     )
   return False
+
+
+def mended(call: Callable[P, T]) -> Callable[P, T]:
+  """A layer's `__call__`, whose errors of Flax's about variables say what to do."""
+
+  @functools.wraps(call)
+  def mended_call(*args: P.args, **kwargs: P.kwargs) -> T:
+    with _mended(args[0], args[1] if len(args) > 1 else kwargs.get("x")):
+      return call(*args, **kwargs)
+
+  return mended_call
+
+
+@contextlib.contextmanager
+def _mended(layer: Any, x: Any) -> Iterator[None]:
+  try:
+    yield
+  except errors.ScopeParamShapeError as error:
+    if not hasattr(layer, "axis"):
+      raise  # of a kernel: Flax says which
+    x = jnp.asarray(x)
+    axes = _checks.split_axes(x.ndim, layer.axis)
+    held = {name: jnp.shape(v) for name, v in meta.unbox(layer.variables["params"]).items()}
+    channels = tuple(next(iter(held.values()))[-len(axes.features) :])
+    error.args = (
+      f"{_called(layer)} has parameters of shape {held}, but x of shape {x.shape} has channels of "
+      f"shape {axes.shape(x)} on axis={layer.axis}: pass x with as many channels, or name the "
+      f"channels' axis{_checks.other_axis(x, channels)}",
+    )
+    raise
+  except errors.ModifyScopeVariableError as error:
+    error.args = (
+      f"{_called(layer)} updates its running statistics in training, but batch_stats is not "
+      "mutable: y, updates = module.apply(variables, x, mutable=['batch_stats']) returns the new "
+      "ones; or evaluate, with use_running_average=True.",
+    )
+    raise
+  except errors.ScopeCollectionNotFound as error:
+    error.args = (
+      f"{_called(layer)} has no running statistics: pass them to apply beside the parameters, as "
+      "init gave them: {'params': ..., 'batch_stats': ...}.",
+    )
+    raise
+
+
+def _called(layer: Any) -> str:
+  return "/".join(layer.path) or "the layer"
 
 
 def pure(layer: Any) -> Any:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxbn import _checks
 from jaxbn.linen._batch_norm import BatchNorm
+from jaxbn.linen._common import mended
 from jaxbn.variants.conditional import of_class
 
 
@@ -41,6 +42,7 @@ class ConditionalBatchNorm(BatchNorm, kw_only=True):
   num_classes: int
 
   @nn.compact
+  @mended
   def __call__(  # type: ignore[override]
     self,
     x: Any,

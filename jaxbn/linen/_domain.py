@@ -10,6 +10,7 @@ import jax
 from jaxbn import _checks
 from jaxbn._types import RunningStats
 from jaxbn.linen._batch_norm import BatchNorm
+from jaxbn.linen._common import mended
 from jaxbn.variants.domain import of_layer
 
 
@@ -43,6 +44,7 @@ class DomainBatchNorm(BatchNorm, kw_only=True):
   per_domain_parameters: bool = False
 
   @nn.compact
+  @mended
   def __call__(  # type: ignore[override]
     self,
     x: Any,

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
 
 from jaxbn import RunningStats, init
-from jaxbn.linen._common import as_function, has_count
+from jaxbn._names import ByOurNames
+from jaxbn.linen._common import as_function, has_count, mended
 from jaxbn.variants import input_norm
 
 
-class InputNormRNN(nn.Module):
+class InputNormRNN(ByOurNames, nn.Module):
   r"""A recurrent layer whose input-to-hidden product is batch normalized, of whole sequences.
 
       simple   h_t = activation(BN(W_x x_t; input_scale) + W_h h_{t-1} + bias)
@@ -70,6 +71,7 @@ class InputNormRNN(nn.Module):
   skip_nonfinite: bool = False
 
   @nn.compact
+  @mended
   def __call__(
     self,
     x: jax.Array,

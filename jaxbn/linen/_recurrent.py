@@ -10,11 +10,13 @@ import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
 
 from jaxbn import RunningStats
+from jaxbn._names import ByOurNames
+from jaxbn.linen._common import mended
 from jaxbn.variants import recurrent
 from jaxbn.variants._cells import Cell, options, step
 
 
-class _Cell(nn.RNNCellBase):
+class _Cell(ByOurNames, nn.RNNCellBase):
   """Any cell of `jaxbn.variants.recurrent`."""
 
   features: int
@@ -53,6 +55,7 @@ class _Cell(nn.RNNCellBase):
     }
 
   @nn.compact
+  @mended
   def __call__(self, carry: Any, inputs: jax.Array) -> tuple[Any, jax.Array]:
     """One time step.
 

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
 
 from jaxbn import Moments, _checks
-from jaxbn.linen._common import first_activation, pure
+from jaxbn._names import ByOurNames
+from jaxbn.linen._common import first_activation, mended, pure
 from jaxbn.variants.reference import of_layer
 
 
-class ReferenceBatchNorm(nn.Module):
+class ReferenceBatchNorm(ByOurNames, nn.Module):
   r"""Normalizes each example by the statistics of a reference batch and of itself.
 
   "Virtual batch normalization" of Salimans et al. 2016, section 3.5: see
@@ -57,6 +58,7 @@ class ReferenceBatchNorm(nn.Module):
   activation: Callable[..., Any] | None = None
 
   @nn.compact
+  @mended
   def __call__(
     self,
     x: Any,

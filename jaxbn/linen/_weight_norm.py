@@ -12,8 +12,9 @@ from flax.core import meta
 from flax.typing import Dtype, Initializer
 
 from jaxbn import RunningStats, _checks, init
+from jaxbn._names import ByOurNames
 from jaxbn.alternatives import weight_norm
-from jaxbn.linen._common import has_count
+from jaxbn.linen._common import has_count, mended
 
 
 class WeightNorm(nn.Module):
@@ -47,6 +48,7 @@ class WeightNorm(nn.Module):
   epsilon: float = 1e-12
 
   @nn.compact
+  @mended
   def __call__(self, x: jax.Array) -> jax.Array:
     """The layer, with the normalized kernel.
 
@@ -81,7 +83,9 @@ class WeightNorm(nn.Module):
       return params | {"scale": weight_norm.lengths(kernel)}
     ones = jnp.ones(kernel.shape[-1:], kernel.dtype)
     unit = {"kernel": weight_norm.weight_norm(kernel, ones, epsilon=self.epsilon)}
-    t = plain.apply({"params": unit if bias is None else unit | {"bias": jnp.zeros_like(bias)}}, x)
+    t: Any = plain.apply(
+      {"params": unit if bias is None else unit | {"bias": jnp.zeros_like(bias)}}, x
+    )
     scale, first_bias = weight_norm.data_dependent_init(t)
     params["scale"] = scale.astype(kernel.dtype)
     if bias is not None:
@@ -89,7 +93,7 @@ class WeightNorm(nn.Module):
     return params
 
 
-class MeanOnlyBatchNorm(nn.Module):
+class MeanOnlyBatchNorm(ByOurNames, nn.Module):
   r"""Mean-only batch normalization (Salimans & Kingma 2016, section 4), after a `WeightNorm`.
 
       y = x - mean + bias
@@ -123,6 +127,7 @@ class MeanOnlyBatchNorm(nn.Module):
   masked_value: float | None = None
 
   @nn.compact
+  @mended
   def __call__(
     self,
     x: Any,

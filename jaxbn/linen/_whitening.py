@@ -11,10 +11,12 @@ import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
 
 from jaxbn import _checks
+from jaxbn._names import ByOurNames
+from jaxbn.linen._common import mended
 from jaxbn.variants.whitening import WhiteningStats, init, whitening_norm
 
 
-class WhiteningNorm(nn.Module):
+class WhiteningNorm(ByOurNames, nn.Module):
   r"""Decorrelated batch normalization (DBN) and iterative normalization (IterNorm).
 
       y = scale * (W (x - mean)) + bias,   W = (covariance + epsilon I)^(-1/2)
@@ -66,6 +68,7 @@ class WhiteningNorm(nn.Module):
   iterations: int = 5
 
   @nn.compact
+  @mended
   def __call__(
     self,
     x: Any,
@@ -92,20 +95,20 @@ class WhiteningNorm(nn.Module):
     x = _checks.inexact(x)
     shape = _checks.split_axes(x.ndim, self.axis).shape(x)
 
-    def variable(name: str) -> nn.Variable:
+    def variable(name: str) -> Any:
       def start() -> jax.Array:
         return getattr(init(math.prod(shape), self.group_size), name)
 
       return self.variable("batch_stats", name, start)
 
-    state = WhiteningStats(*map(variable, WhiteningStats._fields))
+    state: Any = WhiteningStats(*map(variable, WhiteningStats._fields))
     initializing = self.is_initializing()
     shapes_only = initializing and not x.size  # an empty batch has no statistics
     y, new_state = whitening_norm(
       x,
       self.param("scale", self.scale_init, shape, self.param_dtype) if self.use_scale else None,
       self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None,
-      WhiteningStats(*(leaf.value for leaf in state)),
+      jax.tree.map(lambda leaf: leaf.value, state),
       use_running_average=shapes_only or use_running_average,
       axis=self.axis,
       group_size=self.group_size,

@@ -1,8 +1,8 @@
 """Flax NNX layers: they hold parameters and state, and call the functions."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from jaxbn._layers import on_first_use
+from jaxbn._names import on_first_use
 
 if TYPE_CHECKING:
   from jaxbn.nnx._batch_norm import BatchNorm
@@ -60,10 +60,9 @@ _HOMES = {
   "prediction_time": "_prediction_time",
 }
 
-
-def __getattr__(name: str) -> Any:
-  return on_first_use(__name__, _HOMES, name)
+if not TYPE_CHECKING:
+  __getattr__ = on_first_use(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:
-  return sorted(__all__)
+  return __all__

@@ -36,7 +36,8 @@ class BatchNorm(Trackable, nnx.BatchNorm):
     num_features: number of channels (with several axes, the product).
     use_running_average: True in evaluation, False in training; the call's comes first.
     axis: the axis or axes of the channels.
-    momentum: share of the old running value that is kept; None for a cumulative average.
+    momentum: share of the old running value that is kept (PyTorch's momentum is 1 minus it: its 0.1
+      is 0.9 here); None for a cumulative average.
     epsilon: added to the variance.
     dtype: of the result (default: what input, parameters and statistics promote to).
     param_dtype: of scale and bias.
@@ -154,8 +155,9 @@ class BatchNorm(Trackable, nnx.BatchNorm):
     Args:
       x: real or complex array of any rank.
       use_running_average: True in evaluation, False in training; before the constructor's.
-      mask: binary, broadcasts against x: which elements exist. As in Linen any dtype will do; what
-        is not zero is True.
+      mask: binary, broadcasts against x, last axes aligned: which elements exist. For sequences
+        x (N, T, C) it is mask[..., None]; see `jaxbn.moments`. As in Linen any dtype will
+        do; what is not zero is True.
       weights: real, not negative, broadcasts against x: how often each element counts.
       residual: of x's shape, added before the activation, or None.
 
@@ -198,7 +200,7 @@ class BatchNorm(Trackable, nnx.BatchNorm):
       raise ValueError(
         f"x of shape {x.shape} has channels of shape {shape} on axis={self.axis}, but this layer "
         f"was made with num_features={self.num_features}: pass num_features={math.prod(shape)} to "
-        "the constructor, or name the channels' axis."
+        "the constructor, or name the channels' axis" + _checks.other_axis(x, (self.num_features,))
       )
 
     def value(variable: nnx.Variable | jax.Array | None) -> Any:

@@ -13,9 +13,10 @@ from flax import errors, nnx
 from flax.typing import Dtype, Initializer
 
 from jaxbn import _checks
+from jaxbn._names import ByOurNames
 
 
-class Trackable(nnx.Module):
+class Trackable(ByOurNames, nnx.Module):
   """A layer with running statistics: whether it evaluates, and how they are written."""
 
   use_running_average: bool | None

@@ -12,11 +12,12 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 
 from jaxbn import Moments, _checks
+from jaxbn._names import ByOurNames
 from jaxbn.nnx._common import as_function, of_shape, parameter, put, tuples
 from jaxbn.variants.reference import of_layer
 
 
-class ReferenceBatchNorm(nnx.Module):
+class ReferenceBatchNorm(ByOurNames, nnx.Module):
   r"""Normalizes each example by the statistics of a reference batch and of itself.
 
   "Virtual batch normalization" of Salimans et al. 2016, section 3.5: see

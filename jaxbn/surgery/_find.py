@@ -234,3 +234,12 @@ def split_static(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tup
     return function(*args, **kwargs)
 
   return of_arrays, [v for on, v in zip(is_array, leaves, strict=True) if on]
+
+
+def nothing(done: str, model: Any, others: set[str]) -> str:
+  """What an error says where no batch norm was found that is wanted."""
+  return (
+    f"nothing was {done} in this {type(model).__name__}: it has no batch norm of Flax's or ours "
+    f"that is wanted. There are {', '.join(sorted(others)) or 'no other layers'}. If one is a "
+    "batch norm, say how to read it: foreign={ItsClass: jaxbn.surgery.Foreign(...)}."
+  )

@@ -61,7 +61,7 @@ class Read(NamedTuple):
 
 def read(reading: Foreign | None, layer: Any, arguments: Mapping[str, Any]) -> Read:
   """The arguments of a call by our names."""
-  first = next(iter(arguments.values()))
+  first = next(iter(arguments.values()), None)
   if reading is None:
     given = {name: arguments.get(name) for name in ("mask", "weights")}
     evaluating = arguments.get("use_running_average")

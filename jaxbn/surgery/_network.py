@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import errors
 
-from jaxbn._track import init, update
 from jaxbn._types import Moments, RunningStats
 from jaxbn.surgery import _population
 from jaxbn.surgery._find import Layer, find
 from jaxbn.surgery._foreign import Foreign
-from jaxbn.surgery._spread import Spread
-from jaxbn.surgery._trees import Place, get, put, tree_of, with_tree
+from jaxbn.surgery._spread import Spread, rows
+from jaxbn.surgery._trees import Place, get, put, tree_of, with_statistics, with_tree
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
+
+
+class Population(NamedTuple):
+  """What the batch norms were given in one pass."""
+
+  moments: dict[str, Moments]  # by path
+  batches: int
+  examples: int
 
 
 class Network:
@@ -42,7 +49,7 @@ class Network:
     self.arguments = arguments
     self.inputs = inputs
     self.layers: list[Layer] = []
-    self.steps: dict[bool, Any] = {}
+    self.jitted: dict[bool, Any] = {}
 
   def result(self) -> Any:
     """What a verb gives back: variables, or an NNX module."""
@@ -55,57 +62,54 @@ class Network:
       self.layers = self._measurable(args)
     return args
 
+  def step(self, evaluating: bool) -> _population.Step:
+    return _population.step(self.model, self.layers, self.foreign, evaluating, self.arguments)
+
   def population(
     self, batches: Batches, evaluating: bool, spread: Spread, progress: Callable[[str], None]
-  ) -> tuple[dict[str, Moments], int]:
-    """The moments of what each batch norm is given, by its path, and the number of batches."""
-    so_far, number = None, 0
-    for batch in batches() if callable(batches) else batches:
-      args = self.args(batch)
-      if evaluating not in self.steps:
-        self.steps[evaluating] = jax.jit(
-          _population.step(self.model, self.layers, self.foreign, evaluating, self.arguments)
-        )
+  ) -> Population:
+    """One pass."""
+    so_far, number, examples = None, 0, 0
+    for args in self.each(batches):
+      if evaluating not in self.jitted:
+        step = self.step(evaluating)
+        self.jitted[evaluating] = jax.jit(lambda *given, step=step: step(*given)[1])
       so_far = _population.start(self.layers) if so_far is None else so_far
-      so_far = self.steps[evaluating](*spread(self.tree, so_far, np.int32(number), args))
-      number += 1
+      so_far = self.jitted[evaluating](*spread(self.tree, so_far, np.int32(number), args))
+      number, examples = number + 1, examples + rows(args)
       progress(f"batch {number}")
-    if so_far is None:
+    assert so_far is not None
+    return Population(so_far, number, examples)
+
+  def each(self, batches: Batches) -> Iterator[tuple[Any, ...]]:
+    """What the network is called with, batch by batch."""
+    empty = True
+    for batch in batches() if callable(batches) else batches:
+      empty = False
+      yield self.args(batch)
+    if empty:
       raise ValueError(
         "batches gave none: an iterator that was gone through before is empty. Make a new one, or "
         "give a list or a function that makes one."
       )
-    return so_far, number
-
-  def statistics(self) -> dict[Place, Any]:
-    """The running means and variances, by their places."""
-    places = [place for layer in self.layers for place in self._places(layer)]
-    return {place: get(self.tree, place) for place in places}
 
   def states(self) -> dict[str, RunningStats]:
-    """The same by layers."""
+    """The running statistics, by layers."""
     return {
       v.path: RunningStats(*(get(self.tree, p) for p in self._places(v))) for v in self.layers
     }
 
-  def set_population(self, found: Mapping[str, Moments], batches: int) -> None:
-    """Makes moments the running statistics, as if there had been one batch of all."""
+  def set_states(self, states: Mapping[str, RunningStats], updates: int) -> None:
+    """Other running statistics, and the number of updates where a layer has a count of them."""
     values: dict[Place, Any] = {}
     for layer in self.layers:
-      moments, old = found[layer.path], self.states()[layer.path]
-      # A channel without an element keeps what it had, if that is a number.
-      start = init(moments.mean.shape)
-      kept = [
-        jnp.where(jnp.isfinite(v), v, s).reshape(s.shape)
-        for v, s in zip(old[:2], start[:2], strict=True)
-      ]
-      unbiased = layer.options.get("unbiased", False)
-      new = update(RunningStats(*kept), moments, momentum=0.0, unbiased=unbiased)
-      for place, was, value in zip(self._places(layer), old[:2], new[:2], strict=True):
+      new = states[layer.path]
+      for place, value in zip(self._places(layer), new[:2], strict=True):
+        was = get(self.tree, place)
         values[place] = value.astype(was.dtype).reshape(was.shape)
       if "count" in layer.variables:
         place = layer.variables["count"]
-        values[place] = jnp.full_like(get(self.tree, place), batches)
+        values[place] = jnp.full_like(get(self.tree, place), updates)
     self.tree = put(self.tree, values)
 
   def refuse_not_finite(self, found: Mapping[str, Moments]) -> None:
@@ -117,6 +121,12 @@ class Network:
           "and no layer before it has: look at the batches, leave out those in which not all is "
           "finite, or look at the layers between."
         )
+
+  def affine(self, layer: Layer) -> list[Place]:
+    """Where its scale and its bias are, if it has them."""
+    name: Any = self.foreign[layer.kind].name if layer.kind in self.foreign else str
+    names = [name("scale"), name("bias")]
+    return [layer.variables[v] for v in names if v in layer.variables]
 
   def _places(self, layer: Layer) -> tuple[Place, Place]:
     name: Any = self.foreign[layer.kind].name if layer.kind in self.foreign else str
@@ -142,7 +152,7 @@ class Network:
         "its own, say how to read it: foreign={ItsClass: jaxbn.surgery.Foreign(...)}."
       )
     known = {place[:-1] for layer in layers for place in layer.variables.values()}
-    lost = ["/".join(map(str, p)) for p in _with_statistics(self.tree) if p not in known]
+    lost = ["/".join(map(str, p)) for p in with_statistics(self.tree) if p not in known]
     if lost and not self.partial:
       raise ValueError(
         f"there are statistics in {', '.join(lost)}, but no batch norm of Flax's or ours was "
@@ -150,12 +160,3 @@ class Network:
         "called here, partial=True leaves its statistics as they are."
       )
     return layers
-
-
-def _with_statistics(tree: Any, place: Place = ()) -> Iterator[Place]:
-  """Where there are a mean and a variance."""
-  if isinstance(tree, Mapping):
-    if {"mean", "var"} <= tree.keys():
-      yield place
-    for key, below in tree.items():
-      yield from _with_statistics(below, (*place, key))

@@ -33,6 +33,10 @@ def layers(
   return found
 
 
+def classes(model: Any) -> set[str]:
+  return {type(module).__name__ for _, module in nnx.iter_modules(model)}
+
+
 def options(layer: Any, kind: Any) -> dict[str, Any]:
   """The arguments of the constructor that a layer keeps."""
   names = set(inspect.signature(kind.__init__).parameters) - {"num_features"}

@@ -19,8 +19,9 @@ from jaxbn.surgery._find import Layer
 from jaxbn.surgery._foreign import Foreign, Read, bound, read
 from jaxbn.surgery._trees import get, put
 
-# With the moments of each layer, by its path, so far: those with one more batch.
-Step = Callable[[Any, dict[str, Moments], jax.Array, Sequence[Any]], dict[str, Moments]]
+# With the moments of each layer, by its path, so far: what the network gives, and those with one
+# more batch.
+Step = Callable[[Any, dict[str, Moments], jax.Array, Sequence[Any]], tuple[Any, dict[str, Moments]]]
 # What was seen of a layer so far, its call, its options and what it gives: what is seen now, and
 # what it shall give.
 Observe = Callable[[Any, Read, Mapping[str, Any], Any], tuple[Any, Any]]
@@ -44,12 +45,11 @@ def step(
   evaluating: bool,
   arguments: Mapping[str, Any],
 ) -> Step:
-  """A function of variables, moments so far, the batch's number and the call's arguments.
+  """One run, of variables, moments so far, the batch's number and the call's arguments.
 
   Batch norms normalize as in evaluation or as in training, whatever the rest of the network does.
   """
-  run = observing(model, layers, foreign, evaluating, arguments, _with_call)
-  return lambda *given: run(*given)[1]
+  return observing(model, layers, foreign, evaluating, arguments, _with_call)
 
 
 def observing(
@@ -60,7 +60,7 @@ def observing(
   arguments: Mapping[str, Any],
   observe: Observe,
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
-  """Likewise of what is seen of each layer so far, any arrays; gives the network's output too."""
+  """Likewise, of whatever arrays are seen of each layer so far."""
   make = _run_in_linen if isinstance(model, nn.Module) else _run_in_nnx
   run = make(model, foreign, evaluating, arguments, observe)
   places = {}
@@ -70,8 +70,8 @@ def observing(
 
   def one_more(tree: Any, so_far: dict[str, Moments], index: jax.Array, args: Any) -> Any:
     given = put(tree, {places[path]: value for path, value in so_far.items()})
-    output, new = run(given, index, args)
-    return output, {path: get(new, places[path]) for path in so_far}
+    y, new = run(given, index, args)
+    return y, {path: get(new, places[path]) for path in so_far}
 
   return one_more
 
@@ -152,8 +152,8 @@ def _run_in_nnx(
     for _, node in nnx.iter_graph(running):
       if isinstance(node, nnx.RngStream):
         node.key.set_value(jax.random.fold_in(node.key[...], index))
-    output = running(*args, **arguments)
-    return output, nnx.to_pure_dict(nnx.state(running, _Population))
+    y = running(*args, **arguments)
+    return y, nnx.to_pure_dict(nnx.state(running, _Population))
 
   return run
 
@@ -171,7 +171,7 @@ def of_call(said: Read, options: Mapping[str, Any], shape: tuple[int, ...]) -> M
   given = dict(said.given)
   if given.get("mask") is not None:
     given["mask"] = jnp.asarray(given["mask"], bool)
-  found = moments(said.x, options.get("axis", -1), **given)
+  found = moments(said.x, axis=options.get("axis", -1), **given)
   if options.get("axis_name") is not None:
     found = sync(found, options["axis_name"], options.get("axis_index_groups"))
   return Moments(*(jnp.reshape(jnp.broadcast_to(v, found.mean.shape), shape) for v in found))

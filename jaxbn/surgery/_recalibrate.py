@@ -7,11 +7,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
+from jaxbn._track import init, update
+from jaxbn._types import RunningStats
 from jaxbn.surgery._find import Layer
 from jaxbn.surgery._foreign import Foreign
-from jaxbn.surgery._network import Batches, Network
+from jaxbn.surgery._network import Batches, Network, Population
 from jaxbn.surgery._spread import Spread, to_stderr
 
 _MOST_PASSES = 100
@@ -79,6 +82,30 @@ def recalibrate(
   >>> print(new["batch_stats"]["mean"])
   [3.]
   """
+  network = Network(
+    model, variables, inputs=inputs, foreign=foreign, partial=partial, arguments=arguments
+  )
+
+  def as_statistics(layer: Layer, old: RunningStats, found: Population) -> RunningStats:
+    # A channel without an element keeps what it had, if that is a number.
+    moments = found.moments[layer.path]
+    start = init(moments.mean.shape)
+    kept = [jnp.where(jnp.isfinite(v), v, s) for v, s in zip(old[:2], start[:2], strict=True)]
+    unbiased = layer.options.get("unbiased", False)
+    return update(RunningStats(*kept), moments, momentum=0.0, unbiased=unbiased)
+
+  return settle(network, batches, mode, Spread(devices), progress, as_statistics)
+
+
+def settle(
+  network: Network,
+  batches: Batches,
+  mode: str,
+  spread: Spread,
+  progress: Callable[[str], None],
+  statistics: Callable[[Layer, RunningStats, Population], RunningStats],
+) -> Any:
+  """The network with statistics made of what its layers are given, in the passes that it takes."""
   if mode not in ("training", "evaluation"):
     raise ValueError(f"mode={mode!r} is neither 'training' nor 'evaluation'.")
   if mode == "evaluation" and not callable(batches) and iter(batches) is batches:
@@ -86,23 +113,22 @@ def recalibrate(
       "batches is an iterator, which can be gone through once, but mode='evaluation' takes several "
       "passes: give a list, or a function that makes an iterator, such as lambda: loader(...)."
     )
-  network = Network(
-    model, variables, inputs=inputs, foreign=foreign, partial=partial, arguments=arguments
-  )
-  spread = Spread(devices)
   evaluating = mode == "evaluation"
+  given: dict[str, RunningStats] = {}
   done, changing = 0, True
   while changing:
-    say = functools.partial(_say, progress, f"recalibrate, pass {done + 1}")
-    found, number = network.population(batches, evaluating, spread, say)
-    before = network.statistics()
-    network.set_population(found, number)
+    say = functools.partial(_say, progress, f"pass {done + 1}")
+    found = network.population(batches, evaluating, spread, say)
+    before = network.states()
+    given = given or before
+    new = {v.path: statistics(v, given[v.path], found) for v in network.layers}
+    network.set_states(new, found.batches)
     done += 1
-    changing = evaluating and not _are_equal(before, network.statistics())
+    changing = evaluating and not _are_equal(before, network.states())
     if changing and done >= sum(math.prod(layer.stacked) for layer in network.layers):
       changing = _goes_on(network.layers, done)
-  network.refuse_not_finite(found)
-  progress(f"recalibrated in {done} passes over {number} batches\n")
+  network.refuse_not_finite(found.moments)
+  progress(f"done in {done} passes over {found.batches} batches\n")
   return network.result()
 
 
@@ -110,10 +136,11 @@ def _say(progress: Callable[[str], None], about: str, text: str) -> None:
   progress(f"{about}, {text}")
 
 
-def _are_equal(before: Mapping[Any, Any], after: Mapping[Any, Any]) -> bool:
+def _are_equal(before: Any, after: Any) -> bool:
   """To rounding."""
-  near = 4 * max(float(jnp.finfo(v.dtype).eps) for v in after.values())
-  return all(jnp.allclose(before[p], after[p], rtol=near, atol=near) for p in after)
+  old, new = jax.tree.leaves(before), jax.tree.leaves(after)
+  near = 4 * max(float(jnp.finfo(v.dtype).eps) for v in new)
+  return all(jnp.allclose(a, b, rtol=near, atol=near) for a, b in zip(old, new, strict=True))
 
 
 def _goes_on(layers: Sequence[Layer], done: int) -> bool:

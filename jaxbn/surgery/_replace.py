@@ -10,11 +10,11 @@ from typing import Any
 import flax.linen as nn
 from flax import nnx
 
-import jaxbn.linen
-import jaxbn.nnx
+from jaxbn import linen
+from jaxbn import nnx as jaxbn_nnx
 from jaxbn._batch_norm import batch_norm
 from jaxbn.surgery import _linen, _nnx
-from jaxbn.surgery._find import Layer, of_call, of_node
+from jaxbn.surgery._find import Layer, nothing, of_call, of_node
 from jaxbn.surgery._foreign import Foreign
 
 Rule = Callable[[str, Layer], Any]
@@ -69,15 +69,15 @@ def replace(
   >>> jaxbn.surgery.replaced(synchronized)
   [BatchNorm layers_1]
   """
-  linen = isinstance(model, nn.Module)
-  ours: Any = jaxbn.linen.BatchNorm if linen else jaxbn.nnx.BatchNorm
+  is_linen = isinstance(model, nn.Module)
+  ours: Any = linen.BatchNorm if is_linen else jaxbn_nnx.BatchNorm
   known = set(inspect.signature(ours.__init__).parameters) - _NOT_OPTIONS
   for name in options.keys() - known:
     raise TypeError(
       f"{name!r} is no option of {ours.__name__}, which has {', '.join(sorted(known))}."
     )
   choose = functools.partial(_chosen, rule, where, ours, options)
-  if not linen:
+  if not is_linen:
     return _in_nnx(nnx.clone(model) if copy else model, choose, dict(foreign or {}))
   if not copy:
     raise ValueError(
@@ -130,7 +130,7 @@ def _in_linen(model: nn.Module, choose: Any, foreign: dict[type, Foreign]) -> An
 
   def finished(others: set[str]) -> None:
     if not done:
-      raise ValueError(_nothing(model, others))
+      raise ValueError(nothing("replaced", model, others))
 
   kinds = (*_linen.BATCH_NORMS, *foreign)
   return _linen.intercepted(model, around, kinds, finished, surgery_replaced=done)
@@ -162,7 +162,7 @@ def _in_nnx(model: Any, choose: Any, foreign: dict[type, Foreign]) -> Any:
     node.surgery_replaced = layer.kind
     done += 1
   if not done:
-    raise ValueError(_nothing(model, {type(m).__name__ for _, m in nnx.iter_modules(model)}))
+    raise ValueError(nothing("replaced", model, _nnx.classes(model)))
   return model
 
 
@@ -179,14 +179,6 @@ def _of_function(layer: Layer, options: dict[str, Any]) -> dict[str, Any]:
       "leave the option out there, by a rule or where=."
     )
   return options
-
-
-def _nothing(model: Any, others: set[str]) -> str:
-  return (
-    f"nothing was replaced in this {type(model).__name__}: it has no batch norm of Flax's or ours "
-    f"that rule and where= take. There are {', '.join(sorted(others)) or 'no other layers'}. If "
-    "one is a batch norm, say how to read it: foreign={ItsClass: jaxbn.surgery.Foreign(...)}."
-  )
 
 
 def replaced(model: Any) -> list[Layer]:

@@ -12,6 +12,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 
+def rows(args: Any) -> int:
+  """How many examples there are: of the first array that has any."""
+  return next((np.shape(a)[0] for a in jax.tree.leaves(args) if np.ndim(a)), 1)
+
+
 class Spread:
   """Puts a batch's rows onto as many devices as divide their number, and all else onto the same."""
 
@@ -20,13 +25,13 @@ class Spread:
     self.there: dict[int, tuple[Any, Any]] = {}  # variables, by the number of devices
 
   def __call__(self, tree: Any, so_far: Any, index: Any, args: Any) -> tuple[Any, ...]:
-    rows = next((np.shape(a)[0] for a in jax.tree.leaves(args) if np.ndim(a)), 1)
-    n = max(d for d in range(1, len(self.devices) + 1) if rows % d == 0)
+    examples = rows(args)
+    n = max(d for d in range(1, len(self.devices) + 1) if examples % d == 0)
     mesh = Mesh(np.array(self.devices[:n]), ("rows",))
     whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("rows"))
 
     def place(a: Any) -> Any:
-      return jax.device_put(a, split if np.shape(a)[:1] == (rows,) else whole)
+      return jax.device_put(a, split if np.shape(a)[:1] == (examples,) else whole)
 
     if n not in self.there or self.there[n][0] is not tree:
       self.there[n] = tree, jax.device_put(tree, whole)

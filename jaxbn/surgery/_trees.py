@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -68,3 +68,12 @@ def without(tree: Any, places: Iterable[Place]) -> Any:
     return freeze(items) if isinstance(tree, FrozenDict) else items
 
   return kept(tree, ())
+
+
+def with_statistics(tree: Any, place: Place = ()) -> Iterator[Place]:
+  """Where there are a mean and a variance."""
+  if isinstance(tree, Mapping):
+    if {"mean", "var"} <= tree.keys():
+      yield place
+    for key, below in tree.items():
+      yield from with_statistics(below, (*place, key))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,7 @@ import numpy as np
 from jax import lax
 
 from jaxbn import Moments, RunningStats, _checks, init, moments, normalize, sync, update
-
-if TYPE_CHECKING:
-  import chex
+from jaxbn._types import Array
 
 Tree = TypeVar("Tree")
 
@@ -129,7 +127,7 @@ _recomputing = functools.partial(jax.checkpoint, prevent_cse=False)
 _Taken = tuple[jax.Array, jax.Array]  # the mean and variance that normalize
 
 
-def _existing(carry: Any, mask: chex.Array | None) -> jax.Array | None:
+def _existing(carry: Any, mask: Array | None) -> jax.Array | None:
   """Which examples exist in this step, (*batch, 1); None: all of them."""
   valid = None if mask is None else _checks.boolean_mask(mask, carry.h[..., 0])[..., None]
   if carry.seq_lengths is None:
@@ -189,7 +187,7 @@ def _with_row(tree: Tree, t: jax.Array, row: Tree) -> Tree:
   return jax.tree.map(put, tree, row)
 
 
-def require_lengths(seq_lengths: chex.Array | None, batch: tuple[int, ...]) -> jax.Array | None:
+def require_lengths(seq_lengths: Array | None, batch: tuple[int, ...]) -> jax.Array | None:
   """Refuses what is not one integer for each example."""
   if seq_lengths is None:
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,10 @@ from jaxbn._counts import divisor
 from jaxbn._dtypes import wide
 from jaxbn._measure import measure
 from jaxbn._meshes import by_partitioner
+from jaxbn._names import shown
 from jaxbn._share import Sharing, merge_moments, share_moments
-from jaxbn._types import Axes, Inputs, Plan
+from jaxbn._types import Array, Axes, Inputs, Numeric, Plan
 from jaxbn._xla import recomputing
-
-if TYPE_CHECKING:
-  import chex
 
 
 class CovarianceMoments(NamedTuple):
@@ -35,18 +33,18 @@ class CovarianceMoments(NamedTuple):
     cov: E[(x - mean)(x - mean)^T] within each group of channels, of shape (groups, g, g).
   """
 
-  count: chex.Numeric
-  mean: chex.Array
-  cov: chex.Array
+  count: Numeric  # type: ignore[assignment]  # tuple's method gives way
+  mean: jax.Array
+  cov: jax.Array
 
 
 def covariance(
-  x: chex.Array,
+  x: Array,
   group_size: int = 16,
-  axis: int = -1,
   *,
-  mask: chex.Array | None = None,
-  weights: chex.Array | None = None,
+  axis: int = -1,
+  mask: Array | None = None,
+  weights: Array | None = None,
 ) -> CovarianceMoments:
   r"""Count, mean, and covariance within each group of consecutive channels.
 
@@ -126,7 +124,8 @@ def merge(a: CovarianceMoments, b: CovarianceMoments) -> CovarianceMoments:
 def measure_covariance(plan: Plan, inputs: Inputs, group_size: int) -> CovarianceMoments:
   """`covariance` of arguments that have been checked."""
   local = functools.partial(_measure_here, plan.axes, group_size)
-  everywhere = CovarianceMoments(jax.P(), jax.P(), jax.P())
+  whole: Any = jax.P()
+  everywhere = CovarianceMoments(whole, whole, whole)
   return by_partitioner(local, inputs.wide_x, everywhere)(
     inputs.wide_x, inputs.valid, inputs.weight
   )
@@ -216,8 +215,8 @@ def one_axis(x: jax.Array, axis: Any) -> Axes:
   axes = _checks.split_axes(x.ndim, axis)
   if len(axes.features) != 1:
     raise ValueError(
-      f"axis={axis!r}: whitening needs one axis of channels, for groups are cut along it: reshape "
-      "x so that the channels have one axis."
+      f"axis={shown(axis)}: whitening needs one axis of channels, for groups are cut along it: "
+      "reshape x so that the channels have one axis."
     )
   return axes
 
@@ -229,7 +228,7 @@ def require_group_size(group_size: Any, channels: int) -> int:
     size = operator.index(group_size)
   except TypeError:
     raise TypeError(
-      f"group_size={group_size!r} is not an integer: pass how many channels a group has."
+      f"group_size={shown(group_size)} is not an integer: pass how many channels a group has."
     ) from None
   if size < 1 or channels % size:
     fitting = ", ".join(str(n) for n in range(1, channels + 1) if channels % n == 0)

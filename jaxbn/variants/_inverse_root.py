@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +12,16 @@ from jax import lax
 
 from jaxbn import _checks
 from jaxbn._dtypes import accumulation_dtype
+from jaxbn._names import shown
+from jaxbn._types import Array, Numeric
 from jaxbn.variants._covariance import real
-
-if TYPE_CHECKING:
-  import chex
 
 _METHODS = ("zca", "newton")
 _matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
 def whitening_matrix(
-  cov: chex.Array, *, method: str = "zca", iterations: int = 5, epsilon: chex.Numeric = 1e-5
+  cov: Array, *, method: str = "zca", iterations: int = 5, epsilon: Numeric = 1e-5
 ) -> jax.Array:
   r"""W = (cov + epsilon I)^(-1/2), symmetric, for each covariance matrix.
 
@@ -123,8 +122,8 @@ def _newton(a: jax.Array, iterations: int) -> jax.Array:
 
 def require_method(method: Any, iterations: Any) -> None:
   if method not in _METHODS:
-    raise ValueError(f"method={method!r}: it is 'zca' (DBN) or 'newton' (IterNorm).")
+    raise ValueError(f"method={shown(method)}: it is 'zca' (DBN) or 'newton' (IterNorm).")
   if isinstance(iterations, bool) or not hasattr(iterations, "__index__"):
-    raise TypeError(f"iterations={iterations!r} is not an integer: pass how many; 5 is usual.")
+    raise TypeError(f"iterations={shown(iterations)} is not an integer: pass how many; 5 is usual.")
   if operator.index(iterations) < 1:
-    raise ValueError(f"iterations={iterations!r}: at least one is needed; 5 is usual.")
+    raise ValueError(f"iterations={shown(iterations)}: at least one is needed; 5 is usual.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -11,22 +11,27 @@ import jax.numpy as jnp
 from jaxbn import _checks
 from jaxbn._arguments import valid_elements
 from jaxbn._batch_norm import batch_norm
-from jaxbn._types import RunningStats
+from jaxbn._names import by_our_names, shown
+from jaxbn._types import Array, Options, RunningStats
 from jaxbn.variants._examples import indices, row_of_each, table
-
-if TYPE_CHECKING:
-  import chex
 
 __all__ = ["conditional_batch_norm"]
 
 
+def __dir__() -> list[str]:
+  return __all__
+
+
+@by_our_names
 def conditional_batch_norm(
-  x: chex.Array,
-  scales: chex.Array | None,
-  biases: chex.Array | None,
-  labels: chex.Array,
+  x: Array,
+  scales: Array | None,
+  biases: Array | None,
   state: RunningStats | None = None,
-  **options: Any,
+  *,
+  labels: Array,
+  use_running_average: bool,
+  **options: Unpack[Options],
 ) -> tuple[jax.Array, RunningStats | None]:
   r"""Batch normalization with a scale and a bias for each class.
 
@@ -45,11 +50,12 @@ def conditional_batch_norm(
     x: real or complex array, with its examples along the first axis that is not a channel's.
     scales: (classes, channels), or None for 1.
     biases: (classes, channels), or None for 0.
+    state: as in `batch_norm`.
     labels: each example's class, integers of shape (N,), or one for all. One that is out of range
       is refused where its value can be seen, and makes that example NaN where it cannot, under jit;
       that of an example that is masked as a whole is not looked at.
-    state: as in `batch_norm`.
-    options: as in `batch_norm`; `use_running_average` is needed.
+    use_running_average: False in training, True in evaluation; a Python bool.
+    options: as in `batch_norm`.
 
   Returns:
     (y, new_state), as `batch_norm`.
@@ -64,27 +70,23 @@ def conditional_batch_norm(
   >>> x = jnp.array([[1.0], [3.0], [1.0], [3.0]])
   >>> scales, biases = jnp.array([[1.0], [10.0]]), jnp.array([[0.0], [5.0]])
   >>> labels = jnp.array([0, 0, 1, 1])
-  >>> y, _ = conditional_batch_norm(x, scales, biases, labels, use_running_average=False)
+  >>> y, _ = conditional_batch_norm(x, scales, biases, labels=labels, use_running_average=False)
   >>> y.ravel().round(2)
   Array([-1.,  1., -5., 15.], dtype=float32)
   """
-  axis, mask, weights = (options.get(n, d) for n, d in _DEFAULTS.items())
+  axis, mask, weights = options.get("axis", -1), options.get("mask"), options.get("weights")
   scale, bias = of_class(x, scales, biases, labels, axis, mask, weights)
-  return batch_norm(x, scale, bias, state, **options)
-
-
-# Of the options that are looked at here.
-_DEFAULTS: dict[str, Any] = {"axis": -1, "mask": None, "weights": None}
+  return batch_norm(x, scale, bias, state, use_running_average=use_running_average, **options)
 
 
 def of_class(
-  x: chex.Array,
-  scales: chex.Array | None,
-  biases: chex.Array | None,
-  labels: chex.Array,
+  x: Array,
+  scales: Array | None,
+  biases: Array | None,
+  labels: Array,
   axis: int | Sequence[int],
-  mask: chex.Array | None,
-  weights: chex.Array | None,
+  mask: Array | None,
+  weights: Array | None,
 ) -> tuple[jax.Array | None, jax.Array | None]:
   """Each example's scale and bias, with as many axes as x."""
   x = _checks.inexact(x)
@@ -92,7 +94,7 @@ def of_class(
   tables = {"scales": scales, "biases": biases}
   classes = [jnp.shape(t)[:1] for t in tables.values() if t is not None]
   if () in classes or not classes:
-    given = ", ".join(f"{n}={t!r}" for n, t in tables.items())
+    given = ", ".join(f"{n}={shown(t)}" for n, t in tables.items())
     raise ValueError(f"{given}: pass a table of shape (classes, channels) for one at least.")
   rows = classes[0][0]
   checked = [None if t is None else table(n, t, rows, x, axes) for n, t in tables.items()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,30 +16,33 @@ from jaxbn._arguments import check_layer, valid_elements
 from jaxbn._choose import choose
 from jaxbn._counts import divisor
 from jaxbn._measure import abs_square
+from jaxbn._names import by_our_names, shown
 from jaxbn._share import of_equal_weights, share
 from jaxbn._track import track
-from jaxbn._types import Axes, Chosen, Inputs, Moments, Plan, RunningStats
+from jaxbn._types import Array, Axes, Chosen, Inputs, Moments, Numeric, Plan, RunningStats
 from jaxbn.variants._examples import indices, moments_of_examples, row_of_each, table
-
-if TYPE_CHECKING:
-  import chex
 
 __all__ = ["domain_batch_norm", "split_domains"]
 
 
+def __dir__() -> list[str]:
+  return __all__
+
+
+@by_our_names
 def domain_batch_norm(
-  x: chex.Array,
-  scale: chex.Array | None,
-  bias: chex.Array | None,
+  x: Array,
+  scale: Array | None,
+  bias: Array | None,
   state: RunningStats,
-  domains: chex.Array,
   *,
+  domains: Array,
   use_running_average: bool,
   axis: int | Sequence[int] = -1,
-  momentum: chex.Numeric | None = 0.99,
+  momentum: Numeric | None = 0.99,
   epsilon: float = 1e-5,
-  mask: chex.Array | None = None,
-  weights: chex.Array | None = None,
+  mask: Array | None = None,
+  weights: Array | None = None,
   masked_value: float | None = None,
   axis_name: Any = None,
   axis_index_groups: Sequence[Sequence[int]] | None = None,
@@ -49,7 +52,7 @@ def domain_batch_norm(
   skip_nonfinite: bool = False,
   detach_stats: bool = False,
   activation: Callable[[jax.Array], jax.Array] | None = None,
-  residual: chex.Array | None = None,
+  residual: Array | None = None,
   dtype: Any = None,
 ) -> tuple[jax.Array, RunningStats]:
   r"""Batch normalization in which each example belongs to a domain with statistics of its own.
@@ -99,7 +102,7 @@ def domain_batch_norm(
   >>> x = jnp.array([[1.0], [3.0], [10.0], [30.0]])
   >>> state, domains = jaxbn.init((2, 1), momentum=0.0), jnp.array([0, 0, 1, 1])
   >>> y, state = domain_batch_norm(
-  ...   x, None, None, state, domains, use_running_average=False, momentum=0.0
+  ...   x, None, None, state, domains=domains, use_running_average=False, momentum=0.0
   ... )
   >>> y.ravel().round(3), state.mean.ravel()
   (Array([-1.,  1., -1.,  1.], dtype=float32), Array([ 2., 20.], dtype=float32))
@@ -139,13 +142,13 @@ def of_layer(
   """`domain_batch_norm`, for a layer that has two more options."""
   if choose is not None:
     raise ValueError(
-      f"choose={choose!r} in a layer with domains: their statistics are what it normalizes by: "
-      "leave it out."
+      f"choose={shown(choose)} in a layer with domains: their statistics are what it normalizes "
+      "by: leave it out."
     )
   if virtual_batch_size is not None:
     raise ValueError(
-      f"virtual_batch_size={virtual_batch_size!r} in a layer with domains: both say which examples "
-      "share their statistics: leave one of them out."
+      f"virtual_batch_size={shown(virtual_batch_size)} in a layer with domains: both say which "
+      "examples share their statistics: leave one of them out."
     )
   return domain_batch_norm(*args, **options)
 
@@ -213,6 +216,6 @@ def _merge_examples(own: Moments, member: jax.Array) -> Moments:
   # A select of all three: an example that is not finite is its own domain's matter.
   n, means, variances = (jnp.where(member, v, 0) for v in own)
   count = jnp.sum(n, 0, dtype=n.dtype)
-  share = jnp.asarray(n, variances.dtype) / divisor(count, variances.dtype)[None]
+  share = jnp.asarray(n, variances.dtype) / jnp.asarray(divisor(count, variances.dtype))[None]
   mean = jnp.sum(share * means, 0)
   return Moments(count, mean, jnp.sum(share * (variances + abs_square(means - mean[None])), 0))

@@ -9,34 +9,39 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxbn import Moments, RunningStats, _checks, batch_norm, moments, normalize, sync, update
+from jaxbn._names import by_our_names, shown
+from jaxbn._types import Array, Numeric
 from jaxbn.variants._cells import Options, options, require_lengths, require_shape, where_valid
 from jaxbn.variants.recurrent import GRU, LSTM
 
-if TYPE_CHECKING:
-  import chex
-
 __all__ = ["InputNormParams", "input_norm_rnn", "sequence_norm"]
+
+
+def __dir__() -> list[str]:
+  return __all__
+
 
 GATES = {"simple": 1, "lstm": LSTM.gates, "gru": GRU.gates}
 
 
+@by_our_names
 def sequence_norm(
-  x: chex.Array,
-  scale: chex.Array | None = None,
-  bias: chex.Array | None = None,
+  x: Array,
+  scale: Array | None = None,
+  bias: Array | None = None,
   state: RunningStats | None = None,
   *,
   use_running_average: bool,
   frame_wise: bool = False,
-  mask: chex.Array | None = None,
-  momentum: chex.Numeric | None = 0.99,
+  mask: Array | None = None,
+  momentum: Numeric | None = 0.99,
   epsilon: float = 1e-5,
   axis_name: Any = None,
   axis_index_groups: Sequence[Sequence[int]] | None = None,
@@ -119,24 +124,25 @@ class InputNormParams(NamedTuple):
     input_scale: (G H,).
   """
 
-  input_kernel: chex.Array
-  hidden_kernel: chex.Array
-  bias: chex.Array
-  input_scale: chex.Array
+  input_kernel: jax.Array
+  hidden_kernel: jax.Array
+  bias: jax.Array
+  input_scale: jax.Array
 
 
+@by_our_names
 def input_norm_rnn(
   params: InputNormParams,
   state: RunningStats | None,
-  x: chex.Array,
+  x: Array,
   *,
   use_running_average: bool,
   kind: str = "lstm",
   activation: Callable[[jax.Array], jax.Array] = jnp.tanh,
   frame_wise: bool = False,
-  seq_lengths: chex.Array | None = None,
+  seq_lengths: Array | None = None,
   reverse: bool = False,
-  momentum: chex.Numeric | None = 0.99,
+  momentum: Numeric | None = 0.99,
   epsilon: float = 1e-5,
   axis_name: Any = None,
   axis_index_groups: Sequence[Sequence[int]] | None = None,
@@ -236,17 +242,17 @@ def input_norm_rnn(
 def channels(kind: str, features: int) -> int:
   """G H: how many numbers come from the input in each step."""
   if kind not in GATES:
-    raise ValueError(f"kind={kind!r}: it is one of {', '.join(map(repr, GATES))}.")
+    raise ValueError(f"kind={shown(kind)}: it is one of {', '.join(map(repr, GATES))}.")
   return GATES[kind] * features
 
 
 def _frame_wise(
   how: Options,
-  x: jax.Array,
-  scale: chex.Array | None,
-  bias: chex.Array | None,
+  x: Array,
+  scale: Array | None,
+  bias: Array | None,
   state: RunningStats | None,
-  valid: jax.Array | None,
+  valid: Array | None,
 ) -> tuple[jax.Array, RunningStats | None]:
   """Every step of x by statistics of its own."""
   axis, (_, steps, features) = (1, 2), x.shape
@@ -264,7 +270,7 @@ def _frame_wise(
     if state is None:
       raise ValueError("use_running_average=True needs the statistics: pass state.")
     return apply(state.mean[rows], state.var[rows]), state
-  batch = moments(x, axis, mask=valid)
+  batch = moments(x, axis=axis, mask=valid)
   if how.axis_name is not None:
     batch = sync(batch, how.axis_name, how.axis_index_groups)
   y = apply(batch.mean, batch.var)

@@ -4,32 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxbn import _checks
 from jaxbn._batch_norm import batch_norm
-from jaxbn._types import Chosen, Moments, RunningStats
-
-if TYPE_CHECKING:
-  import chex
+from jaxbn._names import by_our_names, shown
+from jaxbn._types import Array, Chosen, Moments, Numeric, RunningStats
 
 __all__ = ["interpolate", "prediction_time_batch_norm"]
+
+
+def __dir__() -> list[str]:
+  return __all__
+
 
 # Nothing is tracked, so that the number of updates so far, which some ways to track ask for, may be
 # unknown here.
 NOT_TRACKED: dict[str, Any] = {"momentum": 0.99, "debias": False}
 
 
+@by_our_names
 def prediction_time_batch_norm(
-  x: chex.Array,
-  scale: chex.Array | None,
-  bias: chex.Array | None,
+  x: Array,
+  scale: Array | None,
+  bias: Array | None,
   state: RunningStats,
   *,
-  prior: chex.Numeric = 0.0,
+  prior: Numeric = 0.0,
   **options: Any,
 ) -> jax.Array:
   r"""Evaluation by the statistics of the batch that is predicted; nothing is tracked.
@@ -75,7 +79,7 @@ def prediction_time_batch_norm(
 
 
 def interpolate(
-  prior: chex.Numeric, elements: int = 1
+  prior: Numeric, elements: int = 1
 ) -> Callable[[Moments, RunningStats | None], Chosen]:
   """The same choice of statistics by itself, for `batch_norm(choose=)`.
 
@@ -99,8 +103,8 @@ def interpolate(
   _checks.scalar("prior", prior)
   if _checks.concrete(prior) and not float(prior) >= 0:
     raise ValueError(
-      f"prior={prior!r} is out of range: it is a number of examples, 0 for the batch's statistics "
-      "alone, jnp.inf for the running ones."
+      f"prior={shown(prior)} is out of range: it is a number of examples, 0 for the batch's "
+      "statistics alone, jnp.inf for the running ones."
     )
 
   def choose(batch: Moments, state: RunningStats | None) -> Chosen:
@@ -109,7 +113,7 @@ def interpolate(
     total = n + prior * elements
     share = n / jnp.where(total > 0, total, 1)
 
-    def between(source: chex.Array, own: jax.Array) -> jax.Array:
+    def between(source: Array, own: jax.Array) -> jax.Array:
       # A batch that does not count, whether there is none or the prior is infinite, may be NaN.
       return (1 - share) * source + share * jnp.where(share > 0, own, 0)
 
@@ -118,7 +122,7 @@ def interpolate(
   return choose
 
 
-def elements_per_example(x: chex.Array, axis: Any) -> int:
+def elements_per_example(x: Array, axis: Any) -> int:
   """How many elements each channel of an example has."""
   x = _checks.inexact(x)
   return math.prod(x.shape[a] for a in _checks.split_axes(x.ndim, axis).reduced[1:])

@@ -9,16 +9,15 @@ only, of whole sequences, is in `jaxbn.variants.input_norm`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxbn import RunningStats
+from jaxbn._names import by_our_names
+from jaxbn._types import Array, Numeric
 from jaxbn.variants._cells import Cell, options, step
-
-if TYPE_CHECKING:
-  import chex
 
 __all__ = [
   "GRUCarry",
@@ -34,6 +33,10 @@ __all__ = [
   "lstm_stats",
   "lstm_step",
 ]
+
+
+def __dir__() -> list[str]:
+  return __all__
 
 
 class LSTMParams(NamedTuple):
@@ -52,13 +55,13 @@ class LSTMParams(NamedTuple):
     cell_bias: beta_c, (H,).
   """
 
-  input_kernel: chex.Array
-  hidden_kernel: chex.Array
-  bias: chex.Array
-  input_scale: chex.Array
-  hidden_scale: chex.Array
-  cell_scale: chex.Array
-  cell_bias: chex.Array
+  input_kernel: jax.Array
+  hidden_kernel: jax.Array
+  bias: jax.Array
+  input_scale: jax.Array
+  hidden_scale: jax.Array
+  cell_scale: jax.Array
+  cell_bias: jax.Array
 
 
 class GRUParams(NamedTuple):
@@ -68,11 +71,11 @@ class GRUParams(NamedTuple):
   `LSTMParams`, with 3 H for 4 H.
   """
 
-  input_kernel: chex.Array
-  hidden_kernel: chex.Array
-  bias: chex.Array
-  input_scale: chex.Array
-  hidden_scale: chex.Array
+  input_kernel: jax.Array
+  hidden_kernel: jax.Array
+  bias: jax.Array
+  input_scale: jax.Array
+  hidden_scale: jax.Array
 
 
 class LSTMStats(NamedTuple):
@@ -106,18 +109,18 @@ class LSTMCarry(NamedTuple):
     seq_lengths: how many steps each example has, (*batch,); None: all of them.
   """
 
-  c: chex.Array
-  h: chex.Array
-  t: chex.Array
-  seq_lengths: chex.Array | None = None
+  c: jax.Array
+  h: jax.Array
+  t: jax.Array
+  seq_lengths: jax.Array | None = None
 
 
 class GRUCarry(NamedTuple):
   """What a GRU hands to its next step: `h`, `t` and `seq_lengths` of `LSTMCarry`."""
 
-  h: chex.Array
-  t: chex.Array
-  seq_lengths: chex.Array | None = None
+  h: jax.Array
+  t: jax.Array
+  seq_lengths: jax.Array | None = None
 
 
 def _lstm(c: jax.Array, hidden: jax.Array, given: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -178,7 +181,7 @@ def gru_stats(
 def lstm_carry(
   batch_shape: int | Sequence[int],
   features: int,
-  seq_lengths: chex.Array | None = None,
+  seq_lengths: Array | None = None,
   dtype: Any = jnp.float32,
 ) -> LSTMCarry:
   """The LSTMCarry before the first step: zeros.
@@ -200,7 +203,7 @@ def lstm_carry(
 def gru_carry(
   batch_shape: int | Sequence[int],
   features: int,
-  seq_lengths: chex.Array | None = None,
+  seq_lengths: Array | None = None,
   dtype: Any = jnp.float32,
 ) -> GRUCarry:
   """The GRUCarry before the first step: zeros.
@@ -215,15 +218,16 @@ def gru_carry(
   return GRU.start_carry(batch_shape, features, seq_lengths, dtype)
 
 
+@by_our_names
 def lstm_step(
   params: LSTMParams,
   stats: LSTMStats,
   carry: LSTMCarry,
-  x: chex.Array,
+  x: Array,
   *,
   use_running_average: bool,
-  mask: chex.Array | None = None,
-  momentum: chex.Numeric | None = 0.99,
+  mask: Array | None = None,
+  momentum: Numeric | None = 0.99,
   epsilon: float = 1e-5,
   axis_name: Any = None,
   axis_index_groups: Sequence[Sequence[int]] | None = None,
@@ -294,15 +298,16 @@ def lstm_step(
   return step(LSTM, params, stats, carry, x, mask, how)
 
 
+@by_our_names
 def gru_step(
   params: GRUParams,
   stats: GRUStats,
   carry: GRUCarry,
-  x: chex.Array,
+  x: Array,
   *,
   use_running_average: bool,
-  mask: chex.Array | None = None,
-  momentum: chex.Numeric | None = 0.99,
+  mask: Array | None = None,
+  momentum: Numeric | None = 0.99,
   epsilon: float = 1e-5,
   axis_name: Any = None,
   axis_index_groups: Sequence[Sequence[int]] | None = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,30 +13,33 @@ from jaxbn._apply import apply
 from jaxbn._arguments import check_layer
 from jaxbn._batch_norm import batch_norm
 from jaxbn._measure import measure
+from jaxbn._names import by_our_names
 from jaxbn._share import merge, share
-from jaxbn._types import Chosen, Moments, RunningStats
+from jaxbn._types import Array, Chosen, Moments, RunningStats
 from jaxbn.variants._examples import examples_axis
-
-if TYPE_CHECKING:
-  import chex
 
 __all__ = ["normalize_reference", "reference_batch_norm"]
 
 
+def __dir__() -> list[str]:
+  return __all__
+
+
+@by_our_names
 def reference_batch_norm(
-  x: chex.Array,
-  scale: chex.Array | None,
-  bias: chex.Array | None,
+  x: Array,
+  scale: Array | None,
+  bias: Array | None,
   reference: Moments,
   *,
   axis: int | Sequence[int] = -1,
   epsilon: float = 1e-5,
-  mask: chex.Array | None = None,
-  weights: chex.Array | None = None,
+  mask: Array | None = None,
+  weights: Array | None = None,
   masked_value: float | None = None,
   use_fast_variance: bool = True,
   activation: Callable[[jax.Array], jax.Array] | None = None,
-  residual: chex.Array | None = None,
+  residual: Array | None = None,
   dtype: Any = None,
 ) -> jax.Array:
   r"""Normalization of each example by the statistics of a reference batch and of itself.
@@ -110,21 +113,22 @@ def reference_batch_norm(
   return y
 
 
+@by_our_names
 def normalize_reference(
-  x: chex.Array,
-  scale: chex.Array | None,
-  bias: chex.Array | None,
+  x: Array,
+  scale: Array | None,
+  bias: Array | None,
   *,
   axis: int | Sequence[int] = -1,
   epsilon: float = 1e-5,
-  mask: chex.Array | None = None,
-  weights: chex.Array | None = None,
+  mask: Array | None = None,
+  weights: Array | None = None,
   masked_value: float | None = None,
   axis_name: Any = None,
   axis_index_groups: Sequence[Sequence[int]] | None = None,
   use_fast_variance: bool = True,
   activation: Callable[[jax.Array], jax.Array] | None = None,
-  residual: chex.Array | None = None,
+  residual: Array | None = None,
   dtype: Any = None,
 ) -> tuple[jax.Array, Moments]:
   """Normalization of the reference batch by its own statistics, which it returns as well.
@@ -163,11 +167,11 @@ _OPTIONS = ("axis", "epsilon", "use_fast_variance", "activation")
 def of_layer(
   layer: Any,
   x: jax.Array,
-  scale: chex.Array | None,
-  bias: chex.Array | None,
+  scale: Array | None,
+  bias: Array | None,
   reference: Moments | None,
-  mask: chex.Array | None,
-  weights: chex.Array | None,
+  mask: Array | None,
+  weights: Array | None,
   **given: Any,
 ) -> tuple[jax.Array, Moments]:
   """What both kinds of layers do with the reference that they hold; without one x is it."""

@@ -14,7 +14,7 @@ normalization.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,26 +22,30 @@ from jax import lax
 
 from jaxbn import _checks
 from jaxbn._batch_norm import batch_norm
-from jaxbn._types import Choose, Chosen, Moments, RunningStats
-
-if TYPE_CHECKING:
-  import chex
+from jaxbn._names import by_our_names, shown
+from jaxbn._types import Array, Choose, Chosen, Moments, Numeric, RunningStats
 
 __all__ = ["batch_renorm", "correction"]
 
+
+def __dir__() -> list[str]:
+  return __all__
+
+
 # What a layer takes: a number, or a function of the step that gives one.
-Limit: TypeAlias = "float | Callable[[Any], chex.Numeric]"
+Limit: TypeAlias = "float | Callable[[Any], Numeric]"
 
 
+@by_our_names
 def batch_renorm(
-  x: chex.Array,
-  scale: chex.Array | None = None,
-  bias: chex.Array | None = None,
+  x: Array,
+  scale: Array | None = None,
+  bias: Array | None = None,
   state: RunningStats | None = None,
   *,
   use_running_average: bool,
-  r_max: chex.Numeric = 3.0,
-  d_max: chex.Numeric = 5.0,
+  r_max: Numeric = 3.0,
+  d_max: Numeric = 5.0,
   epsilon: float = 1e-5,
   **options: Any,
 ) -> tuple[jax.Array, RunningStats | None]:
@@ -113,7 +117,7 @@ def batch_renorm(
   )
 
 
-def correction(r_max: chex.Numeric, d_max: chex.Numeric, epsilon: float = 1e-5) -> Choose:
+def correction(r_max: Numeric, d_max: Numeric, epsilon: float = 1e-5) -> Choose:
   """What makes `jaxbn.batch_norm` renormalize: its argument `choose`.
 
       r = clip(sigma_B / sigma, 1 / r_max, r_max)
@@ -190,9 +194,9 @@ def _bounded(name: str, value: Any, least: int, meaning: str) -> None:
   """Refuses a limit that is no number, or too small where that can be seen."""
   if callable(value):
     raise TypeError(
-      f"{name}={value!r} is a function; here it is a number: pass the schedule's value, "
+      f"{name}={shown(value)} is a function; here it is a number: pass the schedule's value, "
       f"{name}(step), or give the schedule to a layer, jaxbn.linen.BatchRenorm or jaxbn.nnx's."
     )
   _checks.scalar(name, value)
   if _checks.concrete(value) and not float(value) >= least:
-    raise ValueError(f"{name}={value!r} is out of range: {meaning}: pass {least} or more.")
+    raise ValueError(f"{name}={shown(value)} is out of range: {meaning}: pass {least} or more.")

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +33,9 @@ from jaxbn import _checks
 from jaxbn._arguments import check_layer
 from jaxbn._dtypes import promoting
 from jaxbn._meshes import by_partitioner
+from jaxbn._names import by_our_names
 from jaxbn._track import blend
-from jaxbn._types import Axes, Inputs, Plan, Tracking
+from jaxbn._types import Array, Axes, Inputs, Numeric, Plan, Tracking
 from jaxbn._xla import recomputing
 from jaxbn.variants._covariance import (
   CovarianceMoments,
@@ -50,9 +51,6 @@ from jaxbn.variants._covariance import (
 )
 from jaxbn.variants._inverse_root import require_method, whitening_matrix
 
-if TYPE_CHECKING:
-  import chex
-
 __all__ = [
   "CovarianceMoments",
   "WhiteningStats",
@@ -64,6 +62,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+  return __all__
+
+
 class WhiteningStats(NamedTuple):
   """The state of one layer: what evaluation normalizes by.
 
@@ -72,8 +74,8 @@ class WhiteningStats(NamedTuple):
     whitening: running whitening matrix of each group, of shape (groups, g, g).
   """
 
-  mean: chex.Array
-  whitening: chex.Array
+  mean: jax.Array
+  whitening: jax.Array
 
 
 def init(channels: int, group_size: int = 16, *, dtype: Any = jnp.float32) -> WhiteningStats:
@@ -100,10 +102,11 @@ def init(channels: int, group_size: int = 16, *, dtype: Any = jnp.float32) -> Wh
   return WhiteningStats(jnp.zeros(channels, dtype), identity)
 
 
+@by_our_names
 def whitening_norm(
-  x: chex.Array,
-  scale: chex.Array | None = None,
-  bias: chex.Array | None = None,
+  x: Array,
+  scale: Array | None = None,
+  bias: Array | None = None,
   state: WhiteningStats | None = None,
   *,
   use_running_average: bool,
@@ -111,10 +114,10 @@ def whitening_norm(
   group_size: int = 16,
   method: str = "zca",
   iterations: int = 5,
-  momentum: chex.Numeric = 0.99,
+  momentum: Numeric = 0.99,
   epsilon: float = 1e-5,
-  mask: chex.Array | None = None,
-  weights: chex.Array | None = None,
+  mask: Array | None = None,
+  weights: Array | None = None,
   masked_value: float | None = None,
   axis_name: Any = None,
   axis_index_groups: Sequence[Sequence[int]] | None = None,
@@ -153,7 +156,7 @@ def whitening_norm(
     axis: the channels' axis, one.
     group_size: g: how many consecutive channels are whitened together; it divides their number.
     method, iterations: as in `whitening_matrix`.
-    momentum: share of the old running values that is kept, from 0 to 1.
+    momentum: share of the old running values that is kept, from 0 to 1 (in PyTorch 1 minus it).
     epsilon: added to the covariance's diagonal.
     mask, weights: as in `covariance`.
     masked_value: what y holds in positions that do not exist, as in `jaxbn.normalize`.

@@ -32,6 +32,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 SAVE_EVERY = 4
 STEPS_PER_KILL = 24  # at most, of which most lives do fewer
 SAVING = 0.06  # seconds that a save takes
+TIMES = ("time", "train/examples_per_second")
 DRAFTS = "*.orbax-checkpoint-tmp*"
 MOMENTS = ("any", "saving")
 
@@ -138,11 +139,10 @@ def state(workdir: Path, step: int) -> list[tuple[str, np.ndarray]]:
 
 
 def rows(workdir: Path) -> list[dict[str, Any]]:
-  """metrics.jsonl as it is, without the speed, which nothing can repeat."""
+  """metrics.jsonl as it is, without times, which nothing can repeat."""
   lines = (workdir / "metrics.jsonl").read_text().splitlines()
   return [
-    {key: value for key, value in json.loads(line).items() if key != "examples_per_second"}
-    for line in lines
+    {key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines
   ]
 
 
@@ -165,7 +165,7 @@ def board(workdir: Path) -> list[tuple[int, str, float]]:
     if event.session_log.status == SessionLog.START:
       shown = [point for point in shown if point[0] < event.step]
     shown += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
-  return [point for point in shown if "per_second" not in point[1]]
+  return [point for point in shown if point[1] not in TIMES]
 
 
 def differences(one: Path, other: Path, step: int) -> list[str]:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from examples import integrity, steps
+from examples import checkpoints, integrity, steps
 from examples.checkpoints import Checkpoints
 from examples.settings import Failure, UserError
 from tests.examples import helpers
@@ -170,6 +170,32 @@ def test_another_shape_is_refused(tmp_path, changes, message):
     store.save(1, state(), batches())
   with Checkpoints(tmp_path, keep=1) as store, pytest.raises(UserError, match=message):
     store.restore(1, state(**changes), batches())
+
+
+def test_the_form_that_fits_is_found(tmp_path):
+  with Checkpoints(tmp_path, keep=1) as store:
+    store.save(1, state(5.0), batches())
+  other = state()._replace(opt_state=({"other": np.zeros(1)},))
+  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state())
+  with Checkpoints(tmp_path, keep=1) as store:
+    like = store.fitting(1, [other, like])
+    chex.assert_trees_all_equal(store.restore(1, like, batches())._asdict(), state(5.0)._asdict())
+
+
+def test_reading_the_latest_whole_one_changes_nothing(tmp_path):
+  with pytest.raises(UserError, match="holds no checkpoint that is whole"):
+    checkpoints.read(tmp_path)
+  with Checkpoints(tmp_path, keep=2) as store:
+    for step in (1, 2):
+      store.save(step, state(step), batches())
+  flip(tmp_path / "2" / "input" / "metadata")
+  (tmp_path / "3.orbax-checkpoint-tmp").mkdir()  # which another process is writing
+  before = files(tmp_path)
+  step, variables = checkpoints.read(tmp_path)
+  assert step == 1
+  expected = {"params": state(1).params, "batch_stats": state(1).batch_stats}
+  chex.assert_trees_all_equal(variables, expected)
+  assert files(tmp_path) == before
 
 
 def test_training_on_does_not_change_what_is_being_saved(tmp_path):

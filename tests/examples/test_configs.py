@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from examples import models, optimizers, settings
+from examples import command_line, models, optimizers, settings
 
 # ml_collections loads config files by a method that Python will drop.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -27,7 +27,7 @@ def test_there_is_one_for_each_data_set():
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_config_describes_a_job(file):
-  config = settings.from_command_line(["train.py", f"--config={file}"], "")
+  config = command_line.parse(["train.py", f"--config={file}"], "")
   settings.check(config, 4)
   assert config.workdir == f"runs/{file.stem}"
   shape = SHAPES[config.dataset]

@@ -6,9 +6,9 @@ import pytest
 from examples import curves
 
 ROWS = [
-  {"step": 1, "train_loss": 2.0, "train_accuracy": 0.1},
-  {"step": 2, "train_loss": 1.0, "train_accuracy": 0.5},
-  {"step": 2, "test_loss": 1.5, "test_accuracy": 0.4},
+  {"step": 1, "train/loss": 2.0, "train/accuracy": 0.1},
+  {"step": 2, "train/loss": 1.0, "train/accuracy": 0.5},
+  {"step": 2, "test/loss": 1.5, "test/accuracy": 0.4},
 ]
 
 
@@ -19,4 +19,4 @@ def test_draws_what_there_is(tmp_path, rows):
   assert picture.shape[1] > picture.shape[0] > 500
   # The line of the test results is drawn if and only if there are some.
   red = (abs(picture[..., :3] - [0xC8 / 255, 0x45 / 255, 0x2C / 255]) < 0.02).all(-1)
-  assert red.any() == any("test_loss" in row for row in rows)
+  assert red.any() == any("test/loss" in row for row in rows)

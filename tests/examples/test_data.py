@@ -180,7 +180,7 @@ def test_missing_file(tmp_path):
   (tmp_path / f"{TEST_LABELS}.gz").unlink()
   message = (
     rf"mnist needs {TEST_LABELS}\.gz \(or {TEST_LABELS}\), which is not in {tmp_path}, and "
-    rf"download=False forbids.*fetch https://.*{TEST_LABELS}\.gz.*put it in {tmp_path}"
+    rf"download=False forbids.*fetch it from https://.*put it in {tmp_path}"
   )
   with pytest.raises(FileNotFoundError, match=message):
     load_mnist(tmp_path)
@@ -191,6 +191,17 @@ def test_missing_file_names_the_default_directories(tmp_path, monkeypatch):
   monkeypatch.setitem(sources.SYSTEM_FOLDERS, "fashion_mnist", (tmp_path / "system",))
   with pytest.raises(FileNotFoundError, match=r"not in data/fashion_mnist or .*/system, and"):
     data.load("fashion_mnist", download=False)
+
+
+def test_all_missing_files_are_named_and_no_folder_is_made(tmp_path, monkeypatch, server):
+  monkeypatch.setitem(fetch.MIRRORS, "mnist", ("http://127.0.0.1:9/",))
+  monkeypatch.chdir(tmp_path)
+  named = ", ".join(rf"{name}\.gz \(or {name}\)" for name in IDX_NAMES)
+  with pytest.raises(FileNotFoundError, match=rf"needs {named}, .* not in data/mnist, and"):
+    data.load("mnist")
+  with pytest.raises(FileNotFoundError, match=rf"needs {named}, .*/typo, and there is no"):
+    data.load("mnist", str(tmp_path / "typo"))
+  assert [path.name for path in tmp_path.iterdir()] == ["served"]
 
 
 def test_swapped_files(tmp_path):
@@ -516,8 +527,14 @@ def server(tmp_path, monkeypatch):
     thread.join()
 
 
-def test_download(tmp_path, server):
-  folder = tmp_path / "new" / "folder"
+@pytest.fixture
+def folder(tmp_path):
+  """An empty one, to download into."""
+  (tmp_path / "new").mkdir()
+  return tmp_path / "new"
+
+
+def test_download(folder, server):
   dataset = data.load("mnist", str(folder))
   np.testing.assert_array_equal(dataset.train_images[..., 0], server[2][TRAIN_IMAGES])
   assert sorted(path.name for path in folder.iterdir()) == sorted(f"{n}.gz" for n in IDX_NAMES)
@@ -538,9 +555,9 @@ def test_only_missing_files_are_downloaded(tmp_path, server):
   assert len(data.load("mnist", str(folder)).train_images) == 7
 
 
-def test_next_mirror_is_tried(tmp_path, monkeypatch, server):
+def test_next_mirror_is_tried(folder, monkeypatch, server):
   monkeypatch.setitem(fetch.MIRRORS, "mnist", (f"{server[0]}nothing/", server[0]))
-  assert len(data.load("mnist", str(tmp_path / "new")).train_images) == 7
+  assert len(data.load("mnist", str(folder)).train_images) == 7
 
 
 @pytest.mark.parametrize(
@@ -551,12 +568,12 @@ def test_next_mirror_is_tried(tmp_path, monkeypatch, server):
     ("endless/", r"gave more than \d+ bytes where \d+ were expected"),
   ],
 )
-def test_failed_download(tmp_path, monkeypatch, server, mirror, reason):
-  base, folder = server[0] + mirror, tmp_path / "new"
+def test_failed_download(folder, monkeypatch, server, mirror, reason):
+  base = server[0] + mirror
   monkeypatch.setitem(fetch.MIRRORS, "mnist", (base,))
   message = (
-    rf"mnist needs {TRAIN_IMAGES}\.gz .*not in {folder}, and downloading it failed "
-    rf"\({base}{TRAIN_IMAGES}\.gz: {reason}\): fetch {base}.*put it in {folder}"
+    rf"mnist needs {TRAIN_IMAGES}\.gz .*not in {folder}, and downloading failed "
+    rf"\({base}{TRAIN_IMAGES}\.gz: {reason}\): fetch them from {base} .*put them in {folder}"
   )
   with pytest.raises(FileNotFoundError, match=message):
     data.load("mnist", str(folder))
@@ -564,26 +581,25 @@ def test_failed_download(tmp_path, monkeypatch, server, mirror, reason):
   assert not Handler.read_to_the_end
 
 
-def test_download_of_other_content(tmp_path, server):
+def test_download_of_other_content(folder, server):
   path = server[1] / f"{TRAIN_IMAGES}.gz"
   content = bytearray(path.read_bytes())
   content[5] ^= 1  # the time in the header: a valid file, but not the published one
   path.write_bytes(content)
-  folder = tmp_path / "new"
   with pytest.raises(FileNotFoundError, match=r"gave bytes of SHA-256 \w{64} where \w{64} was"):
     data.load("mnist", str(folder))
   assert not list(folder.iterdir())
 
 
-def test_download_without_a_network(tmp_path, monkeypatch, server):
+def test_download_without_a_network(folder, monkeypatch, server):
   monkeypatch.setitem(fetch.MIRRORS, "mnist", ("http://127.0.0.1:9/",))
-  with pytest.raises(FileNotFoundError, match=r"downloading it failed .*Connection refused"):
-    data.load("mnist", str(tmp_path / "new"))
+  with pytest.raises(FileNotFoundError, match=r"downloading failed .*Connection refused"):
+    data.load("mnist", str(folder))
 
 
 def test_download_into_a_file(tmp_path, server):
   (tmp_path / "file").write_bytes(b"")
-  with pytest.raises(FileNotFoundError, match=r"downloading it failed .*File exists"):
+  with pytest.raises(FileNotFoundError, match="there is no such folder"):
     data.load("mnist", str(tmp_path / "file"))
 
 

@@ -168,11 +168,11 @@ def assert_same_result(one, other, step=STEPS):
     tolerance = {"rtol": REORDERED, "atol": REORDERED * np.abs(b).max()}
     np.testing.assert_allclose(a, b, **tolerance, err_msg=name)
   # Where a run stops, a window of the training's metrics ends: those of the tests can be compared.
-  tests = [[r for r in reporting.read_rows(run) if "test_loss" in r] for run in (one, other)]
+  tests = [[r for r in reporting.read_rows(run) if "test/loss" in r] for run in (one, other)]
   assert [row["step"] for row in tests[0]] == [row["step"] for row in tests[1]] == [10, 20, 30]
   for a, b in zip(*tests, strict=True):
-    assert a["test_examples"] == b["test_examples"] == 360
-    np.testing.assert_allclose(a["test_loss"], b["test_loss"], rtol=REORDERED)
+    assert a["test/examples"] == b["test/examples"] == 360
+    np.testing.assert_allclose(a["test/loss"], b["test/loss"], rtol=REORDERED)
 
 
 @OLD_IMPORT
@@ -182,6 +182,7 @@ def test_two_processes_do_what_one_does(alone, disturbed):
   status, said = results[-1]
   assert status == 0, said
   assert said.count("Test accuracy") == said.count("Resuming") == 1  # the second says nothing
+  assert "Gloo" not in said
   assert_same_result(workdir, alone)
 
 
@@ -214,7 +215,7 @@ def test_when_one_dies_the_other_ends_soon_and_says_why(disturbed):
 @OLD_IMPORT
 def test_metrics_are_written_once(disturbed):
   lines = (disturbed[0] / "metrics.jsonl").read_text().splitlines()
-  kinds = [(row["step"], "test_loss" in row) for row in map(json.loads, lines)]
+  kinds = [(row["step"], "test/loss" in row) for row in map(json.loads, lines)]
   assert len(set(kinds)) == len(kinds)
   assert kinds == sorted(kinds)
   shown = chaos.board(disturbed[0])

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -50,3 +52,27 @@ def test_works_outside_the_main_thread():
   thread.start()
   thread.join()
   assert seen == [False]
+
+
+def test_while_importing_ctrl_c_ends_in_a_line():
+  code = (
+    "import os, signal; from examples import interrupts; interrupts.during_imports()\n"
+    "try: os.kill(os.getpid(), signal.SIGINT)\n"
+    "except BaseException: print('caught by an import')"
+  )
+  ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+  assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", f"{interrupts.STOPPED}\n")
+
+
+def test_after_imports_it_is_an_exception_again():
+  interrupts.during_imports()
+  interrupts.after_imports()
+  with pytest.raises(KeyboardInterrupt):
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_who_ignores_ctrl_c_goes_on_ignoring_it():
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  interrupts.during_imports()
+  interrupts.after_imports()
+  assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN

@@ -131,3 +131,35 @@ def test_gradients_are_clipped_after_the_loss_scale_is_divided_out():
   grads = {"Dense_0": {"kernel": np.full((2, 1), 4.0 * 128)}}
   actual = clipped({"adaptive_clip": 0.5, "loss_scale": 128.0}, params, grads)
   np.testing.assert_allclose(actual["Dense_0"]["kernel"], 1.5, rtol=1e-6)
+
+
+def test_a_run_goes_on_with_other_rules_for_bad_gradients():
+  """Whatever form was saved, moments and counters arrive in the form that is wanted."""
+  config = helpers.config(optimizer="adamw")
+  forms = list(optimizers.forms(config, PARAMS))
+  assert len({jax.tree.structure(form) for form in forms}) == 4
+  assert jax.eval_shape(optimizers.create(config).init, PARAMS) in forms
+  for i, shape in enumerate(forms):
+    saved = jax.tree.map(lambda x, i=i: np.full(x.shape, i + 1, x.dtype), shape)
+    for wanted in forms:
+      fresh = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), wanted)
+      result = optimizers.carry_over(saved, fresh)
+      chex.assert_trees_all_equal_shapes_and_dtypes(result, fresh)
+      for name in ("mu", "nu", "count"):
+        ours, theirs = (optax.tree.get_all_with_path(tree, name) for tree in (result, saved))
+        chex.assert_trees_all_equal([x for _, x in ours], [x for _, x in theirs])
+    assert optimizers.carry_over(saved, shape) == saved  # to the last leaf
+
+
+def test_advice_when_numbers_ran_out(tmp_path):
+  config = helpers.config(workdir=str(tmp_path), optimizer="sgd", learning_rate=5.0)
+  lines = str(optimizers.not_finite("the loss became nan", config)).splitlines()
+  flags = [line.split(" to ")[0].split() for line in lines[1:]]
+  assert flags == [
+    ["--config.learning_rate=0.1"],
+    ["--config.learning_rate=0.1", f"--config.workdir={tmp_path}-2"],
+    ["--config.skip_nonfinite=10"],
+  ]
+  config.learning_rate, config.skip_nonfinite = 0.1, 10
+  assert "=0.01 to go on" in str(optimizers.not_finite("the loss became nan", config))
+  assert "skip_nonfinite=100 to" in str(optimizers.not_finite("the loss became nan", config))

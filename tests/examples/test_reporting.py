@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from examples import reporting, steps
+from examples.clock import Clock
 from examples.settings import Failure, UserError
 from tests.examples import chaos, helpers
 
@@ -22,7 +23,7 @@ def sums(loss, correct=1, count=4, skipped=0):
 def reporter(directory, start=0, terminal=False, **changes):
   console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
   config = helpers.config(**{"log_every": 2, "steps": 6, **changes})
-  return reporting.Reporter(directory, config, start, console), console
+  return reporting.Reporter(directory, config, start, console, Clock("training")), console
 
 
 def test_rows_are_means_over_the_examples_of_a_window(tmp_path):
@@ -34,19 +35,29 @@ def test_rows_are_means_over_the_examples_of_a_window(tmp_path):
     report.tested(5, 0.25, 0.5, 10)
   rows = reporting.read_rows(tmp_path)
   assert rows == report.rows
-  assert [(r["step"], r["train_loss"]) for r in rows[:3]] == [(2, 1.5), (4, 3.5), (5, 5.0)]
-  assert rows[0]["train_accuracy"] == 0.25
-  assert rows[3] == {"step": 5, "test_loss": 0.25, "test_accuracy": 0.5, "test_examples": 10}
-  assert list((tmp_path / "tensorboard").iterdir())
+  assert [(r["step"], r["train/loss"]) for r in rows[:3]] == [(2, 1.5), (4, 3.5), (5, 5.0)]
+  assert rows[0]["train/accuracy"] == 0.25
+  assert 0 <= time.time() - rows[3].pop("time") < 60
+  assert rows[3] == {"step": 5, "test/loss": 0.25, "test/accuracy": 0.5, "test/examples": 10}
+  shown = list(chaos.events(tmp_path))
+  assert next(e.wall_time for e in shown if e.summary.value) == pytest.approx(rows[0]["time"])
+  names = {"loss", "accuracy", "learning_rate", "examples_per_second"}
+  assert {value.tag for event in shown for value in event.summary.value} == {
+    *(f"train/{name}" for name in names),
+    *("test/loss", "test/accuracy", "test/examples"),
+  }
 
 
 def test_rows_after_the_checkpoint_are_dropped(tmp_path):
-  lines = [json.dumps({"step": step, "train_loss": 1.0}) for step in (2, 4, 6)]
+  before = {"train_loss": 1.0, "learning_rate": 0.5, "skipped_steps": 1}  # as it once was called
+  lines = [json.dumps({"step": step, **before}) for step in (2, 4, 6)]
   (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 8, "tr')
   with reporter(tmp_path, start=4)[0] as report:
     report.tested(6, 0.5, 0.5, 1)
-  assert [row["step"] for row in reporting.read_rows(tmp_path)] == [2, 4, 6]
-  assert "test_loss" in report.rows[-1]
+  rows = reporting.read_rows(tmp_path)
+  assert [row["step"] for row in rows] == [2, 4, 6]
+  assert "test/loss" in report.rows[-1]
+  assert rows[0].keys() == {"step", "train/loss", "train/learning_rate", "train/skipped_steps"}
 
 
 def test_a_row_that_does_not_fit_stops_the_run(tmp_path):
@@ -113,14 +124,23 @@ def test_progress_shows_loss_accuracy_speed_and_time_left(tmp_path):
     for step in (1, 2, 3, 4):
       report.stepped(step, sums(4.0))
   shown = console.file.getvalue()
-  for part in ("digits", "4/6", "loss 1.000", "accuracy 25.0%", "examples/s", "left"):
+  for part in (
+    "compiling",
+    "Compiled in",
+    "digits",
+    "4/6",
+    "loss 1.000",
+    "accuracy 25.0%",
+    "examples/s",
+    "left",
+  ):
     assert part in shown
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
   with reporter(tmp_path)[0] as report:
     report.stepped(1, sums(np.nan))
-    with pytest.raises(UserError, match=r"loss became nan by step 2.*learning_rate is 0.1"):
+    with pytest.raises(UserError, match=r"loss became nan by step 2.*\n.*learning_rate=0.01 "):
       report.stepped(2, sums(1.0))
 
 
@@ -130,10 +150,10 @@ def test_skipped_steps_are_counted_and_not_averaged(tmp_path):
       report.stepped(step, sums(0.0, 0, 0, skipped=1))
     report.stepped(3, sums(4.0))
     report.stepped(4, sums(0.0, 0, 0, skipped=1))
-  assert [row.get("skipped_steps") for row in report.rows] == [2, 1, None]
-  assert [(row["step"], row["train_loss"]) for row in report.rows[2:]] == [(4, 1.0)]
+  assert [row.get("train/skipped_steps") for row in report.rows] == [2, 1, None]
+  assert [(row["step"], row["train/loss"]) for row in report.rows[2:]] == [(4, 1.0)]
   # The schedule is at its second step: the optimizer did not see the others.
-  assert report.rows[2]["learning_rate"] == pytest.approx(float(report._schedule(0)))
+  assert report.rows[2]["train/learning_rate"] == pytest.approx(float(report._schedule(0)))
   report, console = reporter(tmp_path, start=4, steps=8)
   with report:
     report.tested(5, 0.25, 0.5, 10)

@@ -1,45 +1,38 @@
-"""The settings: the command line, the checks, and whose a run directory is."""
+"""The settings: their defaults, and the checks of each and of all together."""
 
-import json
+import math
 
 import pytest
 
 from examples import settings
+from examples.keys import KEYS
 from examples.settings import UserError
 from tests.examples import helpers
 
-# ml_collections loads config files by a method that Python will drop.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-
-DIGITS = "configs/digits.py"
-
-
-def parse(*arguments):
-  return settings.from_command_line(["train.py", *arguments], DIGITS)
-
-
-def test_command_line_changes_the_config():
-  config = parse(
-    "--config=configs/fashion_mnist.py", "--config.batch_size=64", "--config.widths=3,4"
-  )
-  assert (config.dataset, config.batch_size, config.widths) == ("fashion_mnist", 64, (3, 4))
-  assert parse("--config", DIGITS, "--config.seed", "3").seed == 3
-  assert parse().dataset == "digits"
-
 
 @pytest.mark.parametrize(
-  ("argument", "message"),
+  ("key", "value", "message"),
   [
-    ("--config.batchsize=1", r"--config.batchsize is not a key .*; did you mean 'batch_size'\?"),
-    ("--config.batch_size=x", "config.batch_size is 'x', but must be of type int, such as"),
-    ("--config=configs/digit.py", "'configs/digit.py', which is not a file.*'configs/digits.py'"),
-    ("--batch_size=3", "--batch_size is not an option.*did you mean 'config.batch_size'"),
-    ("batch_size=3", "the argument 'batch_size=3' is not understood"),
+    ("learning_rate", -1.0, "-1.0, but must be above 0; try --config.learning_rate=0.003$"),
+    ("learning_rate", math.nan, "nan, but must be above 0, and finite; try"),
+    ("adaptive_clip", math.inf, "inf, but must be 0 for no limit, or above 0, and finite; try"),
+    ("weight_decay", -1.0, "-1.0, but must be at least 0; try"),
+    ("label_smoothing", 2.0, "2.0, but must be at least 0 and below 1; try"),
+    ("loss_scale", 0.5, "0.5, but must be 0 for none, or at least 1 and at most 16777216; try"),
+    ("widths", (0,), r"\(0,\), but must be a positive whole number for .*=16,32$"),
+    ("workdir", " ", "' ', but must be a folder; try --config.workdir=runs/digits"),
+    ("dtype", "bfloat", "'bfloat', but must be one of .*; did you mean 'bfloat16'"),
+    ("virtual_batch_size", "-1", "'-1', but must be global, device, or a number of examples"),
   ],
 )
-def test_wrong_command_lines_are_refused(argument, message):
-  with pytest.raises(UserError, match=message):
-    parse(argument)
+def test_what_a_key_does_not_allow_is_refused(key, value, message):
+  with pytest.raises(UserError, match=f"^config.{key} is {message}"):
+    settings.check(helpers.config(**{key: value}), 4)
+
+
+def test_the_defaults_are_allowed():
+  settings.check_each(settings.defaults("mnist"))
+  assert set(settings.defaults("mnist")) == set(KEYS)
 
 
 @pytest.mark.parametrize(
@@ -47,27 +40,15 @@ def test_wrong_command_lines_are_refused(argument, message):
   [
     ({"batch_size": 30}, "config.batch_size is 30, .*multiple of the 4 devices.*batch_size=28"),
     ({"batch_size": 3}, "--config.batch_size=4"),
-    ({"eval_batch_size": 0}, "config.eval_batch_size is 0"),
-    ({"log_every": 0}, "config.log_every is 0, but must be at least 1"),
     ({"warmup_steps": 10}, "config.warmup_steps is 10, .*below config.steps, 10"),
     ({"widths": (4, 8)}, r"config.widths is \(4, 8\) and config.blocks is \(1,\)"),
-    ({"widths": (0,)}, "positive whole number"),
-    ({"dtype": "bfloat"}, "config.dtype is 'bfloat', .*did you mean 'bfloat16'"),
     ({"microbatches": 3}, "config.microbatches is 3, .* 8 examples .* 4 devices.* 1, 2, 4, 8, or"),
-    ({"microbatches": 0}, "config.microbatches is 0, "),
-    ({"microbatch_statistics": "merge"}, "config.microbatch_statistics is 'merge', .*'merged'"),
     ({"virtual_batch_size": "6"}, "virtual_batch_size is '6', .* 1, 2, 4, 8, 16, 32, or device"),
     ({"virtual_batch_size": "16", "microbatches": 4}, "the 2 examples .* 1, 2, 4, 8, or device"),
     (
       {"virtual_batch_size": "2", "microbatches": 4, "microbatch_statistics": "merged"},
       "two sizes for one batch",
     ),
-    ({"skip_nonfinite": -1}, "config.skip_nonfinite is -1, but must be at least 0"),
-    (
-      {"adaptive_clip": -0.01},
-      "config.adaptive_clip is -0.01, but must be 0 for none, or positive",
-    ),
-    ({"loss_scale": 0.5}, "config.loss_scale is 0.5, .* 0 for none, or from 1 to 16777216"),
   ],
 )
 def test_impossible_settings_are_refused(changes, message):
@@ -87,27 +68,3 @@ def test_virtual_batch_sizes_are_numbers_of_examples(given, examples):
   config = helpers.config(virtual_batch_size=given, microbatches=2)
   settings.check(config, 4)
   assert settings.virtual_batch_size(config, 4) == examples
-
-
-def test_a_run_that_is_older_than_a_key_goes_on(tmp_path):
-  settings.claim(tmp_path, helpers.config())
-  file = tmp_path / "config.json"
-  keys = json.loads(file.read_text())
-  del keys["microbatches"], keys["loss_scale"]
-  file.write_text(json.dumps(keys))
-  settings.claim(tmp_path, helpers.config())
-  with pytest.raises(UserError, match=r"microbatches was 1 and is now 2\)"):
-    settings.claim(tmp_path, helpers.config(microbatches=2))
-
-
-def test_a_run_directory_belongs_to_its_config(tmp_path):
-  settings.claim(tmp_path / "run", helpers.config())
-  before = (tmp_path / "run" / "config.json").read_text()
-  assert json.loads(before)["widths"] == [4]
-  settings.claim(tmp_path / "run", helpers.config(devices=2, keep=9))  # where it runs may change
-  with pytest.raises(
-    UserError, match=r"batch_size was 32 and is now 64, seed was 0 and is now 1\)"
-  ):
-    settings.claim(tmp_path / "run", helpers.config(batch_size=64, seed=1))
-  assert (tmp_path / "run" / "config.json").read_text() == before
-  assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.json"]

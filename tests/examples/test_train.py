@@ -2,11 +2,14 @@
 
 import os
 import pty
+import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +18,16 @@ import jax
 import numpy as np
 import pytest
 
-from examples import checkpoints, data, reporting, settings, train
+from examples import (
+  checkpoints,
+  command_line,
+  data,
+  interrupts,
+  parallelism,
+  reporting,
+  run_directory,
+  train,
+)
 from examples.settings import UserError
 from tests.examples import helpers
 from tests.examples.test_parallelism import REORDERED
@@ -57,7 +69,7 @@ def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(tmp_path, monkeypa
   assert train.run(whole) == 0
   with monkeypatch.context() as patch:
     interrupt_at(5, patch)
-    assert train.run(parts, "make train") == 128 + signal.SIGINT
+    assert train.run(parts, ["make", "train"]) == 128 + signal.SIGINT
   assert "saved after step 5 of 10. To go on: make train" in capsys.readouterr().out
   assert train.run(parts) == 0
 
@@ -67,14 +79,18 @@ def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(tmp_path, monkeypa
   chex.assert_trees_all_equal(resumed, expected)
   assert position == resumed_position == {"next_index": 10}
   results = [
-    [row for row in reporting.read_rows(Path(config.workdir)) if "test_loss" in row]
+    [
+      {key: value for key, value in row.items() if key != "time"}
+      for row in reporting.read_rows(Path(config.workdir))
+      if "test/loss" in row
+    ]
     for config in (whole, parts)
   ]
   assert results[0] == results[1]
   assert [row["step"] for row in results[0]] == [10]
 
 
-def test_a_run_goes_on_under_another_parallelism(tmp_path, monkeypatch):
+def test_a_run_goes_on_under_another_parallelism(tmp_path, monkeypatch, capsys):
   changes = {"model": "mlp", "steps": 4, "microbatches": 2}
   whole, parts = (
     helpers.config(workdir=str(tmp_path / name), **changes) for name in ("whole", "parts")
@@ -86,6 +102,7 @@ def test_a_run_goes_on_under_another_parallelism(tmp_path, monkeypatch):
     assert train.run(parts) == 128 + signal.SIGINT
   parts.parallelism = "shard_map"
   assert train.run(parts) == 0
+  assert "From step 2 on: parallelism was 'jit' and is now 'shard_map'." in capsys.readouterr().out
   expected, resumed = (saved_state(config, 4)[0] for config in (whole, parts))
   chex.assert_trees_all_close(resumed, expected, **REORDERED)
 
@@ -103,10 +120,10 @@ def test_goes_on_with_fewer_devices(size, tmp_path):
     shutil.copytree(tmp_path / "4", workdir)
     assert train.run(helpers.config(workdir=str(workdir), devices=devices, **changes)) == 0
     rows = reporting.read_rows(workdir)
-    results.append([(row["step"], row.get("train_loss", row.get("test_loss"))) for row in rows])
+    results.append([(row["step"], row.get("train/loss", row.get("test/loss"))) for row in rows])
   assert [step for step, _ in results[0]] == sorted([*range(1, 11)] * 2)
   assert results[0] == [
-    (row["step"], row.get("train_loss", row.get("test_loss")))
+    (row["step"], row.get("train/loss", row.get("test/loss")))
     for row in reporting.read_rows(tmp_path / "4")
   ]
   for result in results[1:]:
@@ -121,7 +138,7 @@ def test_a_full_disk_ends_in_a_sentence_and_loses_nothing(tmp_path, monkeypatch,
   config = helpers.config(
     model="mlp", widths=(256,), steps=15, keep=1, workdir=str(tmp_path / "run")
   )
-  monkeypatch.setattr(settings, "from_command_line", lambda argv, default: config)
+  monkeypatch.setattr(command_line, "parse", lambda argv, default: config)
   stepped, limits = reporting.Reporter.stepped, resource.getrlimit(resource.RLIMIT_FSIZE)
 
   def stepped_and_filled(self, now, sums):
@@ -153,15 +170,6 @@ def test_a_full_disk_ends_in_a_sentence_and_loses_nothing(tmp_path, monkeypatch,
   assert [path.name for path in directory.iterdir()] == ["15"]
 
 
-def test_curves_are_drawn_when_the_run_died_before_it_could(tmp_path, capsys):
-  config = helpers.config(model="mlp", steps=4, warmup_steps=1, workdir=str(tmp_path))
-  assert train.run(config) == 0
-  (tmp_path / "curves.png").unlink()
-  assert train.run(config) == 0
-  assert "is finished already" in capsys.readouterr().out
-  assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
 @pytest.mark.parametrize(
   ("count", "message"), [(3, "config.devices is 3, but 2 processes .*they have 4, 4; try .*=2")]
 )
@@ -186,13 +194,14 @@ def test_processes_bring_the_same_number_of_devices(count, message, monkeypatch)
   ("arguments", "message"),
   [
     (["--config.batchsize=1"], "did you mean 'batch_size'"),
-    (["--config.batch_size=130"], "config.batch_size is 130, but must be a positive multiple"),
+    (["--config.batch_size=130"], "config.batch_size is 130, but must be a multiple"),
     (["--config.model=resnt"], "did you mean 'resnet'"),
     (["--config.parallelism=shardmap"], "did you mean 'shard_map'"),
     (["--config.norm=bach"], "did you mean 'batch'"),
     (["--config.dataset=digit"], "did you mean 'digits'"),
-    (["--config.augment=shif"], "augment='shif'"),
-    (["--config.devices=-1"], "config.devices is -1, but there are 8 devices"),
+    (["--config.augment=shif"], "did you mean 'shift'"),
+    (["--config.norm_momentum=2"], "config.norm_momentum is 2.0, but must be at least 0 and below"),
+    (["--config.devices=9"], "config.devices is 9, but there are 8 devices"),
     (
       ["--config.dataset=mnist", "--config.data_dir={tmp}/data", "--config.download=False"],
       "train-images-idx3-ubyte.gz should hold images",
@@ -212,19 +221,87 @@ def test_mistakes_take_one_line_and_leave_nothing(arguments, message, tmp_path, 
   assert not workdir.exists()
 
 
-def test_another_config_is_refused_in_the_same_directory(tmp_path):
-  settings.claim(tmp_path, helpers.config())
-  with pytest.raises(UserError, match="seed was 0 and is now 3"):
-    train.run(helpers.config(seed=3, workdir=str(tmp_path)))
+def followed(config, advice):
+  """A config with what some advice adds to the command."""
+  result = config.copy_and_resolve_references()
+  for flag in shlex.split(advice.split(" to ")[0]):
+    key, value = flag.removeprefix("--config.").split("=")
+    result[key] = type(config[key])(value)
+  return result
 
 
-def start(*arguments, **options):
+def test_the_advice_after_a_nan_works(tmp_path, monkeypatch, capsys):
+  config = helpers.config(model="mlp", workdir=str(tmp_path / "run"), save_every=2)
+  place, number = parallelism.Pmap.shard, 0
+
+  def shard(self, batch):  # of which the third has a NaN in it
+    nonlocal number
+    number += 1
+    return place(self, batch | ({"image": batch["image"] * np.nan} if number == 3 else {}))
+
+  monkeypatch.setattr(parallelism.Pmap, "shard", shard)
+  with pytest.raises(UserError, match="the training loss became nan by step 4") as stopped:
+    train.run(config)
+  lower, afresh, skip = str(stopped.value).splitlines()[1:]
+  number = 2  # the run goes on after the second
+  assert train.run(followed(config, skip)) == 0
+  said = capsys.readouterr().out
+  assert "Resuming" in said
+  assert "From step 2 on: skip_nonfinite was 0 and is now 10." in said
+  assert "steps skipped 1" in said
+
+  shutil.rmtree(tmp_path / "run" / "checkpoints" / "10")  # and once more, at the lower rate
+  for advice, rate in ((lower, "learning_rate was 0.1 and is now 0.01"), (afresh, "Compiled")):
+    assert train.run(followed(config, advice)) == 0
+    assert rate in capsys.readouterr().out
+
+
+def test_a_network_that_is_not_finite_is_not_saved(tmp_path):
+  state = helpers.Job(helpers.config(model="mlp"), 1).state
+  config = helpers.config(workdir=str(tmp_path))
+  assert train.finite(1, jax.device_put(state), config).step == 0
+  bad = state._replace(batch_stats=jax.tree.map(lambda x: x * np.inf, state.batch_stats))
+  with pytest.raises(UserError, match="the network was no longer finite after step 1, where"):
+    train.finite(1, bad, config)
+
+
+@OLD_IMPORT
+def test_commands_that_a_run_suggests_work(tmp_path, capsys):
+  """For a key that may not change, and for one that makes a finished run longer."""
+  given = {"model": "mlp", "widths": "4,", "blocks": "1,", "batch_size": 32, "steps": 2}
+  given |= {"warmup_steps": 1, "workdir": tmp_path / "a run", "eval_batch_size": 120}
+  command = ["train.py", *(f"--config.{key}={value}" for key, value in given.items())]
+
+  def suggested(said):
+    python, dash, module, *arguments = shlex.split(said.splitlines()[0].rsplit(": ", 1)[1])
+    assert (python, dash, module) == (command_line.python(), "-m", "examples.train")
+    return ["train.py", *arguments]
+
+  assert train.main(command) == 0
+  capsys.readouterr()
+  assert train.main([*command, "--config.batch_size=64"]) == 2
+  assert train.main(suggested(capsys.readouterr().err)) == 0
+  assert "a run-2" in capsys.readouterr().out
+  curves = tmp_path / "a run" / "curves.png"
+  curves.unlink()  # as if it had died before it could draw
+  assert train.main(command) == 0
+  assert curves.read_bytes().startswith(b"\x89PNG")
+  assert train.main(suggested(capsys.readouterr().out)) == 0
+  said = capsys.readouterr().out
+  assert "From step 2 on: steps was 2 and is now 4." in said
+  assert run_directory.read_config(tmp_path / "a run").steps == 4
+  assert "after 4 steps of 32" in said
+  # And a header, and times that add up.
+  assert said.startswith("mlp with 314 parameters and norm batch, in float32; 8 x cpu by pmap; dig")
+  total, *parts = map(float, re.findall(r"([\d.]+) s\b", said[said.index("It took") :]))
+  assert sum(parts) == pytest.approx(total)
+
+
+def start(command, **options):
   environment = {
     k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")
   }
-  return subprocess.Popen(
-    [sys.executable, "-m", "examples.train", *arguments], env=environment, **options
-  )
+  return subprocess.Popen(command, env=environment, **options)
 
 
 def watch(process, terminal, until):
@@ -245,6 +322,15 @@ def watch(process, terminal, until):
   return shown.decode()
 
 
+def test_ctrl_c_during_imports_is_one_line():
+  process = start([sys.executable, "-m", "examples.train"], stderr=subprocess.PIPE, text=True)
+  while "jaxlib" not in Path(f"/proc/{process.pid}/maps").read_text():
+    time.sleep(0.01)
+  process.send_signal(signal.SIGINT)
+  assert process.communicate(timeout=60)[1] == f"{interrupts.STOPPED}\n"
+  assert process.returncode == 130
+
+
 @OLD_IMPORT
 @pytest.mark.optimized
 def test_the_main_job(tmp_path, capsys):
@@ -252,7 +338,8 @@ def test_the_main_job(tmp_path, capsys):
   command = [f"--config.workdir={tmp_path}", "--config.steps=240", "--config.eval_every=120"]
 
   terminal, other_side = pty.openpty()
-  process = start(*command, stdout=other_side, stderr=other_side)
+  program = [sys.executable, "-m", "examples.train"]
+  process = start([*program, *command], stdout=other_side, stderr=other_side)
   os.close(other_side)
   shown = watch(process, terminal, lambda: bool(reporting.read_rows(tmp_path)))
   assert process.wait(300) == 130, shown
@@ -263,21 +350,23 @@ def test_the_main_job(tmp_path, capsys):
   (stopped,) = (int(path.name) for path in (tmp_path / "checkpoints").iterdir())
   assert 20 <= stopped < 240
 
-  process = start(*command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+  # Pasted into a shell.
+  again = shown.split("To go on: ")[1].splitlines()[0]
+  process = start(again, shell=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
   shown = process.communicate(timeout=300)[0]
   assert process.returncode == 0, shown
   assert f"after step {stopped} of 240" in shown
   assert "waiting for input" in shown
   rows = reporting.read_rows(tmp_path)
-  assert reporting.latest(rows, "test_accuracy") >= 0.98
-  assert reporting.latest(rows, "test_examples") == 360
-  trained = [row["step"] for row in rows if "train_loss" in row]
+  assert reporting.latest(rows, "test/accuracy") >= 0.98
+  assert reporting.latest(rows, "test/examples") == 360
+  trained = [row["step"] for row in rows if "train/loss" in row]
   assert trained == sorted({*range(20, 241, 20), stopped})  # nothing twice, nothing lost
   assert {path.name for path in tmp_path.iterdir()} == {
     *("checkpoints", "config.json", "curves.png", "metrics.jsonl", "tensorboard")
   }
 
-  again = settings.from_command_line(["train.py", *command], train.DEFAULT_CONFIG)
+  again = command_line.parse(["train.py", *command], train.DEFAULT_CONFIG)
   assert train.run(again) == 0
   shown = capsys.readouterr().out
   assert "is finished already" in shown

@@ -50,14 +50,15 @@ def test_layer_is_the_function_bit_for_bit(axis, masked):
   start = layer.init(KEY, X, LABELS, False)
   y, new = layer.apply(start, X, LABELS, False, mutable=["batch_stats"], **call)
   params, state = start["params"], jaxbn.RunningStats(**start["batch_stats"])
+  options["labels"] = LABELS
   expected, state = conditional_batch_norm(
-    X, params["scale"], params["bias"], LABELS, state, use_running_average=False, **options, **call
+    X, params["scale"], params["bias"], state, use_running_average=False, **options, **call
   )
   layers.assert_bit_equal(y, expected)
   layers.assert_bit_equal(new["batch_stats"], state._asdict())
   evaluation = layer.apply(start | new, X, LABELS, use_running_average=True)
   expected, _ = conditional_batch_norm(
-    X, params["scale"], params["bias"], LABELS, state, use_running_average=True, **options
+    X, params["scale"], params["bias"], state, use_running_average=True, **options
   )
   layers.assert_bit_equal(evaluation, expected)
 

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import errors
 
 import jaxbn.linen
 from tests import layers
@@ -178,3 +179,34 @@ def test_half_precision_under_strict_promotion(name, param_dtype):
     variables = module.init(KEY, x, *rest)
     for mode in (module, module.clone(use_running_average=True)):
       jax.grad(loss, (0, 1))(variables["params"], x, mode)
+
+
+def _abstract(name):
+  """A layer, the shapes of its variables, and a call that computes nothing."""
+  make, (first, *others), _ = EVERY[name]
+  module = make()
+  variables = jax.eval_shape(lambda x: module.init(KEY, x, *others), first)
+
+  def call(variables, x=first, **kwargs):
+    return jax.eval_shape(lambda v, x: module.apply(v, x, *others, **kwargs), variables, x)
+
+  return variables, call
+
+
+@pytest.mark.parametrize("name", [n for n in EVERY if EVERY[n].evaluates])
+def test_what_flax_says_of_statistics_has_a_mend(name):
+  variables, call = _abstract(name)
+  with pytest.raises(errors.ModifyScopeVariableError, match=r"mutable=\['batch_stats'\]"):
+    call(variables)
+  with pytest.raises((errors.ScopeCollectionNotFound, ValueError), match=r"no running statistics"):
+    call({"params": variables["params"]})
+  assert call(variables, mutable=["batch_stats"])
+
+
+@pytest.mark.parametrize("name", [n for n in EVERY if hasattr(EVERY[n].make(), "axis")])
+def test_channels_that_do_not_match_are_named(name):
+  variables, call = _abstract(name)
+  with pytest.raises(errors.ScopeParamShapeError, match=r"channels of shape \(6,\) on axis=-1"):
+    call(variables, jnp.ones((8, 5, 6)), mutable=MUTABLE)
+  with pytest.raises(errors.ScopeParamShapeError, match=r"channels' axis: axis=1 has 4\."):
+    call(variables, x=jnp.ones((8, 4, 6)), mutable=MUTABLE)

@@ -304,3 +304,9 @@ def nnx_with_theirs():
   return nnx.Sequential(
     nnx.Linear(WIDTH, WIDTH, kernel_init=randomly, rngs=rngs), NnxTheirs(3, rngs)
   )
+
+
+def snapshot(model: Any) -> Any:
+  """Parameters and statistics as they are now; nnx.state would change with the model."""
+  state = nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))
+  return jax.tree.map(np.array, nnx.to_pure_dict(state))

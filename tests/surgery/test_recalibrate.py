@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 
 import jaxbn.linen
 from jaxbn.surgery import recalibrate, replace
+from jaxbn.surgery._spread import Spread
 from tests import layers
 from tests.surgery import networks
 
@@ -76,9 +77,9 @@ def test_in_evaluation_it_is_as_if_all_were_one_batch_of_training(everything, ba
   )
   x = jnp.asarray(ALL)
   layers.assert_equal_to_rounding(new["batch_stats"], of_batch(model, variables, x), EPS)
-  assert said[0] == "recalibrate, pass 1, batch 1"
+  assert said[0] == "pass 1, batch 1"
   # 13 norms are one behind the other, the two of vmap beside each other, and one pass to see it.
-  assert said[-1] == "recalibrated in 14 passes over 3 batches\n"
+  assert said[-1] == "done in 14 passes over 3 batches\n"
 
 
 def double_network(shared):
@@ -91,9 +92,9 @@ def double_network(shared):
 
 def test_a_layer_called_twice_gets_both_on_all_devices(batches):
   model = double_network(shared=True)
-  before = nnx.state(model, STATE)
+  before = networks.snapshot(model)
   new = recalibrate(model, None, batches)
-  layers.assert_bit_equal(nnx.state(model, STATE), before)
+  layers.assert_bit_equal(networks.snapshot(model), before)
   assert type(new.named["own"]) is networks.NnxOwn
 
   given = []
@@ -153,6 +154,16 @@ def test_a_network_that_trains_where_batch_stats_may_change(batches):
   new = recalibrate(model, variables, batches, mode="evaluation", devices=ONE, rngs=rngs)
   h = ALL @ variables["params"]["Dense_0"]["kernel"]
   np.testing.assert_allclose(new["batch_stats"]["BatchNorm_0"]["mean"], h.mean(0), rtol=1e-6)
+
+
+def test_rows_lie_on_as_many_devices_as_divide_them():
+  spread = Spread(None)
+  for rows, devices in ((16, 8), (12, 6), (7, 7), (11, 1)):
+    tree, *_, (x, other) = spread({"w": jnp.ones(3)}, None, 0, (jnp.ones((rows, 3)), jnp.ones(2)))
+    assert len(x.sharding.device_set) == len(tree["w"].sharding.device_set) == devices
+    assert {s.data.shape for s in x.addressable_shards} == {(rows // devices, 3)}
+    assert tree["w"].is_fully_replicated
+    assert other.is_fully_replicated
 
 
 SIMPLE = networks.PreActivation()

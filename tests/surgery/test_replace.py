@@ -29,15 +29,15 @@ def case(name):
 
 @functools.partial(jax.jit, static_argnums=0)
 def everything(model, variables, x):
-  """What training and evaluation give, and the gradients."""
+  """What training gives, with gradients, and evaluation."""
 
-  def loss(params, x, train):
-    mutable = ["batch_stats"] if train else []
-    y, new = model.apply({**variables, "params": params}, x, train=train, mutable=mutable)
+  def loss(params, x):
+    given = {**variables, "params": params}
+    y, new = model.apply(given, x, train=True, mutable=["batch_stats"])
     return jnp.sum(jnp.sin(y)), (y, new)
 
-  grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-  return [grad(variables["params"], x, train) for train in (True, False)]
+  trained = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(variables["params"], x)
+  return trained, model.apply(variables, x, train=False)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -73,11 +73,11 @@ def test_nnx_variables_outputs_and_gradients_are_the_same(name):
   with jax.enable_x64(True):
     x = jnp.asarray(np.asarray(X), jnp.float64)
     model, norms, foreign = nnx_networks()[name]
-    before = jax.tree.map(lambda v: v.astype(x.dtype), nnx.state(model, FILTER))
-    nnx.update(model, before)
+    nnx.update(model, networks.in_double_precision(nnx.state(model, FILTER)))
+    before = networks.snapshot(model)
     ours = replace(model, foreign=foreign)
     assert [layer.path for layer in replaced(ours)] == list(norms)
-    layers.assert_bit_equal(nnx.state(ours, FILTER), before)
+    layers.assert_bit_equal(networks.snapshot(ours), before)
     for train in (True, False):
       for m in (model, ours):
         (m.train if train else m.eval)()
@@ -87,7 +87,7 @@ def test_nnx_variables_outputs_and_gradients_are_the_same(name):
       layers.assert_equal_to_rounding(
         everything_in_nnx(ours, x, train), everything_in_nnx(model, x, train), EPS
       )
-    layers.assert_equal_to_rounding(nnx.state(ours, FILTER), nnx.state(model, FILTER), EPS)
+    layers.assert_equal_to_rounding(networks.snapshot(ours), networks.snapshot(model), EPS)
 
 
 def test_a_copy_leaves_the_graph_as_it_was_and_false_changes_it():
@@ -180,6 +180,14 @@ def test_methods_functions_parts_and_two_replacements():
   within = Outer(doubled).init(jax.random.key(0), X)
   layers.assert_bit_equal(within["params"]["inner"], variables["params"])
   assert [layer.path for layer in replaced(doubled)] == ["norm", "inner/norm"]
+
+
+def test_a_variable_that_is_new_is_there_for_each_of_a_stack():
+  renorm = functools.partial(jaxbn.nnx.BatchRenorm, r_max=lambda step: 1.0 + step)
+  model = replace(networks.nnx_network(), lambda path, layer: renorm)
+  model(X)
+  np.testing.assert_array_equal(model.scanned.norm.step[...], [1, 1, 1])
+  np.testing.assert_array_equal(model.blocks[0].norm.step[...], 2)  # called twice
 
 
 def test_jit_tells_the_two_apart():

@@ -21,7 +21,7 @@ CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
 def norm(x=X, scales=SCALES, biases=BIASES, labels=LABELS, state=STATE, **options):
   return conditional_batch_norm(
-    x, scales, biases, labels, state, **{"use_running_average": False} | options
+    x, scales, biases, state, labels=labels, **{"use_running_average": False} | options
   )
 
 

@@ -26,7 +26,7 @@ TRAINING = {"use_running_average": False}
 
 
 def norm(x=X, scale=SCALE, bias=BIAS, state=STATE, domains=DOMAINS, **options):
-  return domain_batch_norm(x, scale, bias, state, domains, **TRAINING | options)
+  return domain_batch_norm(x, scale, bias, state, domains=domains, **TRAINING | options)
 
 
 def members(d, *arrays):
@@ -350,9 +350,9 @@ def test_unbiased_takes_what_reliabilities_are_worth_in_each_domain():
 
   def var(x, weights, domains, **more):
     state = jaxbn.init((2, 3))
-    return domain_batch_norm(x, None, None, state, domains, weights=weights, **options, **more)[
-      1
-    ].var
+    return domain_batch_norm(
+      x, None, None, state, domains=domains, weights=weights, **options, **more
+    )[1].var
 
   wanted = np.stack(
     [

@@ -21,7 +21,7 @@ CLOSE = {"rtol": 1e-11, "atol": 1e-11}
 
 def norm(x=X, scale=SCALE, bias=BIAS, reference=REFERENCE, **options):
   if not isinstance(reference, jaxbn.Moments | tuple):
-    reference = jaxbn.moments(reference, options.get("axis", -1))
+    reference = jaxbn.moments(reference, axis=options.get("axis", -1))
   return reference_batch_norm(x, scale, bias, reference, **options)
 
 
