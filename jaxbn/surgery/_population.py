@@ -139,11 +139,11 @@ def _with_call(so_far: Moments, said: Read, options: Mapping[str, Any]) -> Momen
   given = dict(said.given)
   if given.get("mask") is not None:
     given["mask"] = jnp.asarray(given["mask"], bool)
-  found = moments(said.x, options.get("axis", -1), **given)
+  found = moments(said.x, axis=options.get("axis", -1), **given)
   if options.get("axis_name") is not None:
     found = sync(found, options["axis_name"], options.get("axis_index_groups"))
   found = Moments(
     *(jnp.reshape(jnp.broadcast_to(v, found.mean.shape), so_far.mean.shape) for v in found)
   )
-  count = found.count.astype(so_far.count.dtype)
+  count = jnp.asarray(found.count, jnp.float32)
   return merge(so_far, found._replace(count=count))

@@ -32,7 +32,11 @@ __all__ = [
 ]
 
 
-def average_replicas(statistics: Any, axis: int = 0) -> Any:
+def __dir__() -> list[str]:
+  return __all__
+
+
+def average_replicas(statistics: Any, *, axis: int = 0) -> Any:
   """One set of statistics from those of replicas, along an axis: the moments of all their data.
 
   Of equally many elements each, so that a variance has in it how far the replicas' means lie apart
@@ -164,8 +168,8 @@ def compare(first: Any, second: Any) -> dict[str, Difference]:
   table = _Table()
   for place, (a, b) in pairs(first, second):
     with np.errstate(divide="ignore", invalid="ignore"):
-      distance = np.abs(np.subtract(b.mean, a.mean)) / np.sqrt(a.var)
-      ratio = np.divide(b.var, a.var)
+      distance: Any = np.abs(np.subtract(b.mean, a.mean)) / np.sqrt(a.var)
+      ratio: Any = np.divide(b.var, a.var)
     table["/".join(map(str, place))] = Difference(
       *map(float, (distance.max(), ratio.min(), ratio.max()))
     )
