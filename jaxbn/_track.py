@@ -159,6 +159,12 @@ def shares(tracking: Tracking, count: jax.Array | None, dtype: Any) -> tuple[Num
   return 1 - gain, gain
 
 
+def without_initial_values(state: RunningStats, momentum: float, updates: int) -> RunningStats:
+  """Exponential averages as `debias` keeps them: those of `init` weigh nothing any more."""
+  gained = -math.expm1(updates * _log(momentum))
+  return state._replace(mean=state.mean / gained, var=(state.var - (1 - gained)) / gained)
+
+
 def _log(momentum: float) -> float:
   return math.log(momentum) if momentum > 0 else -math.inf
 

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 import jaxbn
+import jaxbn.diagnostics
 import jaxbn.linen
 import jaxbn.nnx
 import jaxbn.surgery
@@ -42,12 +43,19 @@ surgery/_population surgery/_interpret surgery/_behind
 surgery/_network
 surgery/_recalibrate
 surgery
+diagnostics/__init__ diagnostics/_observe diagnostics/_finding
+diagnostics/measures diagnostics/_html
+diagnostics/_report
+diagnostics/_facts
+diagnostics/_collect diagnostics/_faults_of_statistics diagnostics/_faults_of_layers
+diagnostics/_faults_of_runs
+diagnostics
 """
 RANKS = {name: rank for rank, line in enumerate(ORDER.split("\n")) for name in line.split()}
 # What they may import of others', beside these.
 EVERYWHERE = {"jax", "numpy"}
 ALSO = {
-  **{folder: {"flax"} for folder in ("linen", "nnx", "surgery")},
+  **{folder: {"flax"} for folder in ("linen", "nnx", "surgery", "diagnostics")},
   "alternatives/path_sgd": {"optax"},
 }
 
@@ -109,7 +117,7 @@ def walk(module):
       yield from walk(value)
 print(*walk(jaxbn))"""
   printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-  folders = ("linen", "nnx", "surgery", "variants", "alternatives")
+  folders = ("diagnostics", "linen", "nnx", "surgery", "variants", "alternatives")
   names = [f"{f}.{path.stem}" for f in folders for path in (ROOT / f).glob("[a-z]*.py")]
   assert set(printed.stdout.split()) == {f"jaxbn.{name}" for name in (*folders, *names)}
 
@@ -127,7 +135,7 @@ def test_a_layer_is_imported_when_it_is_used(kind):
 
 
 @pytest.mark.parametrize(
-  "package", [jaxbn.linen, jaxbn.nnx, jaxbn.surgery], ids=lambda p: p.__name__
+  "package", [jaxbn.linen, jaxbn.nnx, jaxbn.surgery, jaxbn.diagnostics], ids=lambda p: p.__name__
 )
 def test_every_layer_that_is_exported_is_where_it_is_said_to_be(package):
   assert sorted(package.__all__) == sorted(package._HOMES)
@@ -144,11 +152,19 @@ FAMILY = [
 ]
 PUBLIC = [
   getattr(where, name)
-  for where in (jaxbn, jaxbn.linen, jaxbn.nnx, jaxbn.surgery, jaxbn.surgery.stats, *FAMILY)
+  for where in (
+    jaxbn,
+    jaxbn.linen,
+    jaxbn.nnx,
+    jaxbn.surgery,
+    jaxbn.surgery.stats,
+    jaxbn.diagnostics,
+    *FAMILY,
+  )
   for name in where.__all__
   if not inspect.ismodule(getattr(where, name))
 ]
-FACES = [jaxbn.linen, jaxbn.nnx, jaxbn.surgery, jaxbn.surgery.stats, *FAMILY]
+FACES = [jaxbn.linen, jaxbn.nnx, jaxbn.diagnostics, jaxbn.surgery, jaxbn.surgery.stats, *FAMILY]
 
 
 @pytest.mark.parametrize("module", FACES, ids=lambda m: m.__name__)

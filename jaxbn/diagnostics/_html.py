@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxbn.diagnostics._report import Report, shown
+if TYPE_CHECKING:
+  from jaxbn.diagnostics._report import Report
 
 _WIDTH, _HEIGHT, _LEFT, _EDGE = 320, 150, 44, 14
 _STYLE = """
@@ -207,3 +208,7 @@ def _bars(values: Sequence[Any], title: str) -> str:
   drawing: list[Callable[..., Any] | str] = [scale.axis(), *map(bar, range(len(known)), known)]
   picture = _picture(title, drawing)  # type: ignore[arg-type]
   return f"<figure>{picture}<figcaption>{escape(title)}</figcaption></figure>"
+
+
+def shown(value: Any) -> str:
+  return "-" if value is None or not np.isfinite(value) else f"{value:.3g}"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxbn.diagnostics._finding import Finding
+from jaxbn.diagnostics._html import page, shown
 
 if TYPE_CHECKING:
   from jaxbn.diagnostics._facts import Facts, LayerFacts
@@ -96,8 +97,6 @@ class Report:
 
   def save_html(self, path: str | os.PathLike[str]) -> None:
     """Writes one page with pictures of each layer, which needs no network."""
-    from jaxbn.diagnostics._html import page
-
     _write(path, page(self))
 
   def grouped(self) -> list[tuple[Finding, list[str]]]:
@@ -204,10 +203,6 @@ def _table(layers: Sequence[Mapping[str, Any]]) -> list[str]:
     f"{v['path']:<{wide}}" + "".join(f"{shown(v[name]):>12}" for name in _COLUMNS) for v in layers
   ]
   return ["", head, *rows]
-
-
-def shown(value: Any) -> str:
-  return "-" if value is None or not np.isfinite(value) else f"{value:.3g}"
 
 
 def _escaped(text: str) -> str:

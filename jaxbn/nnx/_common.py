@@ -16,7 +16,8 @@ from jaxbn import _checks
 from jaxbn._names import ByOurNames
 
 
-class Trackable(ByOurNames, nnx.Module):
+# In this order an object of Flax's class may become one of ours: Python compares the first bases.
+class Trackable(nnx.Module, ByOurNames):
   """A layer with running statistics: whether it evaluates, and how they are written."""
 
   use_running_average: bool | None

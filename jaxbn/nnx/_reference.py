@@ -17,7 +17,7 @@ from jaxbn.nnx._common import as_function, of_shape, parameter, put, tuples
 from jaxbn.variants.reference import of_layer
 
 
-class ReferenceBatchNorm(ByOurNames, nnx.Module):
+class ReferenceBatchNorm(nnx.Module, ByOurNames):
   r"""Normalizes each example by the statistics of a reference batch and of itself.
 
   "Virtual batch normalization" of Salimans et al. 2016, section 3.5: see

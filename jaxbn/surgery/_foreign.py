@@ -113,6 +113,8 @@ def run(
       f"{reading.name('var')!r}: say in Foreign(variables={{...}}) what they are called there."
     )
   shape = _checks.split_axes(jnp.ndim(x), options.get("axis", -1)).shape(x)
+  mean: Any
+  var: Any
   mean, var, scale, bias = (None if v is None else jnp.reshape(v, shape) for v in mine.values())
   if scale is not None:
     scale = scale + reading.scale_offset

@@ -162,7 +162,7 @@ def _with_call(
   so_far: Moments, said: Read, options: Mapping[str, Any], y: Any
 ) -> tuple[Moments, Any]:
   found = of_call(said, options, so_far.mean.shape)
-  count = found.count.astype(so_far.count.dtype)
+  count = jnp.asarray(found.count, jnp.float32)
   return merge(so_far, found._replace(count=count)), y
 
 

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxbn import _checks
 from jaxbn._share import merge
-from jaxbn._track import init, update
+from jaxbn._track import init, update, without_initial_values
 from jaxbn._types import Moments, RunningStats
 from jaxbn.surgery import _nnx
 from jaxbn.surgery._collection import each, pairs
@@ -32,7 +33,11 @@ __all__ = [
 ]
 
 
-def average_replicas(statistics: Any, axis: int = 0) -> Any:
+def __dir__() -> list[str]:
+  return __all__
+
+
+def average_replicas(statistics: Any, *, axis: int = 0) -> Any:
   """One set of statistics from those of replicas, along an axis: the moments of all their data.
 
   Of equally many elements each, so that a variance has in it how far the replicas' means lie apart
@@ -164,26 +169,28 @@ def compare(first: Any, second: Any) -> dict[str, Difference]:
   table = _Table()
   for place, (a, b) in pairs(first, second):
     with np.errstate(divide="ignore", invalid="ignore"):
-      distance = np.abs(np.subtract(b.mean, a.mean)) / np.sqrt(a.var)
-      ratio = np.divide(b.var, a.var)
+      distance: Any = np.abs(np.subtract(b.mean, a.mean)) / np.sqrt(a.var)
+      ratio: Any = np.divide(b.var, a.var)
     table["/".join(map(str, place))] = Difference(
       *map(float, (distance.max(), ratio.min(), ratio.max()))
     )
   return table
 
 
-def add_count(statistics: Any, updates: Any) -> Any:
+def add_count(statistics: Any, updates: Any, *, momentum: float | None = None) -> Any:
   """With the leaf `count` beside each mean: what debias=True and momentum=None need to train on.
 
   Args:
     statistics: without it, such as those of a checkpoint of Flax's layers.
     updates: how many each layer has had; 0 where the next one shall replace them.
+    momentum: of the layers that tracked them, without `debias`: the initial mean 0 and variance 1,
+      which still weigh momentum^updates, are taken out. None leaves mean and var as they are.
 
   Returns:
     The same with it.
 
   Raises:
-    ValueError: there is one already.
+    ValueError: there is one already; a momentum out of range, or with updates=0.
 
   >>> import jax.numpy as jnp
   >>> from jaxbn.surgery import stats
@@ -191,16 +198,24 @@ def add_count(statistics: Any, updates: Any) -> Any:
   Array([100.], dtype=float32)
   """
 
+  if momentum is not None:
+    _checks.momentum_in_range(momentum, debias=True)
+    if updates < 1:
+      raise ValueError(f"updates={updates} with a momentum: there is nothing but initial values.")
+
   def counted(state: RunningStats) -> RunningStats:
     if state.count is not None:
       raise ValueError("there is a leaf count already: drop_count takes it away.")
+    if momentum is not None:
+      state = without_initial_values(state, momentum, updates)
     return state._replace(count=jnp.full(state.mean.shape, updates, jnp.float32))
 
   if isinstance(statistics, nnx.Module):  # a variable more
     statistics = nnx.clone(statistics)
     for _, layer, _ in _nnx.layers(statistics):
       if not hasattr(layer, "count"):
-        layer.count = nnx.BatchStat(counted(RunningStats(layer.mean[...], layer.var[...])).count)
+        new = counted(RunningStats(layer.mean[...], layer.var[...]))
+        layer.mean[...], layer.var[...], layer.count = new.mean, new.var, nnx.BatchStat(new.count)
     return statistics
   return each(counted, statistics)
 

@@ -79,7 +79,7 @@ def prediction_time_batch_norm(
 
 
 def interpolate(
-  prior: Numeric, elements: int = 1
+  prior: Numeric, elements: Numeric = 1
 ) -> Callable[[Moments, RunningStats | None], Chosen]:
   """The same choice of statistics by itself, for `batch_norm(choose=)`.
 

@@ -89,6 +89,29 @@ def test_a_checkpoint_of_flax_s_trains_on_debiased():
   )
 
 
+@pytest.mark.parametrize(("momentum", "updates"), [(0.99, 1), (0.99, 5), (0.5, 30)])
+def test_the_initial_values_are_taken_out(momentum, updates):
+  plain, debiased = jaxbn.init(3), jaxbn.init(3, debias=True)
+  for x in np.random.default_rng(0).normal(5, 2, (updates, 8, 3)).astype(np.float32):
+    plain = jaxbn.update(plain, jaxbn.moments(x), momentum=momentum)
+    debiased = jaxbn.update(debiased, jaxbn.moments(x), momentum=momentum, debias=True)
+  as_flax = {"norm": {"mean": plain.mean, "var": plain.var}}
+  counted = stats.add_count(as_flax, updates, momentum=momentum)
+  # Rounding of each update, in units of the 1 that the initial variance was, grows by the division.
+  lost = updates / (1 - momentum**updates)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=4 * lost * 2**-24),
+    counted["norm"],
+    debiased._asdict(),
+  )
+  layer = replace(networks.nnx_network(), debias=False)
+  layer.blocks[0].norm.mean[...] += 1.0
+  ours = stats.add_count(layer, 2, momentum=0.5)
+  np.testing.assert_allclose(
+    ours.blocks[0].norm.mean[...], layer.blocks[0].norm.mean[...] / 0.75, rtol=1e-6
+  )
+
+
 def test_nnx_modules_and_frozen_dicts_come_back_as_such():
   model = networks.nnx_network()
   new = stats.interpolate(model, stats.reset(model), 0.5)
@@ -110,3 +133,7 @@ def test_what_cannot_be_is_said():
     stats.reset([])
   with pytest.raises(ValueError, match="there is a leaf count already"):
     stats.add_count(stats.add_count(one, 1), 1)
+  with pytest.raises(ValueError, match="updates=0 with a momentum"):
+    stats.add_count(one, 0, momentum=0.9)
+  with pytest.raises(ValueError, match="momentum=2 is out of range"):
+    stats.add_count(one, 1, momentum=2)
