@@ -153,8 +153,8 @@ def train(
     network = nnx.merge(graph, params, stats, copy=True)
     network.train()
     y = network(x)
-    new: Any = nnx.split(network, nnx.Param, ...)
-    return y, new[2]
+    parts: Any = nnx.split(network, nnx.Param, ...)
+    return y, parts[2]
 
   params, stats = fit(apply, params, stats, images[rows[:-8]], classes[rows[:-8]], tracks)
   batches = list(images[rows[-8:]])

@@ -164,7 +164,15 @@ PUBLIC = [
   for name in where.__all__
   if not inspect.ismodule(getattr(where, name))
 ]
-FACES = [jaxbn.linen, jaxbn.nnx, jaxbn.diagnostics, jaxbn.surgery, jaxbn.surgery.stats, *FAMILY]
+FACES = [
+  jaxbn.diagnostics.measures,
+  jaxbn.linen,
+  jaxbn.nnx,
+  jaxbn.diagnostics,
+  jaxbn.surgery,
+  jaxbn.surgery.stats,
+  *FAMILY,
+]
 
 
 @pytest.mark.parametrize("module", FACES, ids=lambda m: m.__name__)

@@ -266,7 +266,8 @@ def _replicas(network: Network, place: Mapping[str, Any]) -> RunningStats | None
     if not isinstance(array, jax.Array) or not array.is_fully_replicated:
       return None
     both.append([np.asarray(s.data, np.float64).reshape(-1) for s in array.addressable_shards])
-  return RunningStats(*map(np.stack, both)) if len(both[0]) > 1 else None
+  stacked: Any = [np.stack(copies) for copies in both]
+  return RunningStats(*stacked) if len(both[0]) > 1 else None
 
 
 def _flat(layer: Layer, seen: _observe.Seen) -> _observe.Seen:

@@ -62,13 +62,15 @@ class LayerFacts:
   def data(self) -> Moments:
     """The moments of all that it was given in training mode."""
     merged = functools.reduce(merge, (seen.given for seen in self.training))
-    return Moments(*(np.asarray(v, np.float64) for v in merged))
+    values: Any = [np.asarray(v, np.float64) for v in merged]
+    return Moments(*values)
 
   @functools.cached_property
   def batches(self) -> Moments:
     """Those of each batch, along a first axis."""
-    given = zip(*(seen.given for seen in self.training), strict=True)
-    return Moments(*(np.stack(v).astype(np.float64) for v in given))
+    given: Any = zip(*(seen.given for seen in self.training), strict=True)
+    values: Any = [np.stack(v).astype(np.float64) for v in given]
+    return Moments(*values)
 
   @functools.cached_property
   def is_finite(self) -> bool:
@@ -84,7 +86,8 @@ class LayerFacts:
   def drift_of_a_batch(self) -> float:
     """Likewise what training loses to the noise of a batch's statistics; 0 of one batch."""
     several = len(self.training)
-    lost = [self.lost(mean, var) for _, mean, var in zip(*self.batches, strict=True)]
+    _, means, variances = self.batches
+    lost = [self.lost(mean, var) for mean, var in zip(means, variances, strict=True)]
     return float(np.mean(lost)) * several / max(several - 1, 1)
 
   def lost(self, mean: Any, var: Any) -> float:

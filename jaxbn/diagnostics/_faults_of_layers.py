@@ -124,7 +124,7 @@ def dead_channels(
       rms = np.sqrt(np.mean(np.square(v.scale)))
       dead["scale"] = np.abs(v.scale) < share * rms
     unit = np.finfo(np.float32).eps * np.abs(v.data.mean)
-    dead["variance"] = v.data.var <= rounding * np.square(unit)
+    dead["variance"] = np.asarray(v.data.var) <= rounding * np.square(unit)
     negative = np.max([s.largest for s in v.training], axis=0) <= 0
     if v.layer.options.get("activation") is None:  # then it is behind: what it does to gradients
       negative &= v.gradient is not None and np.any(v.gradient) and v.gradient == 0

@@ -95,9 +95,9 @@ def momentum_too_slow(
     and v.lost(0 * v.data.mean, 0 * v.data.var + 1) > nats
   }
   for v in facts.layers:
-    if v.layer.path not in fitted or not drifted(v, batches, nats):
+    a, w = v.momentum, fitted.get(v.layer.path)
+    if a is None or w is None or not drifted(v, batches, nats):
       continue
-    a, w = v.momentum, fitted[v.layer.path]
     left = lost(v.running, _blend(v, min(w, 1.0)), v.epsilon)
     is_slow = weight < w <= 1 and left < nats and a not in fast
     if facts.steps is not None:

@@ -130,7 +130,7 @@ def _measured(v: LayerFacts, step: int | None, history: Sequence[Any]) -> dict[s
       "running_std": np.sqrt(v.running.var[shown]),
     }
     several = len(v.training) > 1
-    elements = min(1 / np.nanmean(v.noise), v.batches.count.max()) if several else float("nan")
+    elements = min(1 / np.nanmean(v.noise), np.max(v.batches.count)) if several else float("nan")
     now = {
       "step": step,
       "channel": unit,

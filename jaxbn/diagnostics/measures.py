@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,6 @@ import numpy as np
 
 from jaxbn import _checks
 from jaxbn._types import Moments
-
-if TYPE_CHECKING:
-  import chex
 
 __all__ = [
   "Noise",
@@ -25,6 +22,10 @@ __all__ = [
   "gradient_shift",
   "smoothness",
 ]
+
+
+def __dir__() -> list[str]:
+  return __all__
 
 
 def covariate_shift(before: Any, after: Any, *, epsilon: float = 0.0) -> jax.Array:
@@ -67,8 +68,8 @@ class Noise(NamedTuple):
     var: that of the batch variances, relative to the variance.
   """
 
-  mean: chex.Array
-  var: chex.Array
+  mean: jax.Array
+  var: jax.Array
 
 
 def batch_noise(batches: Moments) -> Noise:
@@ -165,9 +166,9 @@ class Smoothness(NamedTuple):
     beta: the largest ratio, up to there, of that difference to the length of the step.
   """
 
-  loss: chex.Array
-  gradient_distance: chex.Array
-  beta: chex.Array
+  loss: jax.Array
+  gradient_distance: jax.Array
+  beta: jax.Array
 
 
 def smoothness(loss: Callable[[Any], Any], params: Any, steps: Any) -> Smoothness:
@@ -211,7 +212,7 @@ def _flat(tree: Any) -> jax.Array:
 
 
 def effective_learning_rate(
-  learning_rate: chex.Numeric, weights: chex.Array, *, normalized: bool = False
+  learning_rate: jax.typing.ArrayLike, weights: jax.typing.ArrayLike, *, normalized: bool = False
 ) -> jax.Array:
   r"""The learning rate of the direction of weights whose scale does not matter.
 
@@ -238,7 +239,7 @@ def effective_learning_rate(
   """
   weights = _checks.inexact(weights, "weights")
   square = jnp.sum(jnp.square(jnp.abs(weights)), axis=tuple(range(weights.ndim - 1)))
-  return learning_rate / (jnp.sqrt(square) if normalized else square)
+  return jnp.asarray(learning_rate) / (jnp.sqrt(square) if normalized else square)
 
 
 def gradient_norms(
