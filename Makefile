@@ -15,6 +15,7 @@
 # make compare-recurrent  recurrent batch normalization's experiments, and its cost
 # make compare-renorm     batch renormalization's experiments
 # make compare-descent    the experiments of length and direction apart
+# make doctor-rates    how often jaxbn.diagnose is right: planted faults, and healthy networks
 # make bench              time and accuracy on this machine's CPU, beside other libraries
 # make bench-step         whole training steps beside Flax's, on the device that is here
 # make bench-compiled     what compiled programs cost on an H100 and a TPU v5e, with neither at hand
@@ -40,8 +41,8 @@ OLDEST_TESTS := tests/test_*.py tests/linen tests/nnx tests/examples/test_checkp
 
 # All create an environment and install what they need, at most once.
 .PHONY: help train train-hosts chaos test wheel fuzz exactness house compare-norms compare-recurrent \
-        compare-renorm compare-descent bench bench-step bench-compiled bench-scaling lint types pytest \
-        pytest-oldest format clean $(WHEELS:=/run)
+        compare-renorm compare-descent bench bench-step bench-compiled bench-scaling doctor-rates \
+        lint types pytest pytest-oldest format clean $(WHEELS:=/run)
 .DEFAULT_GOAL := help
 
 # The lines that this file begins with.
@@ -110,6 +111,9 @@ compare-renorm: $(INSTALLED)
 
 compare-descent: $(INSTALLED)
 	@$(BIN)/python -m experiments.length_direction $(ARGS)
+
+doctor-rates: $(INSTALLED)
+	@$(BIN)/python -u -m benchmarks.doctor_rates $(ARGS)
 
 bench: .venv-bench/.installed
 	@.venv-bench/bin/python -m benchmarks.speed

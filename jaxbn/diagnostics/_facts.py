@@ -7,6 +7,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxbn._share import merge
@@ -14,6 +15,9 @@ from jaxbn._types import Moments, RunningStats
 from jaxbn.diagnostics._observe import Flow, Seen
 from jaxbn.diagnostics.measures import batch_noise, covariate_shift
 from jaxbn.surgery._find import Layer
+
+# Compiled once for each number of channels: operation by operation it takes a hundred times longer.
+_merge, _shift = jax.jit(merge), jax.jit(covariate_shift)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +65,7 @@ class LayerFacts:
   @functools.cached_property
   def data(self) -> Moments:
     """The moments of all that it was given in training mode."""
-    merged = functools.reduce(merge, (seen.given for seen in self.training))
+    merged = functools.reduce(_merge, (seen.given for seen in self.training))
     values: Any = [np.asarray(v, np.float64) for v in merged]
     return Moments(*values)
 
@@ -140,4 +144,4 @@ class Facts:
 
 def lost(used: Any, true: Any, epsilon: float) -> float:
   """In nats per element, mean over channels."""
-  return float(np.mean(covariate_shift(used, true, epsilon=epsilon)))
+  return float(np.mean(_shift(used, true, epsilon=epsilon)))

@@ -48,7 +48,7 @@ def weight_decay(facts: Facts) -> Iterator[Finding]:
     if names:
       evidence = f"weight decay acts on its {' and its '.join(names)}"
       mend = (
-        "mask = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)\n"
+        "mask = jaxbn.surgery.decay_mask(model, x, train=False)\n"
         "optax.adamw(learning_rate, weight_decay=decay, mask=mask)"
       )
       yield Finding("weight-decay", v.layer.path, "warning", "certain", evidence, mend)
