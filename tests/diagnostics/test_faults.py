@@ -129,12 +129,22 @@ def test_the_noise_of_a_batch_is_one_over_its_independent_elements(facts):
   first = facts.layers[0]
   # 32 rows; of 8 batches the estimate has a standard error of sqrt(2 / 7) per channel.
   assert 1 / np.mean(first.noise) == pytest.approx(32, rel=3 * np.sqrt(2 / 7))
+  # What the shapes say needs no estimate, which for 6 would not be sure.
+  assert len(found(dataclasses.replace(facts, batch_size=6))) == 2
   noisy = dataclasses.replace(facts, batch_size=2)
   told = findings(noisy, {})
   assert {f.fault for f in told} == {"noisy-statistics"}
   assert [f.layer for f in told] == ["BatchNorm_0", SECOND]
   need = int(told[0].mend.split()[2])
   assert found(dataclasses.replace(facts, batch_size=need)) == []
+
+
+def test_padding_is_told_where_it_comes_in(facts):
+  sick = facts
+  for i, v in enumerate(facts.layers):
+    given = v.training[0].given
+    sick = planted(sick, which=i, other_padding=given._replace(mean=given.mean + 0.1))
+  assert found(sick) == [("padding", "BatchNorm_0")]
 
 
 def test_a_last_batch_of_one(facts):

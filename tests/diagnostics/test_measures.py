@@ -39,15 +39,15 @@ def test_noise_of_independent_and_of_repeated_elements():
 
 
 def test_gradient_shift_of_a_chain_of_products():
-  # loss = a b c: the gradient of c is a b, and with the steps of a and b made a' b'.
+  # loss = a b c^2 / 2: the gradient of c is a b c, and with the steps of a and b made a' b' c.
   def loss(w):
-    return jnp.sum(w[0] * w[1]["b"] * w[2])
+    return 0.5 * jnp.sum(w[0] * w[1]["b"] * w[2] ** 2)
 
   before = [jnp.array([1.0, 2.0]), {"b": jnp.array([3.0, 5.0])}, jnp.array([1.0, 1.0])]
   after = [jnp.array([2.0, 2.0]), {"b": jnp.array([3.0, 1.0])}, jnp.array([9.0, 9.0])]
   (zero, one), (second, _), (third, cosine) = measures.gradient_shift(loss, before, after)
   assert (float(zero), float(one)) == (0.0, pytest.approx(1.0))
-  assert float(second) == pytest.approx(1.0)  # c (a' - a)
+  assert float(second) == pytest.approx(0.5)  # c^2 (a' - a) / 2
   a, b = np.array([3.0, 10.0]), np.array([6.0, 2.0])
   assert float(third) == pytest.approx(np.linalg.norm(a - b))
   assert float(cosine) == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
