@@ -42,7 +42,7 @@ def main() -> None:
   variables = jax.jit(model.init)(jax.random.key(0), x)
   folded = fold(model.apply, variables, x)
   print(folded.report)
-  calls = {"original": (jax.jit(model.apply), variables), "folded": folded[:2]}
+  calls: dict[str, Any] = {"original": (jax.jit(model.apply), variables), "folded": folded[:2]}
   programs = {name: (f.lower(v, x).compile(), v) for name, (f, v) in calls.items()}
   times: dict[str, list[float]] = {name: [] for name in programs}
   for _ in range(ROUNDS):  # in turns, so that what else the machine does meets both
