@@ -7,6 +7,7 @@
 # make pytest             the tests, with the newest versions of what jaxbn needs (ARGS=tests/...)
 # make pytest-oldest      those of the layers and functions, with the oldest
 # make wheel              docstrings and guides where nothing but the wheel is installed, on both ends
+# make foreign            jaxbn.surgery on the models of other packages, in an environment of its own
 # make fuzz               random options, dtypes, devices and modes against the equations, for minutes
 # make format             ruff's fixes and formatting
 # make exactness          the README's comparison with Flax
@@ -15,9 +16,10 @@
 # make compare-recurrent  recurrent batch normalization's experiments, and its cost
 # make compare-renorm     batch renormalization's experiments
 # make compare-descent    the experiments of length and direction apart
-# make doctor-rates    how often jaxbn.diagnose is right: planted faults, and healthy networks
+# make doctor-rates       how often jaxbn.diagnose is right: planted faults, and healthy networks
 # make bench              time and accuracy on this machine's CPU, beside other libraries
 # make bench-step         whole training steps beside Flax's, on the device that is here
+# make bench-fold         what folding batch norms saves on this machine's CPU
 # make bench-compiled     what compiled programs cost on an H100 and a TPU v5e, with neither at hand
 # make bench-scaling      a step's cost on each of 4 to 1024 TPU chips, with none at hand, and a model
 # make clean              removes the environments and all caches
@@ -40,8 +42,8 @@ PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 OLDEST_TESTS := tests/test_*.py tests/linen tests/nnx tests/examples/test_checkpoints.py
 
 # All create an environment and install what they need, at most once.
-.PHONY: help train train-hosts chaos test wheel fuzz exactness house compare-norms compare-recurrent \
-        compare-renorm compare-descent bench bench-step bench-compiled bench-scaling doctor-rates \
+.PHONY: help train train-hosts chaos test wheel foreign fuzz exactness house compare-norms compare-recurrent \
+        compare-renorm compare-descent bench bench-step bench-fold bench-compiled bench-scaling doctor-rates \
         lint types pytest pytest-oldest format clean $(WHEELS:=/run)
 .DEFAULT_GOAL := help
 
@@ -86,6 +88,9 @@ $(WHEELS:=/run): %/run: %/.installed
 	@JAX_NUM_CPU_DEVICES=4 $*/bin/python -P tests/bare.py --docstrings $(PAGES)
 	@JAX_NUM_CPU_DEVICES=1 $*/bin/python -P tests/bare.py $(shell grep -l device_count $(PAGES))
 
+foreign: .venv-foreign/.installed
+	@.venv-foreign/bin/python -m pytest tests/foreign $(ARGS)
+
 fuzz: $(INSTALLED)
 	@$(BIN)/python -m tests.fuzz $(ARGS)
 
@@ -123,6 +128,9 @@ bench: .venv-bench/.installed
 bench-step: .venv-bench/.installed
 	@.venv-bench/bin/python -m benchmarks.step
 	@.venv-bench/bin/python -m benchmarks.report
+
+bench-fold: $(INSTALLED)
+	@$(BIN)/python -m benchmarks.fold
 
 bench-compiled: .venv-compiled/.installed
 	@.venv-compiled/bin/python -m benchmarks.compiled
@@ -179,6 +187,9 @@ $(WHEEL): pyproject.toml README.md $(shell find jaxbn -name '*.py')
 # PyTorch is compared where it is installed: .venv-bench/bin/pip install torch
 .venv-bench/.installed: pyproject.toml constraints.txt
 	$(call install,.venv-bench,-e '.[bench]',$(PYTHONS),constraints.txt)
+
+.venv-foreign/.installed: pyproject.toml constraints.txt
+	$(call install,.venv-foreign,-e '.[foreign]',$(PYTHONS),constraints.txt)
 
 .venv-compiled/.installed: pyproject.toml constraints.txt
 	$(call install,.venv-compiled,-e '.[compiled]',$(PYTHONS),constraints.txt)

@@ -20,7 +20,7 @@ import optax
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from examples import data
+from examples import classifier, data
 from examples.models import VGG
 from jaxbn.linen import BatchNorm
 from jaxbn.surgery import insert
@@ -48,19 +48,7 @@ def trainer(model: Any, digits: Any) -> Callable[[Any, float], tuple[Any, Curve]
   """A function of variables and a rate that trains: new variables, and how it went."""
   optimizer = optax.inject_hyperparams(optax.adam)(1.0)
 
-  @jax.jit
-  def step(variables: Any, opt_state: Any, images: jax.Array, labels: jax.Array) -> Any:
-    stats = [name for name in variables if name != "params"]
-
-    def loss_fn(params: Any) -> tuple[jax.Array, Any]:
-      given = variables | {"params": params}
-      logits, new = model.apply(given, images, train=True, mutable=stats)
-      return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new
-
-    (loss, new), grads = jax.value_and_grad(loss_fn, has_aux=True)(variables["params"])
-    updates, opt_state = optimizer.update(grads, opt_state)
-    params = optax.apply_updates(variables["params"], updates)
-    return {**variables, **new, "params": params}, opt_state, loss
+  step = classifier.training_step(model, optimizer)
 
   @jax.jit
   def accuracy(variables: Any) -> jax.Array:
@@ -68,14 +56,11 @@ def trainer(model: Any, digits: Any) -> Callable[[Any, float], tuple[Any, Curve]
     return (logits.argmax(-1) == digits.test_labels).mean()
 
   def train(variables: Any, rate: float) -> tuple[Any, Curve]:
-    rng = np.random.default_rng(0)
     opt_state = optimizer.init(variables["params"])
     opt_state.hyperparams["learning_rate"] = jnp.asarray(rate)
     losses, accuracies = [], [accuracy(variables)]
-    for number in range(1, STEPS + 1):
-      batch = rng.choice(len(digits.train_images), BATCH)
-      images, labels = digits.train_images[batch] / 255.0, digits.train_labels[batch]
-      variables, opt_state, loss = step(variables, opt_state, images, labels)
+    steps = classifier.training(step, variables, opt_state, digits, STEPS, BATCH)
+    for number, (variables, loss) in enumerate(steps, 1):
       losses.append(loss)
       if number % TEST_EVERY == 0:
         accuracies.append(accuracy(variables))

@@ -21,6 +21,7 @@ from examples.norms import Layer
 from examples.settings import UserError, lookup
 from jaxbn import linen as bn
 from jaxbn.alternatives import normalizer_free
+from jaxbn.surgery import decay_mask
 
 
 def space_to_depth(x: jax.Array, size: int) -> jax.Array:
@@ -206,6 +207,12 @@ def create(
       raise
     raise UserError(f"config.norm_options is {config.norm_options!r}: {error}") from error
   return network
+
+
+def decays(model: Network, image_shape: Sequence[int]) -> Any:
+  """True for the parameters that weight decay shrinks: kernels, not what norms and biases have."""
+  image = jnp.zeros((1, *image_shape))
+  return decay_mask(model, image, norms=[norms.Affine], train=False)
 
 
 def _check(config: Any, model: type[Network], image_shape: Sequence[int]) -> None:

@@ -16,18 +16,6 @@ from examples.keys import LARGEST_LOSS_SCALE
 from examples.settings import UserError, lookup
 
 
-def decayed(params: Any) -> Any:
-  """True for the leaves that weight decay shrinks: all but those called scale, bias and gain.
-
-  Behind a norm, a kernel's length is free and decay only sets its learning rate; scale and
-  bias are what the norm outputs, and shrinking them is a change to the function. So it is with a
-  kernel that is standardized, and its gain.
-  """
-  return jax.tree_util.tree_map_with_path(
-    lambda path, _: path[-1].key not in ("scale", "bias", "gain"), params
-  )
-
-
 def adaptive_clip(limit: float) -> optax.GradientTransformation:
   """Adaptive gradient clipping (Brock et al., 2021), of all but the last linear layer.
 
@@ -52,14 +40,14 @@ def schedule(config: Any) -> optax.Schedule:
   )
 
 
-def adamw(rate: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
-  return optax.adamw(rate, weight_decay=weight_decay, mask=decayed)
+def adamw(rate: optax.Schedule, weight_decay: float, decays: Any) -> optax.GradientTransformation:
+  return optax.adamw(rate, weight_decay=weight_decay, mask=decays)
 
 
-def sgd(rate: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
+def sgd(rate: optax.Schedule, weight_decay: float, decays: Any) -> optax.GradientTransformation:
   """Nesterov momentum 0.9, with the decay in the gradient."""
   return optax.chain(
-    optax.add_decayed_weights(weight_decay, mask=decayed),
+    optax.add_decayed_weights(weight_decay, mask=decays),
     optax.sgd(rate, momentum=0.9, nesterov=True),
   )
 
@@ -125,10 +113,10 @@ def skipped(opt_state: Any, limit: int) -> jax.Array:
   return (bad > 0) & (bad <= limit)
 
 
-def create(config: Any) -> optax.GradientTransformation:
-  """The gradient transformation that `config` describes."""
+def create(config: Any, decays: Any) -> optax.GradientTransformation:
+  """The gradient transformation that `config` describes; `decays` is true where weights decay."""
   optimizer = lookup(OPTIMIZERS, config.optimizer, "config.optimizer")
-  result = optimizer(schedule(config), config.weight_decay)
+  result = optimizer(schedule(config), config.weight_decay, decays)
   if config.adaptive_clip:  # of the gradient alone, before any decay is added to it
     result = optax.chain(adaptive_clip(config.adaptive_clip), result)
   if skips(config):
@@ -136,12 +124,12 @@ def create(config: Any) -> optax.GradientTransformation:
   return scaled_loss(result, config.loss_scale) if config.loss_scale else result
 
 
-def forms(config: Any, params: Any) -> Iterator[Any]:
+def forms(config: Any, decays: Any, params: Any) -> Iterator[Any]:
   """Shapes of the states with which a run may go on: with and without clipping and skipping."""
   for clip, skip in itertools.product((0.0, 1.0), (0, 1)):
     other = config.copy_and_resolve_references()
     other.adaptive_clip, other.skip_nonfinite = clip, skip
-    yield jax.eval_shape(create(other).init, params)
+    yield jax.eval_shape(create(other, decays).init, params)
 
 
 def carry_over(saved: Any, fresh: Any) -> Any:

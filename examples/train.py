@@ -102,12 +102,13 @@ def run(
   settings.check(config, len(devices))
   parallel = parallelism.create(config, devices)
   accumulation = config.microbatches, config.microbatch_statistics
-  optimizer = optimizers.create(config)
   dataset, batches = hosts.in_turn(lambda: load(config))
   image_shape = dataset.train_images.shape[1:]
   axes = microbatches.axes(parallel.axis_name, *accumulation)
   virtual = settings.virtual_batch_size(config, len(devices))
   model = models.create(config, image_shape, len(dataset.class_names), axes, virtual)
+  decays = models.decays(model, image_shape)
+  optimizer = optimizers.create(config, decays)
   directory = Path(config.workdir)
   changes = hosts.in_turn(lambda: run_directory.claim(directory, config, command))
 
@@ -124,7 +125,7 @@ def run(
     state = steps.init_state(model, optimizer, config.seed, image_shape)
     console.print(reporting.header(config, state.params, devices, dataset))
     if step:
-      forms = [state._replace(opt_state=f) for f in optimizers.forms(config, state.params)]
+      forms = [state._replace(opt_state=f) for f in optimizers.forms(config, decays, state.params)]
       saved = store.restore(step, store.fitting(step, [state, *forms]), batches)
       state = saved._replace(opt_state=optimizers.carry_over(saved.opt_state, state.opt_state))
       console.print(f"Resuming {directory} after step {step} of {config.steps}.")

@@ -79,7 +79,7 @@ class Network:
       number, examples = number + 1, examples + rows(args)
       progress(f"batch {number}")
     assert so_far is not None
-    return Population(so_far, number, examples)
+    return Population(jax.device_get(so_far), number, examples)
 
   def each(self, batches: Batches) -> Iterator[tuple[Any, ...]]:
     """What the network is called with, batch by batch."""
@@ -106,7 +106,7 @@ class Network:
       new = states[layer.path]
       for place, value in zip(self._places(layer), new[:2], strict=True):
         was = get(self.tree, place)
-        values[place] = value.astype(was.dtype).reshape(was.shape)
+        values[place] = _placed_like(was, value.astype(was.dtype).reshape(was.shape))
       if "count" in layer.variables:
         place = layer.variables["count"]
         values[place] = jnp.full_like(get(self.tree, place), updates)
@@ -160,3 +160,11 @@ class Network:
         "called here, partial=True leaves its statistics as they are."
       )
     return layers
+
+
+def _placed_like(was: Any, value: jax.Array) -> jax.Array:
+  """On the devices of what it takes the place of, not on those that batches were spread over."""
+  here = np.asarray(value)
+  return (
+    jax.device_put(here, was.sharding) if getattr(was, "committed", False) else jnp.asarray(here)
+  )

@@ -54,7 +54,7 @@ class Job:
     axes = microbatches.axes(self.parallel.axis_name, *accumulation)
     virtual = settings.virtual_batch_size(config, count)
     self.model = models.create(config, IMAGE_SHAPE, CLASSES, axes, virtual)
-    self.optimizer = optimizers.create(config)
+    self.optimizer = optimizers.create(config, models.decays(self.model, IMAGE_SHAPE))
     self.state = steps.init_state(self.model, self.optimizer, config.seed, IMAGE_SHAPE)
     self.train_body = functools.partial(
       steps.train_step,

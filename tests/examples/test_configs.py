@@ -32,7 +32,7 @@ def test_config_describes_a_job(file):
   assert config.workdir == f"runs/{file.stem}"
   shape = SHAPES[config.dataset]
   model = models.create(config, shape, 10, None)
-  optimizers.create(config)
+  optimizers.create(config, decays=True)
   images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
   init = functools.partial(model.init, train=False)
   assert jax.eval_shape(init, jax.random.key(0), images)["batch_stats"]

@@ -1,5 +1,7 @@
 """The optimizers: what decays, and how the learning rate goes."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from examples import optimizers
+from examples import models, optimizers
 from examples.settings import UserError
 from tests.examples import helpers
 
@@ -17,16 +19,34 @@ PARAMS = {
 }
 
 
+def by_name(params):
+  """What decays, told by the names of the leaves: the rule of earlier checkpoints' optimizers."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: path[-1].key not in ("scale", "bias", "gain"), params
+  )
+
+
 @pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
-def test_weight_decay_leaves_scale_bias_and_gain_alone(name):
+def test_weight_decay_leaves_norms_biases_and_gains_alone(name):
+  """Of a network with kernels that are standardized, and of one whose norm is an affine map."""
   config = helpers.config(optimizer=name, learning_rate=0.5, weight_decay=0.1, warmup_steps=0)
-  optimizer = optimizers.create(config)
-  still = jax.tree.map(np.zeros_like, PARAMS)
-  updates, _ = optimizer.update(still, optimizer.init(PARAMS), PARAMS)
-  assert np.all(updates["Conv_0"]["kernel"] < 0)
-  assert not np.any(updates["norm"]["scale"])
-  assert not np.any(updates["norm"]["bias"])
-  assert not np.any(updates["Conv_0"]["gain"])
+  for model in (models.NFResNet, models.VGG):
+    network = model(classes=10, widths=(2,), blocks=(1,), norm="none")
+    shapes = jax.eval_shape(
+      functools.partial(network.init, train=False), jax.random.key(0), helpers.batch(1)["image"]
+    )
+    params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes["params"])
+    decays, names = models.decays(network, helpers.IMAGE_SHAPE), by_name(params)
+    assert decays == names
+    optimizer = optimizers.create(config, decays)
+    state = optimizer.init(params)
+    still = jax.tree.map(np.zeros_like, params)
+    updates, _ = optimizer.update(still, state, params)
+    assert jax.tree.map(lambda u: bool(np.all(u < 0)), updates) == names
+    assert jax.tree.map(lambda u: bool(np.any(u)), updates) == names
+    # A state that was saved under the rule by name is restored leaf by leaf, to the same places.
+    saved = optimizers.create(config, by_name).init(params)
+    assert jax.tree.structure(state) == jax.tree.structure(saved)
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():
@@ -39,13 +59,13 @@ def test_learning_rate_warms_up_and_falls_to_zero():
 
 def test_unknown_name_is_refused_with_the_nearest():
   with pytest.raises(UserError, match=r"config.optimizer is 'adam'.*did you mean 'adamw'"):
-    optimizers.create(helpers.config(optimizer="adam"))
+    optimizers.create(helpers.config(optimizer="adam"), decays=True)
 
 
 def scaled(initial, gradients):
   """The loss scale after each of these gradients, and the parameter at the end."""
   config = helpers.config(loss_scale=initial, optimizer="sgd", weight_decay=0.0, warmup_steps=0)
-  optimizer = optimizers.create(config)
+  optimizer = optimizers.create(config, decays=True)
   params = {"kernel": jnp.zeros(2)}
 
   def update(carry, gradient):
@@ -91,7 +111,7 @@ def clipped(changes, params, grads):
   config = helpers.config(
     **{"optimizer": "sgd", "weight_decay": 0.0, "warmup_steps": 0, "learning_rate": 1.0} | changes
   )
-  optimizer = optimizers.create(config)
+  optimizer = optimizers.create(config, decays=True)
   updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
   return jax.tree.map(lambda u: -u / 1.9, updates)  # Nesterov's first step is 1.9 gradients
 
@@ -136,9 +156,9 @@ def test_gradients_are_clipped_after_the_loss_scale_is_divided_out():
 def test_a_run_goes_on_with_other_rules_for_bad_gradients():
   """Whatever form was saved, moments and counters arrive in the form that is wanted."""
   config = helpers.config(optimizer="adamw")
-  forms = list(optimizers.forms(config, PARAMS))
+  forms = list(optimizers.forms(config, True, PARAMS))
   assert len({jax.tree.structure(form) for form in forms}) == 4
-  assert jax.eval_shape(optimizers.create(config).init, PARAMS) in forms
+  assert jax.eval_shape(optimizers.create(config, decays=True).init, PARAMS) in forms
   for i, shape in enumerate(forms):
     saved = jax.tree.map(lambda x, i=i: np.full(x.shape, i + 1, x.dtype), shape)
     for wanted in forms:

@@ -203,3 +203,14 @@ def test_what_cannot_be_is_said():
     run([x], variables=more)
   new = run(lambda: iter([{"x": x}]), variables=more, partial=True, inputs=lambda b: (b["x"],))
   layers.assert_bit_equal(new["batch_stats"]["other"], elsewhere["other"])
+
+
+def test_statistics_are_where_they_were_whatever_divides_the_batches():
+  model, x = networks.PreActivation(), networks.X
+  variables = networks.init(model, x)
+  there = jax.device_put(variables, jax.devices()[1])
+  for given, devices in ((variables, {jax.devices()[0]}), (there, {jax.devices()[1]})):
+    new = recalibrate(model, given, [x[:6], x[6:]])
+    for old, leaf in zip(jax.tree.leaves(given), jax.tree.leaves(new), strict=True):
+      assert leaf.devices() == devices
+      assert leaf.committed == old.committed

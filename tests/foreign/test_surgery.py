@@ -1,0 +1,121 @@
+"""jaxbn.surgery on models of other packages, installed by `make foreign` and skipped elsewhere."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxbn.surgery import Foreign, find, fold, recalibrate, replace, replaced
+
+X = jnp.asarray(np.random.default_rng(0).uniform(size=(8, 32, 32, 3)), jnp.float32)
+
+
+def jax_resnet():
+  """It trains where batch_stats may change, and its norm is a partial in a default argument."""
+  package = pytest.importorskip("jax_resnet")
+  model = package.ResNet18(n_classes=3, hidden_sizes=(4, 8), stage_sizes=[1, 1])
+  return model, 7, None, {}, {}
+
+
+def flaxmodels():
+  """Its residual blocks, with a batch norm of its own."""
+  pytest.importorskip("flaxmodels")
+  from flaxmodels.resnet import ops
+  from flaxmodels.resnet.resnet import BasicBlock
+
+  class Blocks(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+      for number in range(2):
+        x = BasicBlock(4, downsample=True, block_name=str(number))(x, {}, train)
+      return x
+
+  options = {name: name for name in ("axis", "epsilon", "momentum")}
+  return Blocks(), 6, {ops.BatchNorm: Foreign(options=options)}, {"train": True}, {"train": False}
+
+
+def everything(model, training, evaluation, variables):
+  """What training gives, with gradients, and evaluation."""
+
+  def loss(params):
+    given = {**variables, "params": params}
+    y, new = model.apply(given, X, mutable=["batch_stats"], **training)
+    return jnp.sum(jnp.sin(y)), (y, new)
+
+  return (
+    jax.value_and_grad(loss, has_aux=True)(variables["params"]),
+    model.apply(variables, X, **evaluation),
+  )
+
+
+@pytest.mark.parametrize("make", [jax_resnet, flaxmodels])
+def test_a_linen_package(make):
+  model, norms, foreign, training, evaluation = make()
+  first = jax.jit(functools.partial(model.init, **training))(jax.random.key(0), X)
+  assert len(find(model, X, variables=first, foreign=foreign, **evaluation)) == norms
+
+  variables = recalibrate(model, first, [X, X[:5]], foreign=foreign, **training)
+  jax.tree.map(np.testing.assert_array_equal, variables["params"], first["params"])
+  old, new = (jax.tree.leaves(v["batch_stats"]) for v in (first, variables))
+  assert len(new) == 2 * norms
+  assert not any(np.array_equal(a, b) for a, b in zip(old, new, strict=True))
+
+  ours = replace(model, foreign=foreign)
+  run = functools.partial(everything, training=training, evaluation=evaluation)
+  wanted, got = (jax.jit(functools.partial(run, m))(variables=variables) for m in (model, ours))
+  assert len(replaced(ours)) == norms
+
+  def close(a, b):  # float32 through a network: a wrong formula is off by far more
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * max(1, np.max(np.abs(b))))
+
+  jax.tree.map(close, got, wanted)
+
+  # It compares the outputs itself, to 1e-5.
+  report = fold(lambda v, x: model.apply(v, x, **evaluation), variables, X).report
+  assert (len(report.folded), report.left) == (norms, ())
+
+
+def assert_folds(function, variables, x):
+  folded = fold(function, variables, x)
+  assert (len(folded.report.folded), folded.report.left) == (1, ())
+  wanted = function(variables, x)
+  np.testing.assert_allclose(
+    folded.function(folded.variables, x), wanted, rtol=0, atol=1e-5 * np.max(np.abs(wanted))
+  )
+
+
+def trained(path, leaf):
+  """Statistics and parameters that say something."""
+  values = np.random.default_rng(leaf.size).uniform(0.5, 1.5, leaf.shape)
+  return jnp.asarray(values, leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+
+def test_haiku_folds():
+  hk = pytest.importorskip("haiku")
+
+  def net(x, is_training):
+    norm = hk.BatchNorm(create_scale=True, create_offset=True, decay_rate=0.9)
+    return jax.nn.relu(norm(hk.Conv2D(4, 3)(x), is_training))
+
+  model = hk.without_apply_rng(hk.transform_with_state(net))
+  variables = jax.tree_util.tree_map_with_path(trained, model.init(jax.random.key(0), X, True))
+  assert_folds(lambda v, x: model.apply(*v, x, False)[0], variables, X)
+
+
+def test_equinox_folds():
+  eqx = pytest.importorskip("equinox")
+  conv = eqx.nn.Conv2d(3, 4, 3, key=jax.random.key(0))
+  norm, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(4, "batch", mode="batch")
+  norm = eqx.nn.inference_mode(norm)
+  arrays, rest = eqx.partition((conv, norm, state), eqx.is_array)
+  arrays = jax.tree_util.tree_map_with_path(trained, arrays)
+
+  def function(arrays, x):
+    conv, norm, state = eqx.combine(arrays, rest)
+    one = lambda x: jax.nn.relu(norm(conv(x), state)[0])  # noqa: E731
+    return jax.vmap(one, axis_name="batch")(x)
+
+  assert_folds(function, arrays, jnp.transpose(X, (0, 3, 1, 2)))
