@@ -179,8 +179,12 @@ def fit(apply: Any, params: Any, stats: Any, xs: Any, ys: Any, tracks: bool) -> 
     params, stats, state = carry
     gradients, new = jax.grad(loss, has_aux=True)(params, stats, *batch)
     updates, state = optimizer.update(gradients, state, params)
-    return (optax.apply_updates(params, updates), new if tracks else stats, state), None
+    return optax.apply_updates(params, updates), new if tracks else stats, state
 
-  run = jax.jit(lambda carry, data: jax.lax.scan(step, carry, data)[0])
-  params, stats, _ = run((params, stats, optimizer.init(params)), (xs, ys))
+  # Not as a scan: on a CPU, XLA's convolutions are slow in one.
+  run = jax.jit(step)
+  carry = params, stats, optimizer.init(params)
+  for x, y in zip(xs, ys, strict=True):
+    carry = run(carry, (x, y))
+  params, stats, _ = carry
   return params, stats

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import jaxbn
-from examples import checkpoints, data, models, optimizers, run_directory
+from examples import checkpoints, data, models, run_directory
 from examples.settings import UserError
 
 BATCHES = 8
@@ -21,7 +21,8 @@ def diagnose(directory: Path) -> jaxbn.diagnostics.Report:
   """Diagnoses the run in `directory`; an earlier diagnosis there is continued."""
   config = run_directory.read_config(directory)
   dataset = data.load(config.dataset, config.data_dir or None, download=config.download)
-  model = models.create(config, dataset.test_images.shape[1:], len(dataset.class_names), None)
+  image_shape = dataset.test_images.shape[1:]
+  model = models.create(config, image_shape, len(dataset.class_names), None)
   step, variables = checkpoints.read(directory / "checkpoints")
   batches = data.train_batches(dataset, config.batch_size, seed=config.seed, augment=config.augment)
   earlier = directory / "diagnosis.json"
@@ -31,7 +32,7 @@ def diagnose(directory: Path) -> jaxbn.diagnostics.Report:
     itertools.islice(batches, BATCHES),
     inputs=lambda batch: (batch["image"],),
     steps=step,
-    decay_mask=optimizers.decayed if config.weight_decay else None,
+    decay_mask=models.decays(model, image_shape) if config.weight_decay else None,
     before=jaxbn.diagnostics.Report.from_json(earlier.read_text()) if earlier.exists() else None,
     train=False,
   )
