@@ -80,14 +80,16 @@ def changes(v):
 
 @pytest.mark.parametrize(
   "fault",
-  FAULTS.keys()
-  - {
-    "cancelled-bias",
-    "gradient-growth",
-    "last-batch-of-one",
-    "momentum-too-slow",
-    "noisy-statistics",
-  },
+  sorted(
+    FAULTS.keys()
+    - {
+      "cancelled-bias",
+      "gradient-growth",
+      "last-batch-of-one",
+      "momentum-too-slow",
+      "noisy-statistics",
+    }
+  ),
 )
 def test_a_fault_is_named_with_its_layer_and_nothing_else_is(facts, fault):
   assert found(planted(facts, **changes(facts.layers[1])[fault])) == [(fault, SECOND)]
