@@ -301,7 +301,12 @@ def start(command, **options):
   environment = {
     k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")
   }
-  return subprocess.Popen(command, env=environment, **options)
+  # Who started the tests in the background has had them ignore Ctrl-C, and so would this process.
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    return subprocess.Popen(command, env=environment, **options)
+  finally:
+    signal.signal(signal.SIGINT, before)
 
 
 def watch(process, terminal, until):
