@@ -178,7 +178,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(call install,$(OLDEST),-e '.[examples$(comma)test]',3.11 3.12 3.13 3.14 3,constraints-oldest.txt)
 
-$(WHEEL): pyproject.toml README.md $(shell find jaxbn -name '*.py')
+$(WHEEL): pyproject.toml README.md $(shell find jaxbn -name '*.py') | $(INSTALLED)
 	@rm -rf dist; $(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
 
 .venv-wheel/.installed: $(WHEEL)

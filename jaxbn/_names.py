@@ -96,7 +96,7 @@ def by_our_names(function: Callable[P, T]) -> Callable[P, T]:
   @functools.wraps(function)
   def call(*args: P.args, **kwargs: P.kwargs) -> T:
     if not _ARGUMENTS.keys().isdisjoint(kwargs):
-      require_our_names(function.__name__, kwargs)
+      require_our_names(function.__qualname__, kwargs)
     return function(*args, **kwargs)
 
   return call

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import flax.linen as nn
@@ -16,6 +15,7 @@ from flax.core import meta
 from jaxbn import _checks
 from jaxbn._activation import hoist
 from jaxbn._arguments import valid_elements
+from jaxbn._names import require_our_names
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -34,7 +34,7 @@ def has_count(layer: nn.Module, momentum: float | None, debias: bool, evaluating
     return True
   if not evaluating:
     raise ValueError(
-      f"batch_stats of {_called(layer)} has a mean but no count, which "
+      f"batch_stats of {called(layer)} has a mean but no count, which "
       "debias=True and momentum=None need in training: it was saved without that option. Add the "
       "leaf with jaxbn.surgery.stats.add_count(variables, updates_so_far), or leave the option out."
     )
@@ -42,49 +42,76 @@ def has_count(layer: nn.Module, momentum: float | None, debias: bool, evaluating
 
 
 def mended(call: Callable[P, T]) -> Callable[P, T]:
-  """A layer's `__call__`, whose errors of Flax's about variables say what to do."""
+  """A layer's `__call__`, with errors about its variables and arguments that say what to do."""
 
   @functools.wraps(call)
   def mended_call(*args: P.args, **kwargs: P.kwargs) -> T:
-    with _mended(args[0], args[1] if len(args) > 1 else kwargs.get("x")):
+    layer: Any = args[0]
+    require_our_names(f"{type(layer).__name__}.__call__", kwargs)
+    try:
       return call(*args, **kwargs)
+    except errors.ScopeParamShapeError as error:
+      _say(error, _other_channels(layer, args[1] if len(args) > 1 else kwargs.get("x")))
+      raise
+    except errors.ModifyScopeVariableError as error:
+      _say(error, _immutable(layer))
+      raise
+    except errors.ScopeCollectionNotFound as error:
+      _say(error, _missing(layer))
+      raise
 
   return mended_call
 
 
-@contextlib.contextmanager
-def _mended(layer: Any, x: Any) -> Iterator[None]:
-  try:
-    yield
-  except errors.ScopeParamShapeError as error:
-    if not hasattr(layer, "axis"):
-      raise  # of a kernel: Flax says which
-    x = jnp.asarray(x)
-    axes = _checks.split_axes(x.ndim, layer.axis)
-    held = {name: jnp.shape(v) for name, v in meta.unbox(layer.variables["params"]).items()}
-    channels = tuple(next(iter(held.values()))[-len(axes.features) :])
-    error.args = (
-      f"{_called(layer)} has parameters of shape {held}, but x of shape {x.shape} has channels of "
-      f"shape {axes.shape(x)} on axis={layer.axis}: pass x with as many channels, or name the "
-      f"channels' axis{_checks.other_axis(x, channels)}",
-    )
-    raise
-  except errors.ModifyScopeVariableError as error:
-    error.args = (
-      f"{_called(layer)} updates its running statistics in training, but batch_stats is not "
-      "mutable: y, updates = module.apply(variables, x, mutable=['batch_stats']) returns the new "
-      "ones; or evaluate, with use_running_average=True.",
-    )
-    raise
-  except errors.ScopeCollectionNotFound as error:
-    error.args = (
-      f"{_called(layer)} has no running statistics: pass them to apply beside the parameters, as "
-      "init gave them: {'params': ..., 'batch_stats': ...}.",
-    )
-    raise
+def _say(error: Exception, mend: str | None) -> None:
+  """An error of Flax's in our words; in its own where it is not about the layer itself."""
+  if mend is not None:
+    error.args = (mend,)
 
 
-def _called(layer: Any) -> str:
+def _other_channels(layer: Any, x: Any) -> str | None:
+  if not hasattr(layer, "axis"):
+    return None  # of a kernel: Flax says which
+  x = jnp.asarray(x)
+  axes = _checks.split_axes(x.ndim, layer.axis)
+  params = meta.unbox(layer.variables["params"])
+  held = {name: params[name].shape for name in ("scale", "bias") if name in params}
+  channels = {shape[-len(axes.features) :] for shape in held.values()} - {axes.shape(x)}
+  if not channels:
+    return None  # of an activation's parameter
+  return (
+    f"{called(layer)} has parameters of shape {held}, but x of shape {x.shape} has channels of "
+    f"shape {axes.shape(x)} on axis={layer.axis}: pass x with as many channels, or name the "
+    f"channels' axis{_checks.other_axis(x, channels.pop())}"
+  )
+
+
+def _immutable(layer: Any) -> str | None:
+  if layer.is_mutable_collection("batch_stats"):
+    return None
+  return (
+    f"{called(layer)} updates its running statistics in training, but batch_stats is not mutable: "
+    "y, updates = module.apply(variables, x, mutable=['batch_stats']) returns the new ones; or "
+    "evaluate, with use_running_average=True."
+  )
+
+
+def _missing(layer: Any) -> str | None:
+  wanted = {
+    "params": getattr(layer, "use_scale", True) or getattr(layer, "use_bias", True),
+    "batch_stats": hasattr(layer, "use_running_average"),
+  }
+  missing = [name for name in wanted if wanted[name] and not layer.variables.get(name)]
+  if not missing:
+    return None
+  return (
+    f"{called(layer)} finds nothing of its own in {' and '.join(missing)}: pass to apply all "
+    "collections that init made, {'params': ..., 'batch_stats': ...}."
+  )
+
+
+def called(layer: Any) -> str:
+  """A layer as its user knows it: by its path in the network."""
   return "/".join(layer.path) or "the layer"
 
 

@@ -12,7 +12,7 @@ from flax.typing import Dtype, Initializer
 
 from jaxbn import Moments, _checks
 from jaxbn._names import ByOurNames
-from jaxbn.linen._common import first_activation, mended, pure
+from jaxbn.linen._common import called, first_activation, mended, pure
 from jaxbn.variants.reference import of_layer
 
 
@@ -95,6 +95,11 @@ class ReferenceBatchNorm(ByOurNames, nn.Module):
       y, _ = of_layer(self, x, scale, bias, None, mask, weights, **given)
       return first_activation(self, y, mask, weights)
     if is_reference:
+      if not self.is_mutable_collection("reference"):
+        raise ValueError(
+          f"{called(self)} remembers its reference batch, but the collection "
+          "reference is not mutable: pass mutable=['reference'] to apply, which then returns it."
+        )
       given |= {"axis_name": self.axis_name, "axis_index_groups": self.axis_index_groups}
       y, reference = of_layer(self, x, scale, bias, None, mask, weights, **given)
       for name, value in reference._asdict().items():
@@ -106,7 +111,7 @@ class ReferenceBatchNorm(ByOurNames, nn.Module):
   def _reference(self) -> Moments:
     if not self.has_variable("reference", "mean"):
       raise ValueError(
-        f"{'/'.join(self.path) or 'the layer'} has no reference batch: apply the network to it "
+        f"{called(self)} has no reference batch: apply the network to it "
         "first, with is_reference=True and mutable=['reference'], and pass the collection that "
         "this returns along with the parameters."
       )

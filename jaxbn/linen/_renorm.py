@@ -13,6 +13,7 @@ from flax.linen import module
 
 from jaxbn import _checks
 from jaxbn.linen._batch_norm import BatchNorm
+from jaxbn.linen._common import called
 from jaxbn.variants.renorm import Limit, choose_of, is_scheduled
 
 
@@ -99,7 +100,7 @@ class BatchRenorm(BatchNorm):
   def _step(self) -> nn.Variable:
     if self.has_variable("batch_stats", "mean") and not self.has_variable("batch_stats", "step"):
       raise ValueError(
-        f"batch_stats of {'/'.join(self.path) or 'the layer'} has a mean but no step, which a "
+        f"batch_stats of {called(self)} has a mean but no step, which a "
         "schedule of r_max or d_max needs: it was saved without one. Add the leaf, for instance "
         "step=jnp.zeros((), jnp.float32), or give numbers."
       )

@@ -48,7 +48,6 @@ class WeightNorm(nn.Module):
   epsilon: float = 1e-12
 
   @nn.compact
-  @mended
   def __call__(self, x: jax.Array) -> jax.Array:
     """The layer, with the normalized kernel.
 

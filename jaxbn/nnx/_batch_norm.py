@@ -14,6 +14,7 @@ from flax.nnx.nn import dtypes
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 
 from jaxbn import _checks, _layers
+from jaxbn._names import by_our_names
 from jaxbn._track import init
 from jaxbn._types import Choose, RunningStats
 from jaxbn.nnx._common import Trackable, as_function, of_shape, parameter, tuples
@@ -141,6 +142,7 @@ class BatchNorm(Trackable, nnx.BatchNorm):
     self.virtual_batch_size = virtual_batch_size
     self.choose = choose
 
+  @by_our_names
   def __call__(
     self,
     x: Any,

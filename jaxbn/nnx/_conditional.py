@@ -10,6 +10,7 @@ from flax import nnx
 from flax.typing import Initializer
 
 from jaxbn import _checks
+from jaxbn._names import by_our_names
 from jaxbn.nnx._batch_norm import BatchNorm
 from jaxbn.variants.conditional import of_class
 
@@ -55,6 +56,7 @@ class ConditionalBatchNorm(BatchNorm):
     super().__init__(num_features, scale_init=scale_init, bias_init=bias_init, rngs=rngs, **options)
     self.num_classes = num_classes
 
+  @by_our_names
   def __call__(  # type: ignore[override]
     self,
     x: Any,

@@ -10,6 +10,7 @@ from flax import nnx
 from flax.typing import Initializer
 
 from jaxbn import _checks
+from jaxbn._names import by_our_names
 from jaxbn._types import RunningStats
 from jaxbn.nnx._batch_norm import BatchNorm
 from jaxbn.nnx._common import of_shape
@@ -66,6 +67,7 @@ class DomainBatchNorm(BatchNorm):
     self.num_domains = num_domains
     self.per_domain_parameters = per_domain_parameters
 
+  @by_our_names
   def __call__(  # type: ignore[override]
     self,
     x: Any,

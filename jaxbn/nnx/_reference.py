@@ -12,7 +12,7 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 
 from jaxbn import Moments, _checks
-from jaxbn._names import ByOurNames
+from jaxbn._names import ByOurNames, by_our_names
 from jaxbn.nnx._common import as_function, of_shape, parameter, put, tuples
 from jaxbn.variants.reference import of_layer
 
@@ -79,6 +79,7 @@ class ReferenceBatchNorm(nnx.Module, ByOurNames):
     self.masked_value = masked_value
     self.activation = activation
 
+  @by_our_names
   def __call__(
     self,
     x: Any,

@@ -11,6 +11,7 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 
 from jaxbn import RunningStats, _checks, init
+from jaxbn._names import by_our_names
 from jaxbn.alternatives import weight_norm
 from jaxbn.nnx._common import Trackable, of_shape, parameter, tuples, write
 
@@ -143,6 +144,7 @@ class MeanOnlyBatchNorm(Trackable):
     self.debias = debias
     self.masked_value = masked_value
 
+  @by_our_names
   def __call__(
     self,
     x: Any,

@@ -12,6 +12,7 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 
 from jaxbn import _checks
+from jaxbn._names import by_our_names
 from jaxbn.nnx._common import Trackable, of_shape, parameter, tuples
 from jaxbn.variants.whitening import WhiteningStats, init, whitening_norm
 
@@ -99,6 +100,7 @@ class WhiteningNorm(Trackable):
     self.method = method
     self.iterations = iterations
 
+  @by_our_names
   def __call__(
     self,
     x: Any,

@@ -8,6 +8,7 @@ from flax import errors
 
 import jaxbn.linen
 from tests import layers
+from tests.layers import EXAMPLES
 
 KEY = jax.random.key(0)
 EVERY = layers.EVERY_LINEN
@@ -198,7 +199,8 @@ def test_what_flax_says_of_statistics_has_a_mend(name):
   variables, call = _abstract(name)
   with pytest.raises(errors.ModifyScopeVariableError, match=r"mutable=\['batch_stats'\]"):
     call(variables)
-  with pytest.raises((errors.ScopeCollectionNotFound, ValueError), match=r"no running statistics"):
+  missing = errors.ScopeCollectionNotFound, ValueError
+  with pytest.raises(missing, match=r"(its own in|no running statistics in .*) batch_stats"):
     call({"params": variables["params"]})
   assert call(variables, mutable=["batch_stats"])
 
@@ -210,3 +212,46 @@ def test_channels_that_do_not_match_are_named(name):
     call(variables, jnp.ones((8, 5, 6)), mutable=MUTABLE)
   with pytest.raises(errors.ScopeParamShapeError, match=r"channels' axis: axis=1 has 4\."):
     call(variables, x=jnp.ones((8, 4, 6)), mutable=MUTABLE)
+
+
+def test_missing_parameters_are_not_taken_for_statistics():
+  module = jaxbn.linen.BatchNorm(use_running_average=True)
+  stats = {"batch_stats": module.init(KEY, EXAMPLES)["batch_stats"]}
+  for variables in (stats, stats | {"params": {}}):
+    with pytest.raises(errors.ScopeCollectionNotFound, match="nothing of its own in params: pass"):
+      module.apply(variables, EXAMPLES)
+  bare = module.clone(use_scale=False, use_bias=False)
+  assert bare.apply(stats, EXAMPLES).shape == EXAMPLES.shape
+  with pytest.raises(errors.ScopeCollectionNotFound, match="nothing of its own in batch_stats"):
+    bare.apply({}, EXAMPLES)
+
+
+class _Slope(nn.Module):
+  """An activation with a parameter, of which Flax itself says what is wrong."""
+
+  @nn.compact
+  def __call__(self, z):
+    return z * self.param("slope", nn.initializers.ones, z.shape[-1:])
+
+
+def test_what_is_wrong_with_an_activation_is_not_said_of_the_layer():
+  module = jaxbn.linen.BatchNorm(use_running_average=False, activation=_Slope())
+  variables = module.init(KEY, EXAMPLES)
+  params = variables["params"] | {"activation": {"slope": jnp.ones(7)}}
+  with pytest.raises(errors.ScopeParamShapeError, match='For parameter "slope"'):
+    module.apply(variables | {"params": params}, EXAMPLES, mutable=["batch_stats"])
+  with pytest.raises(errors.ScopeParamShapeError, match=r"\{'scale': \(4,\), 'bias': \(4,\)\}"):
+    module.apply(variables, EXAMPLES[..., :3], mutable=["batch_stats"])
+
+
+def test_a_reference_that_cannot_be_remembered():
+  module = jaxbn.linen.ReferenceBatchNorm()
+  with pytest.raises(ValueError, match=r"pass mutable=\['reference'\]"):
+    module.apply(module.init(KEY, EXAMPLES, True), EXAMPLES, True)
+
+
+@pytest.mark.parametrize("name", [n for n in EVERY if hasattr(EVERY[n].make(), "axis")])
+def test_another_library_s_flag_at_the_call(name):
+  _, call = _abstract(name)
+  with pytest.raises(TypeError, match=r"__call__ has no argument 'train': .*use_running_average"):
+    call({}, train=True)
