@@ -42,11 +42,13 @@ def test_what_another_library_calls_an_argument(thing):
   assert not inspect.signature(thing).parameters.keys() & _names._ARGUMENTS.keys()
 
 
-@pytest.mark.parametrize("layer", [t for t in LAYERS if hasattr(t.__call__, "__wrapped__")])
-def test_a_call_too(layer):
-  if issubclass(layer, nnx.Module):
-    with pytest.raises(TypeError, match=r"__call__ has no argument 'training'"):
-      layer.__call__(None, jnp.ones((4, 3)), training=True)
+CALLED = [t for t in LAYERS if issubclass(t, nnx.Module) and hasattr(t.__call__, "__wrapped__")]
+
+
+@pytest.mark.parametrize("layer", CALLED, ids=lambda t: t.__name__)
+def test_what_another_library_calls_an_argument_of_a_call(layer):
+  with pytest.raises(TypeError, match=r"__call__ has no argument 'training': .*not training"):
+    layer.__call__(None, jnp.ones((4, 3)), training=True)
 
 
 def test_options_that_are_handed_on_are_refused_by_name():
