@@ -88,8 +88,8 @@ pytest-oldest: $(OLDEST)/.installed
 wheel: $(WHEELS:=/run)
 
 $(WHEELS:=/run): %/run: %/.installed
-	@JAX_NUM_CPU_DEVICES=4 $*/bin/python -P tests/bare.py --docstrings $(PAGES)
-	@JAX_NUM_CPU_DEVICES=1 $*/bin/python -P tests/bare.py $(shell grep -l device_count $(PAGES))
+	@JAX_DISABLE_MOST_OPTIMIZATIONS=1 JAX_NUM_CPU_DEVICES=4 $*/bin/python -P tests/bare.py --docstrings $(PAGES)
+	@JAX_DISABLE_MOST_OPTIMIZATIONS=1 JAX_NUM_CPU_DEVICES=1 $*/bin/python -P tests/bare.py $(shell grep -l device_count $(PAGES))
 
 foreign: .venv-foreign/.installed
 	@.venv-foreign/bin/python -m pytest tests/foreign $(ARGS)
