@@ -57,8 +57,7 @@ def collect(
   seen: list[Batch] = []
   shown = functools.partial(_placed, spread)
   flow, padded, trains = None, {}, {}
-  for batch in batches() if callable(batches) else batches:
-    args = network.args(batch)
+  for batch, args in network.each(batches):
     if not seen:
       look = jax.jit(
         _observe.look(network.model, network.layers, network.foreign, network.arguments)
@@ -72,11 +71,6 @@ def collect(
     training, evaluation = look(*shown(tree, len(seen), args))
     seen.append(Batch(rows(args), *jax.tree.map(np.asarray, (training, evaluation))))
     progress(f"diagnose, batch {len(seen)}")
-  if not seen:
-    raise ValueError(
-      "batches gave none: an iterator that was gone through before is empty. Make a new one, or "
-      "give a list or a function that makes one."
-    )
   return _facts(network, run, seen, flow, jax.tree.map(np.asarray, padded), trains)
 
 
@@ -87,17 +81,10 @@ def _placed(spread: Spread, tree: Any, index: int, args: Any) -> Any:
 
 def _in_full_precision(network: Network) -> Any:
   """Its variables, with statistics that a batch's can be put into without loss."""
-  places = [_places(network, layer)[name] for layer in network.layers for name in ("mean", "var")]
+  places = [network.place(layer, name) for layer in network.layers for name in ("mean", "var")]
   values = {place: get(network.tree, place) for place in places}
   wide = {p: v.astype(jnp.promote_types(v.dtype, jnp.float32)) for p, v in values.items()}
   return put(network.tree, wide)
-
-
-def _places(network: Network, layer: Layer) -> dict[str, Any]:
-  """Of mean, var, scale and bias, which foreign layers call otherwise; None where there is none."""
-  reading = network.foreign.get(layer.kind)
-  names = {name: reading.name(name) if reading else name for name in _VARIABLES}
-  return {ours: layer.variables.get(theirs) for ours, theirs in names.items()}
 
 
 def _modes(network: Network, args: Any, training: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -220,7 +207,7 @@ def _layer_facts(
   trains: bool | None,
   earlier: Any,
 ) -> LayerFacts:
-  place = _places(network, layer)
+  place = {name: network.place(layer, name) for name in _VARIABLES}
 
   def value(name: str, tree: Any = None, leading: tuple[int, ...] = ()) -> Any:
     found = None

@@ -12,7 +12,7 @@ import numpy as np
 from jaxbn.surgery import _population
 from jaxbn.surgery._foreign import Foreign
 from jaxbn.surgery._network import Batches, Network
-from jaxbn.surgery._spread import Spread, to_stderr
+from jaxbn.surgery._spread import Spread, placed_like, to_stderr
 from jaxbn.surgery._trees import get, put
 
 
@@ -73,7 +73,7 @@ def minimize_entropy(
   spread = Spread(devices)
   entropies: list[jax.Array] = []
   params: dict[str, jax.Array] = {}
-  for args in network.each(batches):
+  for _, args in network.each(batches):
     if not entropies:
       places = {"/".join(map(str, p)): p for v in network.layers for p in network.affine(v)}
       params = {name: get(network.tree, place) for name, place in places.items()}
@@ -95,7 +95,8 @@ def minimize_entropy(
       f"the entropy of batch {first} is {found[first]}: look for a NaN or an infinity in it, and "
       "if there is none give a smaller learning rate."
     )
-  network.tree = put(network.tree, {place: params[name] for name, place in places.items()})
+  learned = {p: placed_like(get(network.tree, p), params[name]) for name, p in places.items()}
+  network.tree = put(network.tree, learned)
   return network.result(), found
 
 

@@ -51,6 +51,11 @@ class Foreign:
     return self.variables.get(ours, ours)
 
 
+def theirs(foreign: Mapping[type, Foreign], kind: type, name: str) -> str:
+  """What a layer of this class calls its mean, var, scale or bias."""
+  return foreign[kind].name(name) if kind in foreign else name
+
+
 class Read(NamedTuple):
   """What a call says, of whatever batch norm."""
 

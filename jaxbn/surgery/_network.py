@@ -13,8 +13,8 @@ from flax import errors
 from jaxbn._types import Moments, RunningStats
 from jaxbn.surgery import _population
 from jaxbn.surgery._find import Layer, find
-from jaxbn.surgery._foreign import Foreign
-from jaxbn.surgery._spread import Spread, rows
+from jaxbn.surgery._foreign import Foreign, theirs
+from jaxbn.surgery._spread import Spread, placed_like, rows
 from jaxbn.surgery._trees import Place, get, put, tree_of, with_statistics, with_tree
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
@@ -70,7 +70,7 @@ class Network:
   ) -> Population:
     """One pass."""
     so_far, number, examples = None, 0, 0
-    for args in self.each(batches):
+    for _, args in self.each(batches):
       if evaluating not in self.jitted:
         step = self.step(evaluating)
         self.jitted[evaluating] = jax.jit(lambda *given, step=step: step(*given)[1])
@@ -81,12 +81,12 @@ class Network:
     assert so_far is not None
     return Population(jax.device_get(so_far), number, examples)
 
-  def each(self, batches: Batches) -> Iterator[tuple[Any, ...]]:
-    """What the network is called with, batch by batch."""
+  def each(self, batches: Batches) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """The batches, each with what the network is called with for it."""
     empty = True
     for batch in batches() if callable(batches) else batches:
       empty = False
-      yield self.args(batch)
+      yield batch, self.args(batch)
     if empty:
       raise ValueError(
         "batches gave none: an iterator that was gone through before is empty. Make a new one, or "
@@ -106,7 +106,7 @@ class Network:
       new = states[layer.path]
       for place, value in zip(self._places(layer), new[:2], strict=True):
         was = get(self.tree, place)
-        values[place] = _placed_like(was, value.astype(was.dtype).reshape(was.shape))
+        values[place] = placed_like(was, value.astype(was.dtype).reshape(was.shape))
       if "count" in layer.variables:
         place = layer.variables["count"]
         values[place] = jnp.full_like(get(self.tree, place), updates)
@@ -124,13 +124,14 @@ class Network:
 
   def affine(self, layer: Layer) -> list[Place]:
     """Where its scale and its bias are, if it has them."""
-    name: Any = self.foreign[layer.kind].name if layer.kind in self.foreign else str
-    names = [name("scale"), name("bias")]
-    return [layer.variables[v] for v in names if v in layer.variables]
+    return [place for name in ("scale", "bias") if (place := self.place(layer, name))]
+
+  def place(self, layer: Layer, name: str) -> Any:
+    """Where a layer has its mean, var, scale or bias; None if it has none."""
+    return layer.variables.get(theirs(self.foreign, layer.kind, name))
 
   def _places(self, layer: Layer) -> tuple[Place, Place]:
-    name: Any = self.foreign[layer.kind].name if layer.kind in self.foreign else str
-    return layer.variables[name("mean")], layer.variables[name("var")]
+    return self.place(layer, "mean"), self.place(layer, "var")
 
   def _measurable(self, args: tuple[Any, ...]) -> list[Layer]:
     """The batch norms, all of which have statistics, and nothing else has."""
@@ -160,11 +161,3 @@ class Network:
         "called here, partial=True leaves its statistics as they are."
       )
     return layers
-
-
-def _placed_like(was: Any, value: jax.Array) -> jax.Array:
-  """On the devices of what it takes the place of, not on those that batches were spread over."""
-  here = np.asarray(value)
-  return (
-    jax.device_put(here, was.sharding) if getattr(was, "committed", False) else jnp.asarray(here)
-  )

@@ -16,7 +16,7 @@ from jaxbn._share import merge, sync
 from jaxbn._types import Moments
 from jaxbn.surgery import _linen, _nnx
 from jaxbn.surgery._find import Layer
-from jaxbn.surgery._foreign import Foreign, Read, bound, read
+from jaxbn.surgery._foreign import Foreign, Read, bound, read, theirs
 from jaxbn.surgery._trees import get, put
 
 # With the moments of each layer, by its path, so far: what the network gives, and those with one
@@ -65,8 +65,8 @@ def observing(
   run = make(model, foreign, evaluating, arguments, observe)
   places = {}
   for layer in layers:
-    mean = foreign[layer.kind].name("mean") if layer.kind in foreign else "mean"
-    places[layer.path] = (*layer.variables[mean][:-1], _NAME)
+    mean = layer.variables[theirs(foreign, layer.kind, "mean")]
+    places[layer.path] = (*mean[:-1], _NAME)
 
   def one_more(tree: Any, so_far: dict[str, Moments], index: jax.Array, args: Any) -> Any:
     given = put(tree, {places[path]: value for path, value in so_far.items()})
@@ -82,8 +82,7 @@ def _run_in_linen(
   def around(call: _linen.Call) -> Any:
     layer, reading = call.layer, foreign.get(call.kind)
     options = reading.options_of(layer) if reading else _linen.options(layer, call.kind)
-    mean = reading.name("mean") if reading else "mean"
-    (collection, *_), _ = call.places()[mean]
+    (collection, *_), _ = call.places()[theirs(foreign, call.kind, "mean")]
     options = _linen.here(options)
     so_far = layer.get_variable(collection, _NAME)
     said = read(reading, layer, call.arguments)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -37,6 +38,14 @@ class Spread:
       self.there[n] = tree, jax.device_put(tree, whole)
     rest = jax.device_put((so_far, index), whole)
     return self.there[n][1], *rest, jax.tree.map(place, args)
+
+
+def placed_like(was: Any, value: jax.Array) -> jax.Array:
+  """On the devices of what it takes the place of, not on those that batches were spread over."""
+  here = np.asarray(value)
+  return (
+    jax.device_put(here, was.sharding) if getattr(was, "committed", False) else jnp.asarray(here)
+  )
 
 
 def to_stderr(text: str) -> None:

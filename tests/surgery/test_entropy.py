@@ -71,3 +71,12 @@ def test_what_cannot_be_is_said():
     minimize_entropy(full, None, [X, X * jnp.nan], optax.sgd(1.0), devices=ONE)
   with pytest.raises(ValueError, match="batches gave none"):
     minimize_entropy(full, None, [], optax.sgd(1.0))
+
+
+def test_parameters_are_where_they_were_whatever_divides_the_batches():
+  model = networks.PreActivation()
+  there = jax.device_put(networks.init(model, X), jax.devices()[1])
+  new, _ = minimize_entropy(model, there, [X[:6], X[6:]], optax.sgd(0.1), train=False)
+  assert {device for leaf in jax.tree.leaves(new) for device in leaf.devices()} == {
+    jax.devices()[1]
+  }
