@@ -45,7 +45,7 @@ OLDEST_TESTS := $(filter-out tests/test_readme.py tests/test_docs.py tests/test_
   tests/examples/test_checkpoints.py
 
 # All create an environment and install what they need, at most once.
-.PHONY: help train train-hosts chaos test wheel foreign fuzz exactness house compare-norms compare-recurrent \
+.PHONY: help train train-hosts chaos test wheel foreign fuzz exactness house experiments compare-norms compare-recurrent \
         compare-renorm compare-descent bench bench-step bench-fold bench-compiled bench-scaling doctor-rates \
         lint types pytest pytest-oldest format clean $(WHEELS:=/run)
 .DEFAULT_GOAL := help
@@ -105,6 +105,9 @@ exactness: $(INSTALLED)
 
 house: $(INSTALLED)
 	@$(BIN)/python -m benchmarks.house
+
+experiments: $(INSTALLED)
+	@$(BIN)/python -m experiments $(ARGS)
 
 compare-norms: $(INSTALLED)
 	@$(BIN)/python -m experiments.norms $(ARGS)

@@ -33,7 +33,7 @@ from rich.table import Table
 import jaxbn.linen
 from benchmarks import results as stored
 from experiments import recurrent_cost as cost
-from experiments.digits import Split, batches, digits
+from experiments.splits import Split, batches, splits
 from jaxbn.variants.recurrent import forget_gates_at_one
 
 FOLDER = Path("docs")
@@ -386,7 +386,7 @@ def main(
 ) -> dict[str, Any]:
   """Trains all networks; writes the results, the page and its picture."""
   plan, console = plan or Plan(), console or Console()
-  rows = run(plan, digits(), console.print)
+  rows = run(plan, splits(), console.print)
   found = {
     "date": datetime.date.today().isoformat(),
     "versions": stored.versions(),

@@ -31,7 +31,7 @@ from rich.table import Table
 
 import jaxbn
 from benchmarks import results as stored
-from experiments.digits import Split, batches, digits
+from experiments.splits import Split, batches, splits
 from jaxbn.variants import renorm
 
 FOLDER = Path("docs")
@@ -309,7 +309,7 @@ def main(
 ) -> dict[str, Any]:
   """Trains all networks; writes the results, the page and its picture."""
   plan, console = plan or Plan(), console or Console()
-  rows = run(plan, digits(), console.print)
+  rows = run(plan, splits(), console.print)
   found = {
     "date": datetime.date.today().isoformat(),
     "versions": stored.versions(),

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from benchmarks import results
 from experiments import recurrent
-from experiments.digits import Split, digits
+from experiments.splits import Split, splits
 
 DOCS = pathlib.Path(recurrent.__file__).resolve().parents[1] / "docs"
 
@@ -46,8 +46,8 @@ def test_all_methods_have_the_same_start(method):
 
 
 def test_a_tiny_run_writes_results_page_and_picture(tmp_path, monkeypatch):
-  few = {k: Split(s.images[:40], s.labels[:40]) for k, s in digits().items()}
-  monkeypatch.setattr(recurrent, "digits", lambda: few)
+  few = {k: Split(s.images[:40], s.labels[:40]) for k, s in splits().items()}
+  monkeypatch.setattr(recurrent, "splits", lambda: few)
   monkeypatch.setattr(recurrent, "TASKS", (recurrent.ROWS,))
   plan = recurrent.Plan(4, 8, steps=4, evaluations=2, seeds=2, learning_rates=(0.01, 0.1))
   console = Console(record=True, width=120, file=io.StringIO())

@@ -8,21 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from experiments import digits, renorm
+from experiments import renorm, splits
 
 DOCS = pathlib.Path(renorm.__file__).resolve().parents[1] / "docs"
 LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 7))
 
 
 def test_batches_drawn_evenly_hold_every_example_once_an_epoch():
-  order = digits.batches(False, LABELS, size=2, steps=70, seed=0)
+  order = splits.batches(False, LABELS, size=2, steps=70, seed=0)
   assert order.shape == (70, 2)
   for epoch in order.reshape(2, -1):
     np.testing.assert_array_equal(np.sort(epoch), np.arange(70))
 
 
 def test_batches_of_two_classes_hold_half_of_each():
-  for batch in digits.batches(True, LABELS, size=8, steps=20, seed=0):
+  for batch in splits.batches(True, LABELS, size=8, steps=20, seed=0):
     assert len(set(batch)) == 8
     assert np.unique(LABELS[batch], return_counts=True)[1].tolist() == [4, 4]
 
@@ -41,8 +41,8 @@ def test_the_limits_are_batch_normalization_s_at_first_and_the_paper_s_in_the_en
 
 
 def test_a_tiny_run_writes_results_page_and_picture(tmp_path, monkeypatch):
-  few = {k: digits.Split(s.images[:150], s.labels[:150]) for k, s in digits.digits().items()}
-  monkeypatch.setattr(renorm, "digits", lambda: few)
+  few = {k: splits.Split(s.images[:150], s.labels[:150]) for k, s in splits.splits().items()}
+  monkeypatch.setattr(renorm, "splits", lambda: few)
   monkeypatch.setattr(renorm, "NETWORKS", {"fully connected": ((8, 4),)})
   monkeypatch.setattr(renorm, "SETTINGS", [renorm.Setting("fully connected", True)])
   plan = renorm.Plan(batch_sizes=(4,), epochs=1, seeds=2, learning_rates=(0.1, 0.3))

@@ -1,7 +1,8 @@
-"""scikit-learn's digits as the experiments need them: held-out images, and which make a batch."""
+"""Data sets as the experiments need them: with images held out, and which make a batch."""
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -18,9 +19,10 @@ class Split(NamedTuple):
   labels: np.ndarray
 
 
-def digits() -> dict[str, Split]:
+@functools.cache
+def splits(dataset: str = "digits") -> dict[str, Split]:
   """Training, validation and test."""
-  found = data.load("digits")
+  found = data.load(dataset)
   train, test = (a.astype(np.float32) for a in (found.train_images, found.test_images))
   order = np.random.default_rng(0).permutation(len(train))
   held_out = round(VALIDATION_SHARE * len(train))

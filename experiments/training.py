@@ -1,0 +1,88 @@
+"""Training many small networks at once, and choosing the learning rate for each side alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from rich.progress import Progress
+
+Carry = Any  # what a training step gives to the next: parameters, statistics, momentum
+
+
+class Recipe(NamedTuple):
+  """How a network is trained, and what is looked at on the way.
+
+  Attributes:
+    start: a key, to what the first step takes.
+    step: that, the learning rate and the indices of a batch, to what the next step takes.
+    look: that, to a tree of arrays.
+  """
+
+  start: Callable[[jax.Array], Carry]
+  step: Callable[[Carry, jax.Array, jax.Array], Carry]
+  look: Callable[[Carry], Any]
+
+
+def descend(
+  recipe: Recipe,
+  rates: Sequence[float],
+  orders: np.ndarray,
+  every: int,
+  say: str,
+) -> tuple[Carry, Any]:
+  """Trains a network for each learning rate and each seed, all in one program.
+
+  Args:
+    recipe: of one network.
+    rates: learning rates.
+    orders: indices of the examples, (seeds, steps, batch), which all rates share.
+    every: after how many steps to look; divides steps.
+    say: what the progress bar says.
+
+  Returns:
+    What the last step gave, leaves (rates, seeds, ...); and what was seen before the first step
+    and after every `every`, leaves (looks, rates, seeds, ...).
+  """
+  seeds, steps, _ = orders.shape
+
+  def some_steps(carry: Carry, rate: jax.Array, order: jax.Array) -> tuple[Carry, Any]:
+    step = lambda carry, batch: (recipe.step(carry, rate, batch), None)  # noqa: E731
+    carry, _ = lax.scan(step, carry, order)
+    return carry, recipe.look(carry)
+
+  for_each = jax.vmap(jax.vmap(some_steps, (0, None, 0)), (0, 0, None))
+  advance = jax.jit(for_each, donate_argnums=0)
+  keys = jax.random.split(jax.random.key(0), seeds)
+  started = jax.vmap(recipe.start)(keys)
+  carry = jax.tree.map(lambda a: jnp.repeat(a[None], len(rates), 0), started)
+  looks = [jax.jit(jax.vmap(jax.vmap(recipe.look)))(carry)]
+  with Progress() as progress:
+    for first in progress.track(range(0, steps, every), description=say):
+      now = jnp.asarray(orders[:, first : first + every])
+      carry, seen = advance(carry, jnp.asarray(rates), now)
+      looks.append(jax.block_until_ready(seen))
+  return carry, jax.tree.map(lambda *a: np.stack(a), *looks)
+
+
+def best(validation: np.ndarray) -> int:
+  """Which rate has the best validation accuracy, (rates, seeds), in the mean of the seeds.
+
+  A run that diverged counts as no accuracy.
+  """
+  return int(np.argmax(np.nan_to_num(validation, nan=0.0).mean(-1)))
+
+
+def spread(values: Iterable[float], form: str = ".1f") -> str:
+  """Mean ± standard deviation over the seeds."""
+  listed = np.asarray(list(values))
+  return f"{listed.mean():{form}} ± {listed.std(ddof=1):{form}}"
+
+
+def percent(shares: Iterable[float]) -> str:
+  """The same of shares, in percent."""
+  return spread(100 * share for share in shares)
