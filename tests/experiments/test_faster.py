@@ -1,5 +1,6 @@
 """The experiments' frame, by the first of them in little."""
 
+import itertools
 import json
 
 import numpy as np
@@ -9,7 +10,7 @@ from benchmarks import results as stored
 from experiments import experiment, faster
 from experiments.training import best
 
-PLAN = faster.Plan("digits", 8, 20, 100, 50, 50, 2, (0.1, 1.0))
+PLAN = faster.Plan("digits", 8, 20, 100, 20, 20, 2, (0.1, 1.0))
 
 
 @pytest.fixture(scope="module")
@@ -20,14 +21,14 @@ def found():
 
 def test_both_sides_try_the_same_rates_and_keep_the_best(found):
   grid = stored.of(found["rows"], kind="grid")
-  assert [(r["side"], r["rate"]) for r in grid] == [
-    (s, r) for s in faster.SIDES for r in PLAN.rates
-  ]
-  for side in faster.SIDES:
-    means = {r["rate"]: np.mean(r["validation"]) for r in stored.of(grid, side=side)}
-    runs = stored.of(found["rows"], kind="run", side=side)
+  tried = [(row["start"], row["side"], row["rate"]) for row in grid]
+  assert tried == list(itertools.product(faster.STARTS, faster.SIDES, PLAN.rates))
+  for start, side in itertools.product(faster.STARTS, faster.SIDES):
+    who = {"start": start, "side": side}
+    means = {r["rate"]: np.mean(r["validation"]) for r in stored.of(grid, **who)}
+    runs = stored.of(found["rows"], kind="run", **who)
     assert {r["rate"] for r in runs} == {max(means, key=means.get)}
-    assert [len(r["test"]) for r in runs] == [3, 3]
+    assert [len(r["test"]) for r in runs] == [6, 6]
 
 
 def test_a_run_that_diverged_is_never_the_best():
@@ -44,7 +45,15 @@ def test_the_page_and_the_figure_show_it(found, tmp_path):
 
 def test_the_factor_counts_from_the_first_look_as_good():
   def run(side, test):
-    return {"kind": "run", "side": side, "every": 10, "test": test, "rate": 1}
+    head = {"kind": "run", "start": faster.PAPER, "side": side, "every": 10, "rate": 1}
+    return {**head, "test": [0.1, 0.1, 0.1, 0.1, *test]}
 
-  rows = [run("without", [0.1, 0.5, 0.7, 0.6]), run("with batch norm", [0.1, 0.8, 0.6, 0.9])]
-  assert faster.sooner({"rows": rows}) == [(20, 10)]
+  rows = [
+    run("without", [0.1, 0.5, 0.7, 0.6]),
+    run("without", [0.1, 0.5, 0.7, 0.6]),
+    run("with batch norm", [0.9, 0.9, 0.6, 0.9]),
+    run("with batch norm", [0.1, 0.1, 0.1, 0.1]),
+  ]
+  when, as_good = faster.sooner({"rows": rows}, faster.PAPER)
+  assert when.tolist() == [70, 70]
+  assert as_good.tolist() == [50, np.inf]
