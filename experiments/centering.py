@@ -182,8 +182,8 @@ EXPERIMENT = Experiment(
   title="Why the statistics are part of the gradient",
   source="Ioffe & Szegedy 2015, section 2",
   claim="if a layer adds a bias b and subtracts the mean, and the gradient takes that mean for a "
-  'constant, then "b will grow indefinitely while the loss remains fixed"; scaling as well makes '
-  "it worse, and in first trials such a model blew up.",
+  'constant, then "b will grow indefinitely while the loss remains fixed"; scaling as well can '
+  "make it worse, and in first trials such a model blew up.",
   measure=measure,
   plan=Plan(),
   full=Plan(steps=30_000, every=1000, seeds=10, rates=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)),
