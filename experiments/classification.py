@@ -67,7 +67,9 @@ def recipe(
   return Recipe(start, step, seen)
 
 
-def tuned(recipe: Recipe, plan: Any, side: str, **what: Any) -> list[Row]:
+def tuned(
+  recipe: Recipe, plan: Any, side: str, examples: int | None = None, **what: Any
+) -> list[Row]:
   """Chooses the rate on images held out, and trains at it.
 
   Args:
@@ -75,13 +77,14 @@ def tuned(recipe: Recipe, plan: Any, side: str, **what: Any) -> list[Row]:
     plan: has dataset, batch_size, seeds, rates, tuning_steps at each of the rates, steps at the
       best, and `every`, the steps between looks, which divides both.
     side: who is trained.
+    examples: how many of the training images, the first; default all.
     **what: else that stands in each row.
 
   Returns:
     A row of kind "grid" for each rate, with the validation accuracies of the seeds in the end; and
     one of kind "run" for each seed at the best rate, with what was seen, look by look.
   """
-  labels = splits(plan.dataset)["train"].labels
+  labels = splits(plan.dataset)["train"].labels[:examples]
   orders = np.stack(
     [batches(False, labels, plan.batch_size, plan.steps, seed) for seed in range(plan.seeds)]
   )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import flax.core
 import flax.linen as nn
 import jax
 
@@ -13,8 +15,8 @@ import jaxbn.linen
 class Perceptron(nn.Module):
   """Fully connected layers, each with batch norm before its activation, after it, or without.
 
-  Batch norm takes the place of the bias where it stands before the activation. What goes into each
-  activation is sown as `intermediates`.
+  Batch norm takes the place of the bias where it stands before the activation, unless `bias` says
+  otherwise. What goes into each activation is sown as `intermediates`.
 
   Attributes:
     widths: of the hidden layers.
@@ -23,6 +25,9 @@ class Perceptron(nn.Module):
     activation: of the hidden layers.
     kernel_init: of all layers.
     momentum: of the running statistics.
+    options: other options of batch norm.
+    bias: before batch norm, too, where it cancels.
+    dropout: the share of each hidden layer's outputs that is dropped in training.
   """
 
   widths: Sequence[int]
@@ -31,17 +36,25 @@ class Perceptron(nn.Module):
   activation: Callable[[jax.Array], jax.Array] = nn.relu
   kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
   momentum: float = 0.9
+  options: Mapping[str, Any] = flax.core.FrozenDict()
+  bias: bool = False
+  dropout: float = 0.0
 
   @nn.compact
   def __call__(self, x: jax.Array, training: bool) -> jax.Array:
     def normalized(x: jax.Array) -> jax.Array:
-      return jaxbn.linen.BatchNorm(use_running_average=not training, momentum=self.momentum)(x)
+      return jaxbn.linen.BatchNorm(
+        use_running_average=not training, momentum=self.momentum, **self.options
+      )(x)
+
+    use_bias = self.bias or self.norm != "before"
 
     x = x.reshape(len(x), -1)
     for width in self.widths:
-      x = nn.Dense(width, use_bias=self.norm != "before", kernel_init=self.kernel_init)(x)
+      x = nn.Dense(width, use_bias=use_bias, kernel_init=self.kernel_init)(x)
       x = normalized(x) if self.norm == "before" else x
       self.sow("intermediates", "input", x)
       x = self.activation(x)
       x = normalized(x) if self.norm == "after" else x
+      x = nn.Dropout(self.dropout, deterministic=not training)(x)
     return nn.Dense(self.classes, kernel_init=self.kernel_init)(x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -75,6 +75,18 @@ def best(validation: np.ndarray) -> int:
   A run that diverged counts as no accuracy.
   """
   return int(np.argmax(np.nan_to_num(validation, nan=0.0).mean(-1)))
+
+
+def tried(grid: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+  """Rates, and accuracies (rates, seeds) on the images held out, of rows of kind "grid"."""
+  accuracies = np.array([row["validation"] for row in grid], float)  # NaN for None
+  return np.array([row["rate"] for row in grid]), accuracies
+
+
+def highest(rates: np.ndarray, validation: np.ndarray, close: float = 0.02) -> float:
+  """The highest rate that is as good as the best but for `close`, in the mean of the seeds."""
+  means = np.nan_to_num(validation, nan=0.0).mean(-1)
+  return float(rates[means >= means.max() - close].max())
 
 
 def spread(values: Iterable[float], form: str = ".1f") -> str:
