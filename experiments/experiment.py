@@ -128,7 +128,7 @@ def page(experiment: Experiment, found: Found) -> str:
     f"![{experiment.title}]({experiment.name}.png)",
     *experiment.report(found),
     f"Made by `{found['command']}` on {found['date']}, with jax {versions['jax']} and flax "
-    f"{versions['flax']}; {machine['cpu']}, {machine['cores']} cores. Nothing here is typed by "
-    "hand: `--redraw` makes the page and the figure again from "
+    f"{versions['flax']}; {machine['cpu']}, {machine['cores']} core{'s'[machine['cores'] == 1 :]}. "
+    "Nothing here is typed by hand: `--redraw` makes the page and the figure again from "
     f"experiments/results/{experiment.name}.json.",
   ]) + "\n"  # fmt: skip
