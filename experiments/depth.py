@@ -138,8 +138,10 @@ def report(found: Found) -> list[str]:
     stored.table(by_size, range(6)),
     f"Widths, at {largest} examples:",
     stored.table(by_width, range(2)),
-    "Where it does not hold: the limit with ReLU is that of large batches and wide layers, and is "
-    "of the start. The paper says, too, that after one step of training gradients differ far less.",
+    "Where it does not hold: both theories are of layers that are wide beside the batch, which at "
+    f"{largest} examples {widest} units are not, and that with ReLU is of large batches: small ones "
+    "explode faster. And it is of the start: the paper says, too, that after one step of training "
+    "gradients differ far less.",
   ]
 
 
@@ -163,8 +165,8 @@ def draw(found: Found, figure: Figure) -> None:
   smooth = np.geomspace(sizes(found, "batch_size")[0], largest, 100)
   right.plot(smooth, theory(LINEAR, smooth), "--", color=REFERENCE)  # type: ignore[arg-type]
   right.axhline(LIMIT, color=REFERENCE, linestyle="--")
-  right.text(largest, LIMIT + 0.02, "pi / (pi - 1)", ha="right", color="0.35")
-  right.text(5, theory(LINEAR, 5) + 0.03, " (n - 2) / (n - 3)", color="0.35")
+  right.text(32, LIMIT + 0.03, "pi / (pi - 1)", ha="center", color="0.35")
+  right.text(4.5, theory(LINEAR, 4), "(n - 2) / (n - 3)", va="center", color="0.35")
   right.set(xscale="log", xlabel="examples in the batch, n", title="factor per layer")
   right.set_xticks(sizes(found, "batch_size"), [str(n) for n in sizes(found, "batch_size")])
   right.minorticks_off()
