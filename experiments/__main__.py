@@ -8,7 +8,7 @@ from experiments import experiment
 from experiments.experiment import PAGES, Experiment, Found
 
 # In the order of the gallery.
-NAMES = ("faster", "rates", "centering", "depth")
+NAMES = ("faster", "rates", "centering", "smoothness", "depth")
 
 
 def main() -> None:

@@ -84,12 +84,9 @@ def tuned(
     A row of kind "grid" for each rate, with the validation accuracies of the seeds in the end; and
     one of kind "run" for each seed at the best rate, with what was seen, look by look.
   """
-  labels = splits(plan.dataset)["train"].labels[:examples]
-  orders = np.stack(
-    [batches(False, labels, plan.batch_size, plan.steps, seed) for seed in range(plan.seeds)]
-  )
   said = ", ".join(map(str, (side, *what.values())))
-  few = orders[:, : plan.tuning_steps]
+  every_order = orders(plan, examples)
+  few = every_order[:, : plan.tuning_steps]
   _, seen = descend(recipe, plan.rates, few, plan.tuning_steps, f"{said}: learning rates")
   last = seen["validation"][-1]
   rate, head = plan.rates[best(last)], {"side": side, **what}
@@ -97,11 +94,18 @@ def tuned(
     {"kind": "grid", **head, "rate": tried, "validation": kept(of_seeds)}
     for tried, of_seeds in zip(plan.rates, last, strict=True)
   ]
-  _, seen = descend(recipe, [rate], orders, plan.every, said)
+  _, seen = descend(recipe, [rate], every_order, plan.every, said)
   for seed in range(plan.seeds):
     of_seed = {name: kept(values[:, 0, seed]) for name, values in seen.items()}
     rows.append({"kind": "run", **head, "rate": rate, "seed": seed, "every": plan.every, **of_seed})
   return rows
+
+
+def orders(plan: Any, examples: int | None = None) -> np.ndarray:
+  """Which of the training images, or of the first `examples`, make each batch of each seed."""
+  labels = splits(plan.dataset)["train"].labels[:examples]
+  sizes = plan.batch_size, plan.steps
+  return np.stack([batches(False, labels, *sizes, seed) for seed in range(plan.seeds)])
 
 
 def kept(values: np.ndarray) -> Any:

@@ -138,10 +138,10 @@ def report(found: Found) -> list[str]:
     stored.table(by_size, range(6)),
     f"Widths, at {largest} examples:",
     stored.table(by_width, range(2)),
-    "Where it does not hold: both theories are of layers that are wide beside the batch, which at "
-    f"{largest} examples {widest} units are not, and that with ReLU is of large batches: small ones "
-    "explode faster. And it is of the start: the paper says, too, that after one step of training "
-    "gradients differ far less.",
+    "Where it does not hold: both theories are of layers that are wide beside the batch, which "
+    f"{widest} units are not at {largest} examples, and that with ReLU is of large batches: small "
+    "ones explode faster. And it is of the start: the paper says, too, that after one step of "
+    "training gradients differ far less.",
   ]
 
 

@@ -1,0 +1,264 @@
+"""Smoother losses, or less internal covariate shift? Santurkar et al. 2018, measured.
+
+python -m experiments.smoothness
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+
+import jaxbn.linen
+from benchmarks import results as stored
+from experiments import experiment
+from experiments.classification import kept, orders, recipe, tuned
+from experiments.experiment import (
+  REFERENCE,
+  THIRD,
+  WITH,
+  WITHOUT,
+  Experiment,
+  Found,
+  Row,
+  rate_grid,
+)
+from experiments.splits import splits
+from experiments.training import descend, percent, spread
+from jaxbn.diagnostics import gradient_shift, smoothness
+
+PLAIN, NORM, SHIFTED, LAYER = "without", "batch norm", "batch norm, shifted", "layer norm"
+COLOURS = {PLAIN: WITHOUT, NORM: WITH, SHIFTED: THIRD, LAYER: REFERENCE}
+MULTIPLES = (0.5, 1.0, 2.0, 4.0)  # of the learning rate: the paper's range of steps
+MEASURES = ("loss_range", "predictiveness", "beta", "shift", "angle")
+
+
+class Plan(NamedTuple):
+  """What is run."""
+
+  dataset: str = "fashion_mnist"
+  layers: int = 5
+  width: int = 100
+  batch_size: int = 60
+  steps: int = 3000
+  tuning_steps: int = 1500
+  every: int = 100
+  seeds: int = 3
+  rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
+  common_rate: float = 0.03  # of all, where they are measured
+
+
+class Network(nn.Module):
+  """Layers of ReLU, each normalized before it, or not.
+
+  SHIFTED: behind batch norm every channel has, in training, another factor and another shift in
+  each step, drawn evenly from 0.5 to 1.5 and from -0.5 to 0.5.
+  """
+
+  side: str
+  layers: int
+  width: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array, training: bool) -> jax.Array:
+    x = x.reshape(len(x), -1)
+    for i in range(self.layers):
+      x = nn.Dense(self.width, name=f"Dense_{i}")(x)
+      if self.side == LAYER:
+        x = nn.LayerNorm(name=f"Norm_{i}")(x)
+      elif self.side != PLAIN:
+        x = jaxbn.linen.BatchNorm(use_running_average=not training, name=f"Norm_{i}")(x)
+      if self.side == SHIFTED and training:
+        drawn = jax.random.uniform(
+          self.make_rng("dropout"), (2, self.width), minval=-0.5, maxval=0.5
+        )
+        x = x * (1 + drawn[0]) + drawn[1]
+      x = nn.relu(x)
+    return nn.Dense(10, name=f"Dense_{self.layers}")(x)
+
+
+def measured(model: Network, plan: Plan) -> Any:
+  """Of a network's variables, what Santurkar et al. measure, on one batch, in training mode."""
+  train = splits(plan.dataset)["train"]
+  x, labels = (jnp.asarray(a[: 4 * plan.batch_size]) for a in train)
+
+  def look(variables: Any) -> dict[str, jax.Array]:
+    def loss(params: Any) -> jax.Array:
+      logits: Any
+      logits, _ = model.apply(
+        {**variables, "params": params},
+        x,
+        True,
+        mutable=["batch_stats"],
+        rngs={"dropout": jax.random.key(0)},
+      )
+      return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    params = variables["params"]
+    gradient = jax.grad(loss)(params)
+    steps = plan.common_rate * jnp.array(MULTIPLES)
+    along = smoothness(loss, params, steps)
+    after = jax.tree.map(lambda p, g: p - plan.common_rate * g, params, gradient)
+    shifts = gradient_shift(lambda of: loss(joined(of)), by_layer(params), by_layer(after))
+    lengths = [optax.tree.norm(g) for g in by_layer(gradient)]
+    pairs = list(zip(shifts, lengths, strict=True))[1:]  # before the first nothing moves
+    return {
+      "loss_range": along.loss.max() - along.loss.min(),
+      "predictiveness": along.gradient_distance.max() / optax.tree.norm(gradient),
+      "beta": along.beta.max(),
+      "shift": jnp.stack([norm / length for (norm, _), length in pairs]).mean(),
+      "angle": jnp.stack([jnp.arccos(jnp.clip(c, -1, 1)) for (_, c), _ in pairs]).mean(),
+    }
+
+  return look
+
+
+def by_layer(params: Any) -> list[Any]:
+  """The parameters of each layer and its norm, from the input on."""
+  number = lambda name: int(name.rpartition("_")[2])  # noqa: E731
+  grouped = itertools.groupby(sorted(params, key=number), number)
+  return [{name: params[name] for name in names} for _, names in grouped]
+
+
+def joined(layers: Any) -> Any:
+  return {name: value for layer in layers for name, value in layer.items()}
+
+
+def measure(plan: Plan) -> list[Row]:
+  """Each side at its own best rate, for its speed; and all at one rate, for what is measured."""
+  rows: list[Row] = []
+  for side in COLOURS:
+    model = Network(side, plan.layers, plan.width)
+    rows += tuned(recipe(model, plan.dataset), plan, side)
+    rows += measures(model, plan)
+  return rows
+
+
+def measures(model: Network, plan: Plan) -> list[Row]:
+  """A row for each seed: what is measured, look by look, at the common rate."""
+  looked = recipe(model, plan.dataset, look=measured(model, plan))
+  said = f"{model.side}: measured"
+  _, seen = descend(looked, [plan.common_rate], orders(plan), plan.every, said)
+  return [
+    {
+      **{"kind": "measured", "side": model.side, "seed": seed, "every": plan.every},
+      **{name: kept(seen[name][:, 0, seed]) for name in MEASURES},
+    }
+    for seed in range(plan.seeds)
+  ]
+
+
+def looks(found: Found, side: str, what: str, kind: str = "measured") -> np.ndarray:
+  """What was seen, (seeds, looks)."""
+  return np.array([row[what] for row in stored.of(found["rows"], kind=kind, side=side)], float)
+
+
+def early(found: Found, side: str) -> np.ndarray:
+  """The mean test accuracy of the first tenth of the looks after the start: how fast it learns."""
+  accuracies = looks(found, side, "test", "run")[:, 1:]
+  return accuracies[:, : max(accuracies.shape[1] // 10, 1)].mean(1)
+
+
+def over_training(found: Found, side: str, what: str) -> np.ndarray:
+  """The median of the looks after the start, by seed."""
+  return np.median(looks(found, side, what)[:, 1:], axis=1)
+
+
+def agreement(found: Found, what: str) -> int:
+  """In how many pairs of sides the faster one has the smaller value."""
+  speed = {side: early(found, side).mean() for side in COLOURS}
+  value = {side: over_training(found, side, what).mean() for side in COLOURS}
+  pairs = itertools.combinations(COLOURS, 2)
+  return sum((speed[a] - speed[b]) * (value[a] - value[b]) < 0 for a, b in pairs)
+
+
+def verdict(found: Found) -> str:
+  norm, shifted, plain = (100 * early(found, side).mean() for side in (NORM, SHIFTED, PLAIN))
+  pairs = len(COLOURS) * (len(COLOURS) - 1) // 2
+  smooth, shift = agreement(found, "beta"), agreement(found, "shift")
+  says = (
+    "smoothness goes with the speed"
+    if smooth > shift
+    else "the shift goes with the speed"
+    if shift > smooth
+    else "neither goes with the speed more than the other"
+  )
+  return (
+    f"early accuracy is {norm:.1f} % with batch norm, {shifted:.1f} % with shifts behind it, and "
+    f"{plain:.1f} % without. Of {pairs} pairs of networks the faster one is the smoother (beta) in "
+    f"{smooth}, and has the smaller covariate shift (of gradients) in {shift}: {says} here."
+  )
+
+
+def report(found: Found) -> list[str]:
+  speed = [["", "best rate", "early accuracy, %", "in the end, %"]]
+  table = [["", "range of the loss", "gradient's change", "beta", "shift", "angle, degrees"]]
+  for side in COLOURS:
+    rate = stored.of(found["rows"], kind="run", side=side)[0]["rate"]
+    last = looks(found, side, "test", "run")[:, -1]
+    speed.append([side, str(rate), percent(early(found, side)), percent(last)])
+    values = [over_training(found, side, what) for what in MEASURES]
+    values[-1] = np.degrees(values[-1])
+    table.append([side, *(spread(v, ".2f") for v in values)])
+  return [
+    "Networks of five layers of 100 ReLUs on Fashion-MNIST, 60 images to a batch, by plain "
+    "stochastic gradient descent; a fifth of the training images held out. Shifted: behind batch "
+    "norm each channel gets, in every training step, another random factor (0.5 to 1.5) and shift "
+    "(-0.5 to 0.5), so that what the next layer sees is less stable than without any norm. "
+    "Mean ± standard deviation of three seeds.",
+    "**Speed**, each at its own best rate; early: the mean of the first tenth of the looks.",
+    stored.table(speed, range(1, 4)),
+    "**What the paper measures**, all at one learning rate, on one batch of training images, the "
+    "median over training. Along the gradient, for steps of 0.5 to 4 times the rate: the range of "
+    "the loss; the largest change of the gradient, in its own length (predictiveness); beta, that "
+    "change over the length of the step. Internal covariate shift: how much a layer's gradient "
+    "changes when all layers before it have made their step, in its own length, and by which "
+    "angle; the mean of the layers.",
+    stored.table(table, range(1, 6)),
+    "Lower is smoother, or less of a shift. The table has four networks only, and its pairs are "
+    "no proof: they say which measure could be the reason, not that it is.",
+    *rate_grid(found),
+  ]
+
+
+def draw(found: Found, figure: Figure) -> None:
+  accuracy, *panels = figure.subplots(1, 4, width_ratios=(1.3, 1, 1, 1))
+  titles = {"loss_range": "range of the loss", "beta": "beta", "shift": "covariate shift"}
+  for side, colour in COLOURS.items():
+    for axes, what in zip((accuracy, *panels), ("test", *titles), strict=True):
+      kind = "run" if what == "test" else "measured"
+      values, every = looks(found, side, what, kind), found["rows"][-1]["every"]
+      axes.plot(every * np.arange(values.shape[1]), values.mean(0), color=colour, label=side)
+  accuracy.set(title="test accuracy, each at its best rate", ylim=(0.6, 0.9))
+  for axes, title in zip(panels, titles.values(), strict=True):
+    axes.set(title=title, yscale="log")
+  for axes in (accuracy, *panels):
+    axes.set(xlabel="steps")
+    axes.grid(alpha=0.25)
+  accuracy.legend(frameon=False, loc="lower right")
+
+
+EXPERIMENT = Experiment(
+  name="smoothness",
+  title="Smoother, or less shift?",
+  source='Santurkar et al. 2018, "How does batch normalization help optimization?", figures 1 to 4',
+  claim="batch norm with random shifts injected behind it trains as well as without them, and "
+  "better than no norm, though its inputs are less stable; internal covariate shift, measured by "
+  "gradients, is no smaller with batch norm; and the loss is smoother along the gradient.",
+  measure=measure,
+  plan=Plan(),
+  full=Plan(steps=30_000, tuning_steps=3000, every=300, seeds=10),
+  verdict=verdict,
+  report=report,
+  draw=draw,
+  size=(14, 3.8),
+)
+
+if __name__ == "__main__":
+  experiment.main(EXPERIMENT)
