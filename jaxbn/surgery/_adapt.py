@@ -86,7 +86,10 @@ def adapt(
         "network, or prior=0."
       )
     target = found.moments[layer.path]
-    chosen = interpolate(prior, target.count / found.examples)(target, source)
+    count = target.count
+    if "num_domains" in layer.options:  # the examples are those of all domains
+      count = count.sum(len(layer.stacked), keepdims=True)
+    chosen = interpolate(prior, count / found.examples)(target, source)
     return RunningStats(chosen.mean, chosen.var)
 
   return settle(network, batches, mode, Spread(devices), progress, mixture)

@@ -60,7 +60,7 @@ class Read(NamedTuple):
   """What a call says, of whatever batch norm."""
 
   x: Any
-  given: dict[str, Any]  # mask and weights
+  given: dict[str, Any]  # mask, weights and domains
   evaluating: bool | None
 
 
@@ -68,7 +68,7 @@ def read(reading: Foreign | None, layer: Any, arguments: Mapping[str, Any]) -> R
   """The arguments of a call by our names."""
   first = next(iter(arguments.values()), None)
   if reading is None:
-    given = {name: arguments.get(name) for name in ("mask", "weights")}
+    given = {name: arguments.get(name) for name in ("mask", "weights", "domains")}
     evaluating = arguments.get("use_running_average")
     if evaluating is None:  # nor have all layers such a field, where others are looked for
       evaluating = getattr(layer, "use_running_average", None)

@@ -39,7 +39,13 @@ def classes(model: Any) -> set[str]:
 
 def options(layer: Any, kind: Any) -> dict[str, Any]:
   """The arguments of the constructor that a layer keeps."""
-  names = set(inspect.signature(kind.__init__).parameters) - {"num_features"}
+  names: set[str] = set()
+  for cls in kind.__mro__:
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    names |= {p.name for p in parameters}
+    if all(p.kind is not p.VAR_KEYWORD for p in parameters):  # else the rest is for the base
+      break
+  names -= {"num_features"}
   return {name: value for name, value in vars(layer).items() if name in names}
 
 

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import jaxbn.linen
+import jaxbn.nnx
 from jaxbn.surgery import Foreign, find
 from tests import layers
 from tests.surgery import networks
@@ -66,6 +67,9 @@ def test_our_layers_are_found_as_what_they_are():
   assert (layer.kind, layer.path) == (jaxbn.linen.BatchRenorm, "")
   assert layer.options["r_max"] == 3.0
   assert repr(layer) == "BatchRenorm (the top)"
+  renorm = jaxbn.nnx.BatchRenorm(3, r_max=2.0, axis=1, momentum=0.5, rngs=nnx.Rngs(0))
+  (layer,) = find(renorm)
+  assert [layer.options[name] for name in ("r_max", "axis", "momentum")] == [2.0, 1, 0.5]
 
 
 @pytest.mark.parametrize("example", [(), (X,)])
