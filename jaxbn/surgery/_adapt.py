@@ -8,8 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxbn._types import RunningStats
-from jaxbn.surgery._find import Layer
 from jaxbn.surgery._foreign import Foreign
+from jaxbn.surgery._layer import Layer
 from jaxbn.surgery._network import Batches, Network, Population
 from jaxbn.surgery._recalibrate import settle
 from jaxbn.surgery._spread import Spread, to_stderr
@@ -86,7 +86,7 @@ def adapt(
         "network, or prior=0."
       )
     target = found.moments[layer.path]
-    count = target.count
+    count: Any = target.count
     if "num_domains" in layer.options:  # the examples are those of all domains
       count = count.sum(len(layer.stacked), keepdims=True)
     chosen = interpolate(prior, count / found.examples)(target, source)

@@ -10,8 +10,8 @@ import flax.linen as nn
 from flax import nnx
 
 from jaxbn.surgery import _linen, _nnx
-from jaxbn.surgery._find import Layer, nothing, of_call, of_node
 from jaxbn.surgery._foreign import Foreign, bound
+from jaxbn.surgery._layer import Layer, nothing, of_call, of_node
 
 Where = Callable[[str, Layer], bool]
 

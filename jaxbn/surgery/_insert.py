@@ -14,7 +14,8 @@ from flax import errors
 from jaxbn._track import update
 from jaxbn.surgery import _behind
 from jaxbn.surgery._difference import difference
-from jaxbn.surgery._find import Layer, find
+from jaxbn.surgery._find import find
+from jaxbn.surgery._layer import Layer
 from jaxbn.surgery._network import Batches, Network
 from jaxbn.surgery._spread import Spread, to_stderr
 from jaxbn.surgery._trees import get, put

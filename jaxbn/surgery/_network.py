@@ -12,8 +12,9 @@ from flax import errors
 
 from jaxbn._types import Moments, RunningStats
 from jaxbn.surgery import _population
-from jaxbn.surgery._find import Layer, find
+from jaxbn.surgery._find import find
 from jaxbn.surgery._foreign import Foreign, theirs
+from jaxbn.surgery._layer import Layer
 from jaxbn.surgery._spread import Spread, placed_like, rows
 from jaxbn.surgery._trees import Place, get, put, tree_of, with_statistics, with_tree
 

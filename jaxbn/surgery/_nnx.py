@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxbn.nnx._common import write
+from jaxbn.surgery import _bound_axes
 from jaxbn.surgery._foreign import Foreign, bound, run
-from jaxbn.surgery._linen import here as linen_here
 from jaxbn.surgery._linen import is_library, library_class
 
 BATCH_NORMS = (nnx.BatchNorm,)  # ours are of its class too
@@ -124,7 +124,7 @@ def become(layer: Any, kind: Any, new: Any) -> None:
 def here(layer: Any) -> Iterator[None]:
   """Within it, a layer has no axis that is not bound here."""
   before = {v: getattr(layer, v) for v in ("axis_name", "axis_index_groups") if hasattr(layer, v)}
-  now = linen_here(before)
+  now = _bound_axes.here(before)
   for name in before:
     setattr(layer, name, now[name])
   try:

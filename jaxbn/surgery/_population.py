@@ -16,8 +16,9 @@ from jaxbn._measure import moments
 from jaxbn._share import merge, sync
 from jaxbn._types import Moments
 from jaxbn.surgery import _linen, _nnx
-from jaxbn.surgery._find import Layer
+from jaxbn.surgery._bound_axes import here
 from jaxbn.surgery._foreign import Foreign, Read, bound, read, theirs
+from jaxbn.surgery._layer import Layer
 from jaxbn.surgery._trees import get, put
 from jaxbn.variants._examples import examples_axis
 
@@ -85,7 +86,7 @@ def _run_in_linen(
     layer, reading = call.layer, foreign.get(call.kind)
     options = reading.options_of(layer) if reading else _linen.options(layer, call.kind)
     (collection, *_), _ = call.places()[theirs(foreign, call.kind, "mean")]
-    options = _linen.here(options)
+    options = here(options)
     so_far = layer.get_variable(collection, _NAME)
     said = read(reading, layer, call.arguments)
     if reading:
@@ -121,7 +122,7 @@ class _Measuring(nnx.Module):
     _, kind = self.surgery_place
     reading, evaluating, observe = self.surgery_measuring
     call = bound(functools.partial(kind.__call__, self), *args, **kwargs)
-    options = _linen.here(reading.options_of(self) if reading else _nnx.options(self, kind))
+    options = here(reading.options_of(self) if reading else _nnx.options(self, kind))
     population = getattr(self, _NAME)
     said = read(reading, self, call)
     if reading:

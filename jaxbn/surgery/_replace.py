@@ -12,13 +12,11 @@ from flax import nnx
 
 from jaxbn import linen
 from jaxbn import nnx as jaxbn_nnx
-from jaxbn._batch_norm import batch_norm
 from jaxbn.surgery import _linen, _nnx
-from jaxbn.surgery._find import Layer, nothing, of_call, of_node
-from jaxbn.surgery._foreign import Foreign
+from jaxbn.surgery._foreign import Foreign, options_of_function
+from jaxbn.surgery._layer import Layer, nothing, of_call, of_node
 
 Rule = Callable[[str, Layer], Any]
-_OF_THE_CALL = {"x", "scale", "bias", "state", "mask", "weights", "residual", "use_running_average"}
 
 
 def replace(
@@ -126,7 +124,7 @@ def _in_linen(model: nn.Module, choose: Any, foreign: dict[type, Foreign]) -> An
       return call.run_instead(make.clone if isinstance(make, nn.Module) else make, options)
     if call.layer.is_initializing():  # their variables are made as they make them
       return call.run()
-    return call.run_foreign(reading, **_of_function(layer, options))
+    return call.run_foreign(reading, **options_of_function(layer, options))
 
   def finished(others: set[str]) -> None:
     if not done:
@@ -146,7 +144,7 @@ def _in_nnx(model: Any, choose: Any, foreign: dict[type, Foreign]) -> Any:
       continue
     make, options = chosen
     if reading:
-      options = _of_function(layer, options)
+      options = options_of_function(layer, options)
       node.surgery_foreign = reading, kind, tuple(options.items())
       cls: Any = type(node)
       node.__class__ = _nnx.with_mixin(cls, kind, _nnx.ByOurs)
@@ -164,21 +162,6 @@ def _in_nnx(model: Any, choose: Any, foreign: dict[type, Foreign]) -> Any:
   if not done:
     raise ValueError(nothing("replaced", model, _nnx.classes(model)))
   return model
-
-
-def _of_function(layer: Layer, options: dict[str, Any]) -> dict[str, Any]:
-  """The options, where it is the function that runs a layer that is not Flax's."""
-  known = set(inspect.signature(batch_norm).parameters) - _OF_THE_CALL
-  for name in options.keys() - known:
-    raise TypeError(
-      f"{name!r} is no option for {layer}, which is not Flax's: {', '.join(known)} are."
-    )
-  if options.get("debias") or options.get("momentum", 0.99) is None:
-    raise ValueError(
-      f"{layer} is not Flax's and has no leaf count, which debias=True and momentum=None need: "
-      "leave the option out there, by a rule or where=."
-    )
-  return options
 
 
 def replaced(model: Any) -> list[Layer]:
