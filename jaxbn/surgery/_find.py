@@ -20,6 +20,11 @@ from jaxbn.surgery._foreign import Foreign, bound, read
 from jaxbn.surgery._layer import Layer, of_call, of_node, placed
 
 BATCH_NORMS = (*_linen.BATCH_NORMS, *_nnx.BATCH_NORMS)
+_LACKING = (
+  errors.ScopeVariableNotFoundError,
+  errors.ScopeCollectionNotFound,
+  errors.ScopeParamNotFoundError,
+)
 _MARK = "jaxbn.surgery.find "
 
 
@@ -48,6 +53,10 @@ def find(
   Returns:
     A list of `Layer`; an empty one if there is none.
 
+  Raises:
+    TypeError: variables for an NNX module.
+    ValueError: variables that lack a collection, or a leaf of it.
+
   >>> import flax.linen as nn, jax.numpy as jnp, jaxbn.surgery
   >>> model = nn.Sequential([nn.Dense(4), nn.BatchNorm(use_running_average=True)])
   >>> jaxbn.surgery.find(model, jnp.zeros((8, 3)))
@@ -56,6 +65,8 @@ def find(
   readings: dict[type, Foreign | None] = {**dict.fromkeys(kinds), **(foreign or {})}
   if isinstance(model, nn.Module):
     return _in_linen(model, example, variables, readings, arguments)
+  if variables is not None:
+    raise TypeError("an NNX module has its variables in it: leave variables out.")
   if example or arguments:
     return _in_nnx_call(model, example, readings, arguments)
   return _in_nnx_graph(model, readings)
@@ -93,6 +104,11 @@ def _in_linen(
     return apply(False)
   except errors.ModifyScopeVariableError:
     return apply([collection for collection in variables if collection != "params"])
+  except _LACKING as error:
+    raise ValueError(
+      f"variables lacks what a layer needs: {error} Give all collections, as init makes them: "
+      "{'params': params, 'batch_stats': batch_stats}."
+    ) from error
 
 
 def _in_nnx_graph(model: Any, readings: Any) -> list[Layer]:

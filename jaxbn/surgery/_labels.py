@@ -81,7 +81,7 @@ def param_labels(
     found = find(model, *example, **given, **arguments)
     params, first = variables.get("params", {}), 1  # after the collection
   else:
-    found = find(model, kinds=kinds, foreign=foreign)
+    found = find(model, variables=variables, kinds=kinds, foreign=foreign)
     params, first = nnx.state(model, nnx.Param), 0
   if not jax.tree.leaves(params):
     raise ValueError(f"this {type(model).__name__} has no parameters to be labeled.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -69,10 +69,16 @@ def placed(layer: Layer, reading: Foreign | None, own: Any, whole: Any) -> Layer
   return layer._replace(shape=shape, stacked=whole.shape[: whole.ndim - len(shape)])
 
 
-def nothing(done: str, model: Any, others: set[str]) -> str:
+def nothing(done: str, model: Any, others: set[str], refused: Iterable[str]) -> str:
   """What an error says where no batch norm was found that is wanted."""
+  start = f"nothing was {done} in this {type(model).__name__}: "
+  if refused := sorted(path or "(the top)" for path in refused):
+    return (
+      f"{start}it has batch norms in {', '.join(refused)}, and where= or the rule takes none of "
+      "these paths."
+    )
   return (
-    f"nothing was {done} in this {type(model).__name__}: it has no batch norm of Flax's or ours "
-    f"that is wanted. There are {', '.join(sorted(others)) or 'no other layers'}. If one is a "
-    "batch norm, say how to read it: foreign={ItsClass: jaxbn.surgery.Foreign(...)}."
+    f"{start}it has no batch norm of Flax's or ours. There are "
+    f"{', '.join(sorted(others)) or 'no other layers'}. If one is a batch norm, say how to read "
+    "it: foreign={ItsClass: jaxbn.surgery.Foreign(...)}."
   )

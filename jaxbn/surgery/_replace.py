@@ -78,9 +78,7 @@ def replace(
   if not is_linen:
     return _in_nnx(nnx.clone(model) if copy else model, choose, dict(foreign or {}))
   if not copy:
-    raise ValueError(
-      "copy=False is for NNX: a Linen module is never changed. Use what is returned."
-    )
+    raise ValueError("copy=False is for NNX: a Linen module is never changed. Use the result.")
   return _in_linen(model, choose, dict(foreign or {}))
 
 
@@ -111,12 +109,14 @@ def _chosen(
 
 def _in_linen(model: nn.Module, choose: Any, foreign: dict[type, Foreign]) -> Any:
   done: dict[str, Layer] = {}
+  refused: set[str] = set()
 
   def around(call: _linen.Call) -> Any:
     reading = foreign.get(call.kind)
     layer = of_call(call, reading)
     chosen = choose(layer)
     if chosen is None:
+      refused.add(layer.path)
       return call.run()
     done[layer.path] = layer
     make, options = chosen
@@ -128,19 +128,20 @@ def _in_linen(model: nn.Module, choose: Any, foreign: dict[type, Foreign]) -> An
 
   def finished(others: set[str]) -> None:
     if not done:
-      raise ValueError(nothing("replaced", model, others))
+      raise ValueError(nothing("replaced", model, others, refused))
 
   kinds = (*_linen.BATCH_NORMS, *foreign)
   return _linen.intercepted(model, around, kinds, finished, surgery_replaced=done)
 
 
 def _in_nnx(model: Any, choose: Any, foreign: dict[type, Foreign]) -> Any:
-  done = 0
+  done, refused = 0, []
   for path, node, kind in _nnx.layers(model, (*_nnx.BATCH_NORMS, *foreign)):
     reading = foreign.get(kind)
     layer = of_node(path, node, kind, reading)
     chosen = choose(layer)
     if chosen is None:
+      refused.append(layer.path)
       continue
     make, options = chosen
     if reading:
@@ -160,7 +161,7 @@ def _in_nnx(model: Any, choose: Any, foreign: dict[type, Foreign]) -> Any:
     node.surgery_replaced = layer.kind
     done += 1
   if not done:
-    raise ValueError(nothing("replaced", model, _nnx.classes(model)))
+    raise ValueError(nothing("replaced", model, _nnx.classes(model), refused))
   return model
 
 

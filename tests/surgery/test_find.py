@@ -93,6 +93,15 @@ def test_a_graph_is_searched_or_run(example):
   assert type(model.named["own"]) is networks.NnxOwn
 
 
+def test_variables_that_are_not_there_or_not_wanted():
+  model = networks.PreActivation()
+  params = {"params": model.init(jax.random.key(0), X)["params"]}
+  with pytest.raises(ValueError, match=r"lacks what a layer needs.*BatchNorm_0.*Give all"):
+    find(model, X, variables=params)
+  with pytest.raises(TypeError, match="leave variables out"):
+    find(networks.nnx_network(), variables=params)
+
+
 def test_a_layer_that_is_not_flax_s():
   class Theirs(nn.Module):
     eps: float = 1e-3
