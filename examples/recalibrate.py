@@ -3,8 +3,9 @@
   python -m examples.recalibrate [--data=fashion_mnist]
 
 Prints the test accuracy after each change, before and after `jaxbn.surgery.recalibrate` on some of
-the training images. Weights are averaged over steps that lie apart, at a constant rate (Izmailov et
-al. 2018, "Averaging weights leads to wider optima and better generalization", who recalibrate, too).
+the training images. Weights are averaged over steps that lie apart, at a constant rate, as by
+Izmailov et al. 2018 ("Averaging weights leads to wider optima and better generalization"), who
+recalibrate, too.
 """
 
 import argparse

@@ -219,7 +219,8 @@ INSIDE = {
   ),
   "cond within": on_a_device,
   "cond that is decided": lambda layers, x: by_hand(
-    layers[0], lax.cond(False, jnp.negative, lambda x: by_hand(layers[1], x), x)
+    layers[0],
+    lax.cond(False, lambda x: by_hand(layers[1], -x), lambda x: by_hand(layers[1], x), x),
   ),
   "shard_map": whole_batch,
 }
