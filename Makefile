@@ -19,7 +19,7 @@
 # make doctor-rates       how often jaxbn.diagnose is right: planted faults, and healthy networks
 # make bench              time and accuracy on this machine's CPU, beside other libraries
 # make bench-step         whole training steps beside Flax's, on the device that is here
-# make bench-fold         what folding batch norms saves on this machine's CPU
+# make bench-fold         what folding batch norms saves on an H100, a TPU v5e and this machine's CPU
 # make bench-compiled     what compiled programs cost on an H100 and a TPU v5e, with neither at hand
 # make bench-scaling      a step's cost on each of 4 to 1024 TPU chips, with none at hand, and a model
 # make clean              removes the environments and all caches
@@ -135,8 +135,9 @@ bench-step: .venv-bench/.installed
 	@.venv-bench/bin/python -m benchmarks.step
 	@.venv-bench/bin/python -m benchmarks.report
 
-bench-fold: $(INSTALLED)
-	@$(BIN)/python -m benchmarks.fold
+bench-fold: .venv-compiled/.installed
+	@.venv-compiled/bin/python -m benchmarks.fold
+	@.venv-compiled/bin/python -m benchmarks.report
 
 bench-compiled: .venv-compiled/.installed
 	@.venv-compiled/bin/python -m benchmarks.compiled

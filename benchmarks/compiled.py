@@ -51,6 +51,7 @@ REQUIRED = {
   "v5e": ("libtpu",),
   "cpu": (),
 }
+PLATFORMS = {"h100": "cuda", "v5e": "tpu", "cpu": "cpu"}
 DEVICES = 4  # that share a layer's statistics
 SHARED_SHAPE = (16, 8, 8, 32)  # of all of them
 LAYER_SHAPE = (64, 32, 32, 64)
@@ -148,20 +149,29 @@ def program_rows(target: str, dtype: str, name: str, variant: Variant) -> list[R
   network, compiler = NETWORKS[name], REQUIRED[target][0]
   model = network.model(variant.norm, jnp.dtype(dtype))
   step, arguments = networks.train_step(model), networks.step_arguments(network, model)
-  sharding = NamedSharding(Mesh(np.array(_devices(target)[:1]), ("batch",)), WHOLE)
   start = time.perf_counter()
-  traced = jax.jit(step, in_shardings=sharding).trace(*arguments)
-  compiled = traced.lower(lowering_platforms=("cuda" if target == "h100" else "tpu",)).compile()
+  compiled = compile_for(target, step, *arguments)
   seconds = time.perf_counter() - start
-  text = compiled.as_text() or ""
-  # On a TPU layouts are padded, which the compiler's own count knows.
-  moved = hlo.traffic(text) if target == "h100" else _counted(compiled)
   row: Row = {"kind": "program", "target": target, "dtype": dtype, "network": name}
   row["compiler"] = f"{compiler} {stored.version(compiler)}"
-  row |= {"activation": variant.activation, "norm": variant.label, "MB": moved / 1e6}
+  row |= {"activation": variant.activation, "norm": variant.label}
+  row |= {"MB": moved(target, compiled) / 1e6}
   row["floor_MB"] = floor_bytes(network, jnp.dtype(dtype)) / 1e6
   row["temp_MB"] = compiled.memory_analysis().temp_size_in_bytes / 1e6
-  return [{**row, "kernels": len(hlo.parse(text).kernels), "compile_s": seconds}]
+  kernels = len(hlo.parse(compiled.as_text()).kernels)
+  return [{**row, "kernels": kernels, "compile_s": seconds}]
+
+
+def compile_for(target: str, function: Callable[..., Any], *arguments: Any) -> Any:
+  """The function, compiled for one device of the target."""
+  sharding = NamedSharding(Mesh(np.array(_devices(target)[:1]), ("batch",)), WHOLE)
+  traced = jax.jit(function, in_shardings=sharding).trace(*arguments)
+  return traced.lower(lowering_platforms=(PLATFORMS[target],)).compile()
+
+
+def moved(target: str, compiled: Any) -> float:
+  """Bytes. On a TPU layouts are padded, which the compiler's own count knows; so does the CPU's."""
+  return hlo.traffic(compiled.as_text()) if target == "h100" else _counted(compiled)
 
 
 def _counted(compiled: Any) -> float:

@@ -36,10 +36,13 @@ linen/__init__ linen/_common nnx/__init__ nnx/_common
 linen/_batch_norm nnx/_batch_norm
 linen nnx
 surgery/__init__ surgery/_difference surgery/_foreign surgery/_spread surgery/_trees surgery/_trace
-surgery/_linen surgery/_known
+surgery/_abstract surgery/_bound_axes
+surgery/_linen surgery/_known surgery/_words
 surgery/_nnx surgery/_linear
-surgery/_find surgery/_collection surgery/_chain surgery/_scope
-surgery/_population surgery/_interpret surgery/_behind
+surgery/_layer surgery/_collection surgery/_chain surgery/_scope
+surgery/_find surgery/_count
+surgery/_population surgery/_bodies surgery/_behind
+surgery/_interpret
 surgery/_network
 surgery/_recalibrate
 surgery

@@ -17,7 +17,8 @@ from flax.traverse_util import flatten_dict
 from jaxbn._types import RunningStats
 from jaxbn.diagnostics import _observe
 from jaxbn.diagnostics._facts import Facts, LayerFacts
-from jaxbn.surgery._find import Layer, find
+from jaxbn.surgery._find import find
+from jaxbn.surgery._layer import Layer
 from jaxbn.surgery._network import Network
 from jaxbn.surgery._spread import Spread, rows
 from jaxbn.surgery._trees import Place, get, put

@@ -14,7 +14,7 @@ from jaxbn._share import merge
 from jaxbn._types import Moments, RunningStats
 from jaxbn.diagnostics._observe import Flow, Seen
 from jaxbn.diagnostics.measures import batch_noise, covariate_shift
-from jaxbn.surgery._find import Layer
+from jaxbn.surgery._layer import Layer
 
 # Compiled once for each number of channels: operation by operation it takes a hundred times longer.
 _merge, _shift = jax.jit(merge), jax.jit(covariate_shift)

@@ -13,8 +13,8 @@ import numpy as np
 from jaxbn import _checks
 from jaxbn._share import merge
 from jaxbn._types import Moments
-from jaxbn.surgery._find import Layer
 from jaxbn.surgery._foreign import Read
+from jaxbn.surgery._layer import Layer
 from jaxbn.surgery._population import observing, of_call, start
 from jaxbn.surgery._trees import get, put
 

@@ -8,12 +8,13 @@ if TYPE_CHECKING:
   from jaxbn.surgery import stats as stats
   from jaxbn.surgery._adapt import adapt
   from jaxbn.surgery._entropy import minimize_entropy
-  from jaxbn.surgery._find import Layer, find
+  from jaxbn.surgery._find import find
   from jaxbn.surgery._fold import fold
   from jaxbn.surgery._foreign import Foreign
   from jaxbn.surgery._freeze import freeze
   from jaxbn.surgery._insert import Inserted, insert
   from jaxbn.surgery._labels import decay_mask, param_labels
+  from jaxbn.surgery._layer import Layer
   from jaxbn.surgery._recalibrate import recalibrate
   from jaxbn.surgery._replace import replace, replaced
 
@@ -38,7 +39,7 @@ __all__ = [
 _HOMES = {
   "Foreign": "_foreign",
   "Inserted": "_insert",
-  "Layer": "_find",
+  "Layer": "_layer",
   "adapt": "_adapt",
   "decay_mask": "_labels",
   "find": "_find",

@@ -8,8 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxbn._types import RunningStats
-from jaxbn.surgery._find import Layer
 from jaxbn.surgery._foreign import Foreign
+from jaxbn.surgery._layer import Layer
 from jaxbn.surgery._network import Batches, Network, Population
 from jaxbn.surgery._recalibrate import settle
 from jaxbn.surgery._spread import Spread, to_stderr
@@ -59,7 +59,7 @@ def adapt(
 
   Raises:
     TypeError, ValueError: as `recalibrate`; a negative prior; a prior, and statistics of the source
-      that were never updated.
+      that were never updated, or are not finite; a dict without domains.
 
   >>> import flax.linen as nn, jax.numpy as jnp, jaxbn.surgery
   >>> model = nn.BatchNorm(use_running_average=True, use_scale=False, use_bias=False)
@@ -70,6 +70,8 @@ def adapt(
   [6.5] [2.5]
   """
   if isinstance(batches, Mapping):
+    if not batches:
+      raise ValueError("batches holds no domain: give {name: batches of it}.")
     same: Any = {"prior": prior, "mode": mode, "inputs": inputs, "foreign": foreign}
     same |= {"partial": partial, "devices": devices, "progress": progress, **arguments}
     return {domain: adapt(model, variables, own, **same) for domain, own in batches.items()}
@@ -79,6 +81,11 @@ def adapt(
   )
 
   def mixture(layer: Layer, source: RunningStats, found: Population) -> RunningStats:
+    if prior and not all(jnp.isfinite(leaf).all() for leaf in source[:2]):
+      raise ValueError(
+        f"the statistics of {layer} have a NaN or an infinity, of which prior={prior} makes a part "
+        "of the new ones: recalibrate them on data of the source, or give prior=0."
+      )
     if prior and not (jnp.any(source.mean) or jnp.any(source.var != 1)):
       raise ValueError(
         f"the statistics of {layer} were never updated, their mean is 0 and their variance 1 "
@@ -86,7 +93,10 @@ def adapt(
         "network, or prior=0."
       )
     target = found.moments[layer.path]
-    chosen = interpolate(prior, target.count / found.examples)(target, source)
+    count: Any = target.count
+    if "num_domains" in layer.options:  # the examples are those of all domains
+      count = count.sum(len(layer.stacked), keepdims=True)
+    chosen = interpolate(prior, count / found.examples)(target, source)
     return RunningStats(chosen.mean, chosen.var)
 
   return settle(network, batches, mode, Spread(devices), progress, mixture)

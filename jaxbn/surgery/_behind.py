@@ -13,7 +13,8 @@ from flax import nnx
 from jaxbn.linen import BatchNorm as LinenBatchNorm
 from jaxbn.nnx import BatchNorm as NnxBatchNorm
 from jaxbn.surgery import _linen, _nnx
-from jaxbn.surgery._find import Layer, split_static
+from jaxbn.surgery._abstract import shapes_of_variables
+from jaxbn.surgery._layer import Layer
 from jaxbn.surgery._trees import get
 
 IN_LINEN = nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Dense, nn.DenseGeneral, nn.Einsum
@@ -38,8 +39,7 @@ def in_linen(model: Any, layers: list[Layer], norm: Callable[..., Any] | None) -
 
 def completed(model: Any, variables: Any, args: Any, arguments: Any) -> Any:
   """The variables, and those of the norms as they start."""
-  init, arrays = split_static(model.init, jax.random.key(0), *args, **arguments)
-  shapes = jax.eval_shape(init, arrays)
+  shapes = shapes_of_variables(model, args, arguments)
 
   def value(path: Any, a: Any) -> Any:
     there = get(variables, tuple(key.key for key in path))

@@ -56,7 +56,7 @@ def minimize_entropy(
 
   Raises:
     TypeError, ValueError: as `recalibrate`; batch norms without scale and bias; an entropy that is
-      not finite.
+      not finite, at that batch, with the layer whose input has a NaN.
 
   >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxbn.surgery, optax
   >>> model = nn.BatchNorm(use_running_average=False)
@@ -71,9 +71,9 @@ def minimize_entropy(
     model, variables, inputs=inputs, foreign=foreign, partial=True, arguments=arguments
   )
   spread = Spread(devices)
-  entropies: list[jax.Array] = []
+  entropies: list[float] = []
   params: dict[str, jax.Array] = {}
-  for _, args in network.each(batches):
+  for batch, args in network.each(batches):
     if not entropies:
       places = {"/".join(map(str, p)): p for v in network.layers for p in network.affine(v)}
       params = {name: get(network.tree, place) for name, place in places.items()}
@@ -86,18 +86,17 @@ def minimize_entropy(
       step = jax.jit(_entropy_step(network, optimizer, places, logits))
     number = np.int32(len(entropies))
     entropy, params, state = step(*spread(network.tree, (params, state), number, args))
-    entropies.append(entropy)
+    entropies.append(float(entropy))
+    if not np.isfinite(entropies[-1]):
+      network.refuse_not_finite(network.population([batch], False, spread, progress).moments)
+      raise ValueError(
+        f"the entropy of batch {number} is {entropies[-1]}, and with the parameters as they were "
+        "all that its batch norms are given is finite: give a smaller learning rate."
+      )
     progress(f"step {len(entropies)}")
-  found = np.array(jax.device_get(entropies))
-  if not np.isfinite(found).all():
-    first = int(np.flatnonzero(~np.isfinite(found))[0])
-    raise ValueError(
-      f"the entropy of batch {first} is {found[first]}: look for a NaN or an infinity in it, and "
-      "if there is none give a smaller learning rate."
-    )
   learned = {p: placed_like(get(network.tree, p), params[name]) for name, p in places.items()}
   network.tree = put(network.tree, learned)
-  return network.result(), found
+  return network.result(), np.array(entropies, np.float32)
 
 
 def _entropy_step(network: Network, optimizer: Any, places: Any, logits: Any) -> Any:

@@ -14,6 +14,8 @@ from jaxbn import _checks
 from jaxbn._batch_norm import batch_norm
 from jaxbn._types import RunningStats
 
+_OF_THE_CALL = {"x", "scale", "bias", "state", "mask", "weights", "residual", "use_running_average"}
+
 
 @dataclasses.dataclass(frozen=True, eq=False)  # NNX compares and hashes it
 class Foreign:
@@ -60,7 +62,7 @@ class Read(NamedTuple):
   """What a call says, of whatever batch norm."""
 
   x: Any
-  given: dict[str, Any]  # mask and weights
+  given: dict[str, Any]  # mask, weights and domains
   evaluating: bool | None
 
 
@@ -68,7 +70,7 @@ def read(reading: Foreign | None, layer: Any, arguments: Mapping[str, Any]) -> R
   """The arguments of a call by our names."""
   first = next(iter(arguments.values()), None)
   if reading is None:
-    given = {name: arguments.get(name) for name in ("mask", "weights")}
+    given = {name: arguments.get(name) for name in ("mask", "weights", "domains")}
     evaluating = arguments.get("use_running_average")
     if evaluating is None:  # nor have all layers such a field, where others are looked for
       evaluating = getattr(layer, "use_running_average", None)
@@ -132,3 +134,18 @@ def run(
     for name in ("mean", "var"):
       put(reading.name(name), getattr(new, name).reshape(mine[name].shape))
   return reading.returns(y)
+
+
+def options_of_function(layer: Any, options: dict[str, Any]) -> dict[str, Any]:
+  """The options, where it is the function that runs a layer that is not Flax's."""
+  known = set(inspect.signature(batch_norm).parameters) - _OF_THE_CALL
+  for name in options.keys() - known:
+    raise TypeError(
+      f"{name!r} is no option for {layer}, which is not Flax's: {', '.join(known)} are."
+    )
+  if options.get("debias") or options.get("momentum", 0.99) is None:
+    raise ValueError(
+      f"{layer} is not Flax's and has no leaf count, which debias=True and momentum=None need: "
+      "leave the option out there, by a rule or where=."
+    )
+  return options

@@ -10,8 +10,8 @@ import flax.linen as nn
 from flax import nnx
 
 from jaxbn.surgery import _linen, _nnx
-from jaxbn.surgery._find import Layer, nothing, of_call, of_node
 from jaxbn.surgery._foreign import Foreign, bound
+from jaxbn.surgery._layer import Layer, nothing, of_call, of_node
 
 Where = Callable[[str, Layer], bool]
 
@@ -60,11 +60,13 @@ def freeze(
 
 def _in_linen(model: nn.Module, where: Where | None, foreign: dict[type, Foreign]) -> Any:
   frozen: set[str] = set()
+  refused: set[str] = set()
 
   def around(call: _linen.Call) -> Any:
     reading = foreign.get(call.kind)
     layer = of_call(call, reading)
     if where is not None and not where(layer.path, layer):
+      refused.add(layer.path)
       return call.run()
     frozen.add(layer.path)
     if reading is None:
@@ -75,7 +77,7 @@ def _in_linen(model: nn.Module, where: Where | None, foreign: dict[type, Foreign
 
   def finished(others: set[str]) -> None:
     if not frozen:
-      raise ValueError(nothing("frozen", model, others))
+      raise ValueError(nothing("frozen", model, others, refused))
 
   return _linen.intercepted(model, around, (*_linen.BATCH_NORMS, *foreign), finished)
 
@@ -92,7 +94,7 @@ class _Frozen(nnx.Module):
 
 
 def _in_nnx(model: Any, where: Where | None, foreign: dict[type, Foreign]) -> Any:
-  frozen = 0
+  frozen, refused = 0, []
   for path, node, kind in _nnx.layers(model, (*_nnx.BATCH_NORMS, *foreign)):
     reading = foreign.get(kind)
     layer = of_node(path, node, kind, reading)
@@ -101,6 +103,8 @@ def _in_nnx(model: Any, where: Where | None, foreign: dict[type, Foreign]) -> An
       cls: Any = type(node)
       node.__class__ = _nnx.with_mixin(cls, kind, _Frozen)
       frozen += 1
+    else:
+      refused.append(layer.path)
   if not frozen:
-    raise ValueError(nothing("frozen", model, _nnx.classes(model)))
+    raise ValueError(nothing("frozen", model, _nnx.classes(model), refused))
   return model

@@ -14,10 +14,11 @@ from flax import errors
 from jaxbn._track import update
 from jaxbn.surgery import _behind
 from jaxbn.surgery._difference import difference
-from jaxbn.surgery._find import Layer, find
+from jaxbn.surgery._find import find
+from jaxbn.surgery._layer import Layer
 from jaxbn.surgery._network import Batches, Network
 from jaxbn.surgery._spread import Spread, to_stderr
-from jaxbn.surgery._trees import get, put
+from jaxbn.surgery._trees import get, put, tree_of
 
 _ALLOWED = 1e-4  # relative, in evaluation
 
@@ -107,6 +108,7 @@ def insert(
   >>> y, updates = inserted.model.apply(inserted.variables, x, mutable=["batch_stats"])  # training
   """
   linen = isinstance(model, nn.Module)
+  tree_of(model, variables)  # says what is wrong with them
   batches = iter(batches() if callable(batches) else batches)
   first = list(itertools.islice(batches, 1))
   if not first:
@@ -179,8 +181,11 @@ def _layers(model: Any, variables: Any, args: Any, arguments: Any, where: Any) -
   found = find(model, *args, kinds=kinds, **given, **arguments)
   chosen = found[:-1] if where is None else [v for v in found if where(v.path, v)]
   if not chosen:
-    raise ValueError(
-      f"this {type(model).__name__} calls {found or 'no convolution, dense layer or einsum'}, "
-      "and there is a norm behind all but the last of them, or those that where= takes."
+    mend = (
+      "where= takes none of these paths."
+      if where and found
+      else "a norm goes behind all but the last: where=lambda path, layer: True takes that, too."
     )
+    calls = found or "no convolution, dense layer or einsum"
+    raise ValueError(f"this {type(model).__name__} calls {calls}, and {mend}")
   return chosen

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import takewhile
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 
+from jaxbn.surgery import _bodies
 from jaxbn.surgery._chain import Chain, Inputs, Steps, is_affine
 from jaxbn.surgery._known import Known
 from jaxbn.surgery._linear import Linear, is_move, linear
 from jaxbn.surgery._scope import Fold, Scope
-from jaxbn.surgery._trace import Op, flatten, has_linear
-
-_KINDS = {
-  "add": "a sum",
-  "add_any": "a sum",
-  "reduce_sum": "a sum",
-  "concatenate": "a concatenation",
-  "conv_general_dilated": "a convolution",
-  "dot_general": "a product",
-}
-_ACTIVATIONS = {"max", "min", "custom_jvp_call", "logistic", "tanh", "erf", "exp", "select_n"}
+from jaxbn.surgery._trace import Op, has_linear
+from jaxbn.surgery._words import kind, layers
 
 
 def run(scope: Scope) -> list[Any]:
@@ -53,10 +43,21 @@ class _Run:
       if chain is not None:
         return [chain]
     inputs = [self.env[i] for i in op.inputs]
-    reason = f"{_kind(op)} comes after it"
-    if op.name == "scan" and has_linear(op.eqn):
-      return self.loop(op, [v if isinstance(v, Known) else self.array(v, reason) for v in inputs])
-    return op.run([self.array(v, reason) for v in inputs])
+    reason = f"{kind(op)} comes after it"
+    settled = [v if isinstance(v, Known) else self.array(v, reason) for v in inputs]
+    linear_inside = has_linear(op.eqn)
+    if _bodies.can_be_looked_into(op) and (linear_inside or op.name == "cond"):
+      return _bodies.outputs(self.scope, op, settled, run)
+    if linear_inside:
+      self.not_looked_into(op, settled)
+    return op.run_here([self.array(v) for v in settled])
+
+  def not_looked_into(self, op: Op, inputs: Sequence[Any]) -> None:
+    """Lists what of the network may be inside."""
+    given = [v.leaves for v in inputs if isinstance(v, Known) and v.leaves]
+    if given:
+      reason = f"fold does not look into {kind(op)}: fold the function that runs inside it"
+      self.session.left[*self.scope.key, op.outputs[0]] = layers(given), reason
 
   def chained(self, op: Op, inputs: Inputs) -> Chain | None:
     """The operation on the chain that it reads, or on a new one; None for other operations."""
@@ -105,7 +106,9 @@ class _Run:
     if len(self.readers[number]) > 1:
       return "what it normalizes has another reader"
     maker = self.makers.get(number)
-    return "it stands at the input" if maker is None else f"it stands behind {_kind(maker)}"
+    return (
+      f"it stands at {self.scope.start}" if maker is None else f"it stands behind {kind(maker)}"
+    )
 
   def array(self, value: Any, reason: str = "") -> Any:
     """A value, computed: known, a chain that ends here for this reason, or an array."""
@@ -120,12 +123,12 @@ class _Run:
     elif value.factors:
       key = (*self.scope.key, value.steps[-1][0].outputs[0])
       reasons = filter(None, (value.origin, reason))
-      self.session.left[key] = (_layers(value), "; ".join(reasons))
+      self.session.left[key] = (_named(value), "; ".join(reasons))
     return self.run(value.base, value.steps)
 
   def run(self, x: Any, steps: Steps) -> Any:
     for op, inputs in steps:
-      (x,) = op.run([x if v is None else self.scope.value(v) for v in inputs])
+      (x,) = op.run_here([x if v is None else self.scope.value(v) for v in inputs])
     return x
 
   def folded(self, chain: Chain, of_op: Linear, fold: Fold) -> Any:
@@ -133,7 +136,7 @@ class _Run:
     before, after = chain.moves()
     x = self.run(chain.base, before)
     kernel = self.scope.stored(fold.kernel, chain.folded_kernel())
-    (y,) = chain.steps[chain.at][0].run((kernel, x) if of_op.kernel == 0 else (x, kernel))
+    (y,) = chain.steps[chain.at][0].run_here((kernel, x) if of_op.kernel == 0 else (x, kernel))
     self.session.epsilon = max(self.session.epsilon, float(jnp.finfo(y.dtype).eps))
     if chain.shift is not None and fold.bias is not None:
       shape = chain.shift.shape
@@ -160,61 +163,10 @@ class _Run:
       return name
 
     new_bias = None if chain.shift is None else free(bias)
-    folds[kernel.leaves] = fold = Fold(_layers(chain), free(first), new_bias)
+    folds[kernel.leaves] = fold = Fold(_named(chain), free(first), new_bias)
     return fold
 
-  def loop(self, op: Op, inputs: Sequence[Any]) -> Sequence[Any]:
-    """A scan, whose body is a scope for itself."""
-    params, body = op.eqn.params, op.eqn.params["jaxpr"]
-    inner = [v.aval for v in body.jaxpr.invars]
-    sliced = [a.ndim > b.ndim for a, b in zip(op.operands, inner, strict=True)]
-    results = zip(op.results, (v.aval for v in body.jaxpr.outvars), strict=True)
-    carried = sum(a.ndim == b.ndim for a, b in results)
-    first = len(inputs) - sum(sliced) - carried
-    program, key = flatten(body), (*self.scope.key, op.outputs[0])
-    rows = {i: inputs[i] for i, s in enumerate(sliced) if s and not isinstance(inputs[i], Known)}
 
-    def turn(carry: Any, given: Any) -> Any:
-      index, rows = given
-      values = [
-        carry[i - first]
-        if first <= i < first + carried
-        else Known(a.shape, a.dtype, v.leaves, outer=v, sliced=sliced[i])
-        if isinstance(v, Known)
-        else rows.get(i, v)
-        for i, (v, a) in enumerate(zip(inputs, inner, strict=True))
-      ]
-      outputs = run(Scope(self.session, program, values, key, self.scope, index))
-      return outputs[:carried], outputs[carried:]
-
-    start = [self.array(v) for v in inputs[first : first + carried]]
-    settings = {name: params[name] for name in ("reverse", "unroll")}
-    carry, stacked = lax.scan(turn, start, (jnp.arange(params["length"]), rows), **settings)
-    return [*carry, *stacked]
-
-
-def _kind(op: Op) -> str:
-  """What an operation is, in the words of networks."""
-  if op.name in _ACTIVATIONS:
-    return "an activation"
-  if op.name.startswith("reduce_window"):
-    return "a pool"
-  return _KINDS.get(op.name, op.name)
-
-
-def _layers(chain: Chain) -> str:
+def _named(chain: Chain) -> str:
   """The names of the layers that multiply, or, where none does, of those that add."""
-  values = chain.factors or chain.shifts
-  return ", ".join(dict.fromkeys(_common(v.leaves) for v in values))
-
-
-def _common(leaves: frozenset[str]) -> str:
-  """What paths of a layer's variables share: norm of params/norm/scale, batch_stats/norm/var."""
-  paths = [leaf.split("/")[:-1] for leaf in sorted(leaves)]
-
-  def start(paths: list[list[str]]) -> list[str]:
-    same = takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
-    return [names[0] for names in same]
-
-  ends = start([p[::-1] for p in paths])[::-1]
-  return "/".join(ends or start(paths)) or ", ".join(sorted(leaves))
+  return layers(v.leaves for v in chain.factors or chain.shifts)

@@ -11,7 +11,8 @@ from flax import nnx
 
 from jaxbn import linen
 from jaxbn import nnx as jaxbn_nnx
-from jaxbn.surgery._find import find, split_static
+from jaxbn.surgery._abstract import shapes_of_variables
+from jaxbn.surgery._find import find
 from jaxbn.surgery._foreign import Foreign
 
 NORMS = (
@@ -75,13 +76,12 @@ def param_labels(
   kinds = (*NORMS, *norms, *LINEAR)
   if isinstance(model, nn.Module):
     if variables is None:
-      init, arrays = split_static(model.init, jax.random.key(0), *example, **arguments)
-      variables = jax.eval_shape(init, arrays)
+      variables = shapes_of_variables(model, example, arguments)
     given = {"variables": variables, "kinds": kinds, "foreign": foreign}
     found = find(model, *example, **given, **arguments)
     params, first = variables.get("params", {}), 1  # after the collection
   else:
-    found = find(model, kinds=kinds, foreign=foreign)
+    found = find(model, variables=variables, kinds=kinds, foreign=foreign)
     params, first = nnx.state(model, nnx.Param), 0
   if not jax.tree.leaves(params):
     raise ValueError(f"this {type(model).__name__} has no parameters to be labeled.")

@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import dataclasses
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -188,20 +188,3 @@ def _methods(cls: Any) -> list[str]:
 
   names = {name for name in dir(cls) if not name.startswith("__")} - others | {"__call__"}
   return [*filter(is_method, sorted(names)), "apply", "init", "init_with_output", "lazy_init"]
-
-
-def here(options: Mapping[str, Any]) -> dict[str, Any]:
-  """Without an axis that is not bound here, where the whole batch is one array."""
-  options = dict(options)
-  name = options.get("axis_name")
-  if name is not None and not _is_bound(name):
-    options |= {"axis_name": None, "axis_index_groups": None}
-  return options
-
-
-def _is_bound(axis_name: Any) -> bool:
-  try:
-    jax.lax.axis_index(axis_name)
-  except NameError:
-    return False
-  return True

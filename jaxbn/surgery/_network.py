@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import errors
 
 from jaxbn._types import Moments, RunningStats
 from jaxbn.surgery import _population
-from jaxbn.surgery._find import Layer, find
+from jaxbn.surgery._find import find
 from jaxbn.surgery._foreign import Foreign, theirs
+from jaxbn.surgery._layer import Layer
 from jaxbn.surgery._spread import Spread, placed_like, rows
 from jaxbn.surgery._trees import Place, get, put, tree_of, with_statistics, with_tree
 
@@ -135,25 +135,17 @@ class Network:
 
   def _measurable(self, args: tuple[Any, ...]) -> list[Layer]:
     """The batch norms, all of which have statistics, and nothing else has."""
-    if not self.tree.keys() - {"params"}:
-      raise ValueError(
-        "variables holds params and nothing else: the statistics are in another collection. Give "
-        "{'params': params, 'batch_stats': batch_stats}."
-      )
     given = {"variables": self.variables, "foreign": self.foreign, **self.arguments}
-    try:
-      layers = find(self.model, *args, **given)
-    except (errors.ScopeVariableNotFoundError, errors.ScopeCollectionNotFound) as error:
-      raise ValueError(
-        f"variables lacks what a layer needs: {error} Give all collections, as init makes them."
-      ) from error
+    layers = find(self.model, *args, **given)
     if not layers:
       raise ValueError(
         f"this {type(self.model).__name__} calls no batch norm of Flax's or ours. If it has one of "
         "its own, say how to read it: foreign={ItsClass: jaxbn.surgery.Foreign(...)}."
       )
     known = {place[:-1] for layer in layers for place in layer.variables.values()}
-    lost = ["/".join(map(str, p)) for p in with_statistics(self.tree) if p not in known]
+    names = {(own.name("mean"), own.name("var")) for own in self.foreign.values()}
+    there = with_statistics(self.tree, {("mean", "var"), *names})
+    lost = ["/".join(map(str, p)) for p in there if p not in known]
     if lost and not self.partial:
       raise ValueError(
         f"there are statistics in {', '.join(lost)}, but no batch norm of Flax's or ours was "

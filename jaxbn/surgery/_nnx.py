@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxbn.nnx._common import write
+from jaxbn.surgery import _bound_axes
 from jaxbn.surgery._foreign import Foreign, bound, run
-from jaxbn.surgery._linen import here as linen_here
 from jaxbn.surgery._linen import is_library, library_class
 
 BATCH_NORMS = (nnx.BatchNorm,)  # ours are of its class too
@@ -39,7 +39,13 @@ def classes(model: Any) -> set[str]:
 
 def options(layer: Any, kind: Any) -> dict[str, Any]:
   """The arguments of the constructor that a layer keeps."""
-  names = set(inspect.signature(kind.__init__).parameters) - {"num_features"}
+  names: set[str] = set()
+  for cls in kind.__mro__:
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    names |= {p.name for p in parameters}
+    if all(p.kind is not p.VAR_KEYWORD for p in parameters):  # else the rest is for the base
+      break
+  names -= {"num_features"}
   return {name: value for name, value in vars(layer).items() if name in names}
 
 
@@ -118,7 +124,7 @@ def become(layer: Any, kind: Any, new: Any) -> None:
 def here(layer: Any) -> Iterator[None]:
   """Within it, a layer has no axis that is not bound here."""
   before = {v: getattr(layer, v) for v in ("axis_name", "axis_index_groups") if hasattr(layer, v)}
-  now = linen_here(before)
+  now = _bound_axes.here(before)
   for name in before:
     setattr(layer, name, now[name])
   try:

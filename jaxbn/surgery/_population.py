@@ -11,13 +11,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxbn import _checks
 from jaxbn._measure import moments
 from jaxbn._share import merge, sync
 from jaxbn._types import Moments
 from jaxbn.surgery import _linen, _nnx
-from jaxbn.surgery._find import Layer
+from jaxbn.surgery._bound_axes import here
 from jaxbn.surgery._foreign import Foreign, Read, bound, read, theirs
+from jaxbn.surgery._layer import Layer
 from jaxbn.surgery._trees import get, put
+from jaxbn.variants._examples import examples_axis
 
 # With the moments of each layer, by its path, so far: what the network gives, and those with one
 # more batch.
@@ -83,7 +86,7 @@ def _run_in_linen(
     layer, reading = call.layer, foreign.get(call.kind)
     options = reading.options_of(layer) if reading else _linen.options(layer, call.kind)
     (collection, *_), _ = call.places()[theirs(foreign, call.kind, "mean")]
-    options = _linen.here(options)
+    options = here(options)
     so_far = layer.get_variable(collection, _NAME)
     said = read(reading, layer, call.arguments)
     if reading:
@@ -119,7 +122,7 @@ class _Measuring(nnx.Module):
     _, kind = self.surgery_place
     reading, evaluating, observe = self.surgery_measuring
     call = bound(functools.partial(kind.__call__, self), *args, **kwargs)
-    options = _linen.here(reading.options_of(self) if reading else _nnx.options(self, kind))
+    options = here(reading.options_of(self) if reading else _nnx.options(self, kind))
     population = getattr(self, _NAME)
     said = read(reading, self, call)
     if reading:
@@ -168,9 +171,25 @@ def _with_call(
 def of_call(said: Read, options: Mapping[str, Any], shape: tuple[int, ...]) -> Moments:
   """The moments of what one call is given, all of the shape of the layer's statistics."""
   given = dict(said.given)
+  domains = given.pop("domains", None)
   if given.get("mask") is not None:
     given["mask"] = jnp.asarray(given["mask"], bool)
-  found = moments(said.x, axis=options.get("axis", -1), **given)
-  if options.get("axis_name") is not None:
-    found = sync(found, options["axis_name"], options.get("axis_index_groups"))
-  return Moments(*(jnp.reshape(jnp.broadcast_to(v, found.mean.shape), shape) for v in found))
+
+  def measured(mask: Any) -> Moments:
+    found = moments(said.x, axis=options.get("axis", -1), **given | {"mask": mask})
+    if options.get("axis_name") is not None:
+      found = sync(found, options["axis_name"], options.get("axis_index_groups"))
+    return Moments(*(jnp.broadcast_to(v, found.mean.shape) for v in found))
+
+  if domains is None:
+    found = measured(given["mask"])
+  else:  # one pass for each
+    axes = _checks.split_axes(jnp.ndim(said.x), options["axis"])
+    others = [a for a in range(jnp.ndim(said.x)) if a != examples_axis(said.x, axes)]
+    own = jnp.expand_dims(jnp.broadcast_to(domains, said.x.shape[axes.reduced[0]]), others)
+    each = []
+    for domain in range(options["num_domains"]):
+      mask = own == domain
+      each.append(measured(mask if given["mask"] is None else mask & given["mask"]))
+    found = jax.tree.map(lambda *rows: jnp.stack(rows), *each)
+  return Moments(*(jnp.reshape(v, shape) for v in found))

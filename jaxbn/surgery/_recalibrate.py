@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from jaxbn._track import init, update
 from jaxbn._types import RunningStats
-from jaxbn.surgery._find import Layer
 from jaxbn.surgery._foreign import Foreign
+from jaxbn.surgery._layer import Layer
 from jaxbn.surgery._network import Batches, Network, Population
 from jaxbn.surgery._spread import Spread, to_stderr
 

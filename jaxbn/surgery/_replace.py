@@ -12,13 +12,11 @@ from flax import nnx
 
 from jaxbn import linen
 from jaxbn import nnx as jaxbn_nnx
-from jaxbn._batch_norm import batch_norm
 from jaxbn.surgery import _linen, _nnx
-from jaxbn.surgery._find import Layer, nothing, of_call, of_node
-from jaxbn.surgery._foreign import Foreign
+from jaxbn.surgery._foreign import Foreign, options_of_function
+from jaxbn.surgery._layer import Layer, nothing, of_call, of_node
 
 Rule = Callable[[str, Layer], Any]
-_OF_THE_CALL = {"x", "scale", "bias", "state", "mask", "weights", "residual", "use_running_average"}
 
 
 def replace(
@@ -80,9 +78,7 @@ def replace(
   if not is_linen:
     return _in_nnx(nnx.clone(model) if copy else model, choose, dict(foreign or {}))
   if not copy:
-    raise ValueError(
-      "copy=False is for NNX: a Linen module is never changed. Use what is returned."
-    )
+    raise ValueError("copy=False is for NNX: a Linen module is never changed. Use the result.")
   return _in_linen(model, choose, dict(foreign or {}))
 
 
@@ -113,12 +109,14 @@ def _chosen(
 
 def _in_linen(model: nn.Module, choose: Any, foreign: dict[type, Foreign]) -> Any:
   done: dict[str, Layer] = {}
+  refused: set[str] = set()
 
   def around(call: _linen.Call) -> Any:
     reading = foreign.get(call.kind)
     layer = of_call(call, reading)
     chosen = choose(layer)
     if chosen is None:
+      refused.add(layer.path)
       return call.run()
     done[layer.path] = layer
     make, options = chosen
@@ -126,27 +124,28 @@ def _in_linen(model: nn.Module, choose: Any, foreign: dict[type, Foreign]) -> An
       return call.run_instead(make.clone if isinstance(make, nn.Module) else make, options)
     if call.layer.is_initializing():  # their variables are made as they make them
       return call.run()
-    return call.run_foreign(reading, **_of_function(layer, options))
+    return call.run_foreign(reading, **options_of_function(layer, options))
 
   def finished(others: set[str]) -> None:
     if not done:
-      raise ValueError(nothing("replaced", model, others))
+      raise ValueError(nothing("replaced", model, others, refused))
 
   kinds = (*_linen.BATCH_NORMS, *foreign)
   return _linen.intercepted(model, around, kinds, finished, surgery_replaced=done)
 
 
 def _in_nnx(model: Any, choose: Any, foreign: dict[type, Foreign]) -> Any:
-  done = 0
+  done, refused = 0, []
   for path, node, kind in _nnx.layers(model, (*_nnx.BATCH_NORMS, *foreign)):
     reading = foreign.get(kind)
     layer = of_node(path, node, kind, reading)
     chosen = choose(layer)
     if chosen is None:
+      refused.append(layer.path)
       continue
     make, options = chosen
     if reading:
-      options = _of_function(layer, options)
+      options = options_of_function(layer, options)
       node.surgery_foreign = reading, kind, tuple(options.items())
       cls: Any = type(node)
       node.__class__ = _nnx.with_mixin(cls, kind, _nnx.ByOurs)
@@ -162,23 +161,8 @@ def _in_nnx(model: Any, choose: Any, foreign: dict[type, Foreign]) -> Any:
     node.surgery_replaced = layer.kind
     done += 1
   if not done:
-    raise ValueError(nothing("replaced", model, _nnx.classes(model)))
+    raise ValueError(nothing("replaced", model, _nnx.classes(model), refused))
   return model
-
-
-def _of_function(layer: Layer, options: dict[str, Any]) -> dict[str, Any]:
-  """The options, where it is the function that runs a layer that is not Flax's."""
-  known = set(inspect.signature(batch_norm).parameters) - _OF_THE_CALL
-  for name in options.keys() - known:
-    raise TypeError(
-      f"{name!r} is no option for {layer}, which is not Flax's: {', '.join(known)} are."
-    )
-  if options.get("debias") or options.get("momentum", 0.99) is None:
-    raise ValueError(
-      f"{layer} is not Flax's and has no leaf count, which debias=True and momentum=None need: "
-      "leave the option out there, by a rule or where=."
-    )
-  return options
 
 
 def replaced(model: Any) -> list[Layer]:

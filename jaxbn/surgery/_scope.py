@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from jaxbn.surgery._known import Known, computed
-from jaxbn.surgery._trace import Op, Program
+from jaxbn.surgery._trace import BETWEEN_DEVICES, Op, Program, reads
 
 Key = frozenset[str]  # the leaves of a kernel: each is folded once
 
@@ -86,7 +86,8 @@ class Scope:
   Attributes:
     session, program: the ones that it was made of.
     key: the numbers of the loops around it.
-    parent, turn: for a loop's body, what is around it, and the index of the turn.
+    parent, turn: for the body of an operation, what is around it, and of a scan the turn's index.
+    start: where its inputs come from, in words.
     env: what is known of the program's values, and the inputs.
     unknown: the operations of which the input decides.
   """
@@ -99,9 +100,10 @@ class Scope:
     key: tuple[int, ...] = (),
     parent: Scope | None = None,
     turn: Any = None,
+    start: str = "the input",
   ) -> None:
     self.session, self.program, self.key = session, program, key
-    self.parent, self.turn = parent, turn
+    self.parent, self.turn, self.start = parent, turn, start
     self.env: dict[int, Any] = dict(zip(program.inputs, inputs, strict=True))
     self.unknown: list[Op] = []
     self._uses: Counter[str] = Counter()  # of the leaves, by what is not known
@@ -115,14 +117,15 @@ class Scope:
     for op in program.ops:
       given = [self.env.get(i) for i in op.inputs]
       known = [v for v in given if isinstance(v, Known)]
-      if len(known) == len(given) and not op.eqn.effects:
+      if len(known) == len(given) and not op.eqn.effects and op.name not in BETWEEN_DEVICES:
         self.env.update(zip(op.outputs, computed(op, known), strict=True))
       else:
         self.unknown.append(op)
-        self._count(known)
-    self._count(self.env.get(i) for i in program.outputs)
+        self._count(reads(op))
+    self._count(program.outputs)
 
-  def _count(self, values: Iterable[Any]) -> None:
+  def _count(self, numbers: Iterable[int]) -> None:
+    values = map(self.env.get, numbers)
     self._uses.update(leaf for v in values if isinstance(v, Known) for leaf in v.leaves)
 
   def shared(self, *leaves: str) -> bool:

@@ -8,13 +8,20 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
 _CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"}
 # With a derivative of their own, which is lost where they are inlined.
 _CUSTOM = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vmap_call"}
+_SAYS_NOTHING_OF_VALUES = {"optimization_barrier", "pvary"}
+# They depend on the device, whatever is known.
+BETWEEN_DEVICES = {
+  *("axis_index", "psum", "psum2", "psum_invariant", "pmax", "pmin", "ppermute", "all_gather"),
+  *("all_gather_invariant", "all_to_all", "reduce_scatter", "pbroadcast"),
+}
 LINEAR = {"conv_general_dilated", "dot_general"}
-_WORTH_INLINING = LINEAR | {"mul", "sub", "div", "scan"}
+_WORTH_INLINING = LINEAR | {"mul", "sub", "div", "scan", "while", "cond", "shard_map"}
 
 
 class Op(NamedTuple):
@@ -39,6 +46,10 @@ class Op(NamedTuple):
     """The shapes and dtypes of its outputs."""
     return [v.aval for v in self.eqn.outvars]
 
+  def run_here(self, values: Sequence[Any]) -> list[Any]:
+    """What it gives where it stands, in a shard_map on values that are typed as it takes them."""
+    return self.run([_as_typed(a, x) for a, x in zip(self.operands, values, strict=True)])
+
   def run(self, values: Sequence[Any]) -> list[Any]:
     """What it gives for the values of its inputs."""
     read = {v: x for v, x in zip(self.eqn.invars, values, strict=True) if type(v) is not Literal}
@@ -46,6 +57,17 @@ class Op(NamedTuple):
       eqns=[self.eqn], constvars=[], invars=list(read), outvars=self.eqn.outvars
     )
     return jaxpr_as_fun(ClosedJaxpr(alone, []))(*read.values())
+
+
+def _as_typed(aval: Any, value: Any) -> Any:
+  """The value, typed to vary along the axes along which this type varies."""
+  axes = _varying(aval) - _varying(jax.typeof(value))
+  return lax.pcast(value, tuple(axes), to="varying") if axes else value
+
+
+def _varying(aval: Any) -> frozenset[Any]:
+  manual = getattr(aval, "manual_axis_type", aval)  # in jax 0.9 the type itself has vma
+  return getattr(manual, "varying", getattr(manual, "vma", frozenset()))
 
 
 class Program(NamedTuple):
@@ -80,10 +102,10 @@ def flatten(closed: ClosedJaxpr) -> Program:
 
     for eqn in jaxpr.eqns:
       given = tuple(map(read, eqn.invars))
-      if eqn.primitive.name == "optimization_barrier":
+      if eqn.primitive.name in _SAYS_NOTHING_OF_VALUES:
         outputs = given
       elif (body := _inlined(eqn)) is not None:
-        outputs = inline(body.jaxpr, body.consts, given)
+        outputs = inline(body.jaxpr, body.consts, given[-len(body.jaxpr.invars) or len(given) :])
       elif (forwarded := _forwarded(eqn)) is not None:
         outputs = tuple(given[1 + i] for i in forwarded)
       else:
@@ -104,6 +126,18 @@ def flatten(closed: ClosedJaxpr) -> Program:
   return Program(live, inputs, outputs, constants, readers)
 
 
+def reads(op: Op) -> list[int]:
+  """Its inputs, each as often as it is read: those of a choice in each branch that reads it."""
+  if op.name != "cond":
+    return list(op.inputs)
+  read = list(op.inputs[:1])
+  for body in op.eqn.params["branches"]:
+    atoms = [*body.jaxpr.outvars, *(a for eqn in body.jaxpr.eqns for a in eqn.invars)]
+    read_there = {a for a in atoms if not isinstance(a, Literal)}
+    read += [i for i, v in zip(op.inputs[1:], body.jaxpr.invars, strict=True) if v in read_there]
+  return read
+
+
 def has_linear(eqn: JaxprEqn) -> bool:
   """Whether a convolution or a product is inside."""
   return any(map(_has(LINEAR), _bodies(eqn)))
@@ -122,6 +156,8 @@ def _inlined(eqn: JaxprEqn) -> ClosedJaxpr | None:
   name = eqn.primitive.name
   if name in _CALLS or (name in _CUSTOM and any(map(_has(_WORTH_INLINING), _bodies(eqn)))):
     return next(iter(_bodies(eqn)))
+  if name == "cond" and isinstance(eqn.invars[0], Literal):
+    return eqn.params["branches"][int(eqn.invars[0].val)]
   return None
 
 

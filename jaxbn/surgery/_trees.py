@@ -70,10 +70,12 @@ def without(tree: Any, places: Iterable[Place]) -> Any:
   return kept(tree, ())
 
 
-def with_statistics(tree: Any, place: Place = ()) -> Iterator[Place]:
-  """Where there are a mean and a variance."""
+def with_statistics(
+  tree: Any, names: Iterable[tuple[str, str]] = (("mean", "var"),), place: Place = ()
+) -> Iterator[Place]:
+  """Where there are a mean and a variance, of whatever names."""
   if isinstance(tree, Mapping):
-    if {"mean", "var"} <= tree.keys():
+    if any({*pair} <= tree.keys() for pair in names):
       yield place
     for key, below in tree.items():
-      yield from with_statistics(below, (*place, key))
+      yield from with_statistics(below, names, (*place, key))

@@ -4,7 +4,7 @@ from examples import adapt
 
 
 def test_statistics_at_hand_help_under_low_contrast(monkeypatch, capsys):
-  small = {"WIDTHS": (8, 16), "STEPS": 60, "EPOCHS": 1}
+  small = {"WIDTHS": (8, 16), "STEPS": 60}
   small["CORRUPTIONS"] = {"contrast": adapt.contrast}
   for name, value in small.items():
     monkeypatch.setattr(adapt, name, value)

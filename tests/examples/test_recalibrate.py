@@ -4,7 +4,7 @@ from examples import recalibrate
 
 
 def test_recalibration_regains_what_a_border_took(monkeypatch, capsys):
-  small = {"WIDTHS": (8, 16), "BLOCKS": (1, 1), "STEPS": 60, "AVERAGED": 4, "PARTS": 1}
+  small = {"WIDTHS": (8, 16), "BLOCKS": (1, 1), "STEPS": 60, "AVERAGED": 2, "PARTS": 1}
   for name, value in small.items():
     monkeypatch.setattr(recalibrate, name, value)
   found = recalibrate.main()

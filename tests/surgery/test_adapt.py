@@ -64,5 +64,10 @@ def test_what_cannot_be_is_said(source):
   with pytest.raises(ValueError, match=r"BatchNorm BatchNorm_0 were never updated.*prior=0"):
     adapt(model, fresh, BATCHES, prior=4.0, devices=ONE, train=False)
   adapt(model, fresh, BATCHES, devices=ONE, train=False)  # as it says
+  broken = jax.tree.map(lambda a: a.at[0].set(jnp.nan), variables["batch_stats"])
+  with pytest.raises(ValueError, match=r"BatchNorm_0 have a NaN .*prior=0"):
+    adapt(model, {**variables, "batch_stats": broken}, BATCHES, prior=4.0, train=False)
+  with pytest.raises(ValueError, match="holds no domain"):
+    adapt(model, variables, {})
   with pytest.raises(ValueError, match=r"prior=-1.* is out of range"):
     adapt(model, variables, BATCHES, prior=-1.0)

@@ -67,8 +67,10 @@ def test_what_cannot_be_is_said():
   with pytest.raises(ValueError, match=r"BatchNorm layers/0: no batch norm here has a scale"):
     minimize_entropy(bare, None, [X], optax.sgd(1.0))
   full = nnx.Sequential(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
-  with pytest.raises(ValueError, match=r"entropy of batch 1 is nan"):
+  with pytest.raises(ValueError, match=r"BatchNorm layers/0 is given has a NaN"):
     minimize_entropy(full, None, [X, X * jnp.nan], optax.sgd(1.0), devices=ONE)
+  with pytest.raises(ValueError, match=r"entropy of batch 1 is nan.* smaller learning rate"):
+    minimize_entropy(full, None, [X, X], optax.sgd(jnp.inf), devices=ONE)
   with pytest.raises(ValueError, match="batches gave none"):
     minimize_entropy(full, None, [], optax.sgd(1.0))
 

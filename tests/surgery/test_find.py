@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import jaxbn.linen
+import jaxbn.nnx
 from jaxbn.surgery import Foreign, find
 from tests import layers
 from tests.surgery import networks
@@ -66,6 +67,9 @@ def test_our_layers_are_found_as_what_they_are():
   assert (layer.kind, layer.path) == (jaxbn.linen.BatchRenorm, "")
   assert layer.options["r_max"] == 3.0
   assert repr(layer) == "BatchRenorm (the top)"
+  renorm = jaxbn.nnx.BatchRenorm(3, r_max=2.0, axis=1, momentum=0.5, rngs=nnx.Rngs(0))
+  (layer,) = find(renorm)
+  assert [layer.options[name] for name in ("r_max", "axis", "momentum")] == [2.0, 1, 0.5]
 
 
 @pytest.mark.parametrize("example", [(), (X,)])
@@ -87,6 +91,15 @@ def test_a_graph_is_searched_or_run(example):
     assert not found[0].evaluating
   layers.assert_bit_equal(networks.snapshot(model), before)
   assert type(model.named["own"]) is networks.NnxOwn
+
+
+def test_variables_that_are_not_there_or_not_wanted():
+  model = networks.PreActivation()
+  params = {"params": model.init(jax.random.key(0), X)["params"]}
+  with pytest.raises(ValueError, match=r"lacks what a layer needs.*BatchNorm_0.*Give all"):
+    find(model, X, variables=params)
+  with pytest.raises(TypeError, match="leave variables out"):
+    find(networks.nnx_network(), variables=params)
 
 
 def test_a_layer_that_is_not_flax_s():

@@ -78,6 +78,7 @@ FOLDED = {
   "einsum": lambda x, norm: norm(axis=1)(nn.Einsum((4, 3), "bhwc,cd->bdhw")(x)),
   "squeeze and excite": squeeze_and_excite,
   "before, valid": lambda x, norm: conv(3, padding="VALID")(before(x, norm)),
+  "before, one by one": lambda x, norm: conv(3, 1)(before(x, norm)),
   "before, grouped": lambda x, norm: conv(6, padding="VALID", feature_group_count=2)(
     before(x, norm)
   ),
@@ -90,6 +91,12 @@ FOLDED = {
 }
 LEFT = {
   "zeros around": (lambda x, norm: conv()(before(x, norm)), "puts zeros around"),
+  "zeros by hand": (
+    lambda x, norm: conv(padding="VALID")(
+      jnp.pad(before(x, norm), [(0, 0), (1, 1), (1, 1), (0, 0)])
+    ),
+    "pad comes after it",
+  ),
   "pre-activation": (lambda x, norm: conv()(nn.relu(norm()(x))), "at the input; an activation"),
   "pool": (lambda x, norm: norm()(nn.max_pool(conv()(x), (2, 2))), "behind a pool"),
   "concatenation": (lambda x, norm: norm()(jnp.concatenate([x, conv()(x)], -1)), "concatenation"),
@@ -190,6 +197,73 @@ def test_norms_of_peoples_own_fold(hand_made):
   assert_same(function, variables, folded, x)
   assert sorted(folded.variables) == ["0/w", "0/w_bias", "1/w", "1/w_bias"]
   assert repr(folded.report) == "folded 0 into 0/w\nfolded 1 into 1/w"
+
+
+def whole_batch(layers, x):
+  one = jax.make_mesh((2,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+  specs = (jax.P(), jax.P("rows"))
+  f = jax.shard_map(by_hand, mesh=one, in_specs=specs, out_specs=specs[1])
+  return by_hand(layers[1], f(layers[0], x))
+
+
+def on_a_device(layers, x):
+  return by_hand(layers[0], lax.cond(x.sum() > 0, lambda: by_hand(layers[1], x), lambda: x))
+
+
+INSIDE = {
+  "while": lambda layers, x: lax.while_loop(
+    lambda c: c[0] < 3, lambda c: (c[0] + 1, by_hand(layers[1], by_hand(layers[0], c[1]))), (0, x)
+  )[1],
+  "cond": lambda layers, x: lax.cond(
+    x.sum() > 0, lambda: by_hand(layers[0], x), lambda: by_hand(layers[1], x)
+  ),
+  "cond within": on_a_device,
+  "cond that is decided": lambda layers, x: by_hand(
+    layers[0],
+    lax.cond(False, lambda x: by_hand(layers[1], -x), lambda x: by_hand(layers[1], x), x),
+  ),
+  "shard_map": whole_batch,
+}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_what_is_inside_folds(hand_made, name):
+  _, variables, x = hand_made
+  folded = fold(INSIDE[name], variables, x, rtol=EPS)
+  assert_same(INSIDE[name], variables, folded, x)
+  assert sorted(folded.report.folded) == [("0", "0/w"), ("1", "1/w")]
+  assert not folded.report.left
+  assert sorted(folded.variables) == ["0/w", "0/w_bias", "1/w", "1/w_bias"]
+
+
+LEFT_INSIDE = {
+  "one kernel in two branches": (
+    lambda layers, x: lax.cond(
+      x.sum() > 0, lambda: by_hand(layers[0], x), lambda: by_hand(layers[0], -x)
+    ),
+    "left 0: the kernel before it has other readers",
+  ),
+  "a norm alone": (
+    lambda layers, x: lax.cond(
+      x.sum() > 0, lambda y: y * layers[1]["gamma"], jnp.negative, x @ layers[0]["w"][..., 0, 0]
+    ),
+    "left 1: it stands at the start of a cond: move the kernel before it inside",
+  ),
+  "by platform": (
+    lambda layers, x: lax.platform_dependent(
+      x, cpu=lambda x: by_hand(layers[0], x), default=lambda x: by_hand(layers[1], x)
+    ),
+    "left 0, 1: fold does not look into a choice by platform: fold the function",
+  ),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_INSIDE)
+def test_what_is_left_inside_has_its_reason(hand_made, name):
+  _, variables, x = hand_made
+  function, reason = LEFT_INSIDE[name]
+  with pytest.raises(ValueError, match=f"(?s)no batch norm that.*{reason}"):
+    fold(function, variables, x[..., :4, :4])
 
 
 def test_what_a_function_closes_over_folds(hand_made):

@@ -160,8 +160,15 @@ def test_what_cannot_be_is_refused(linen):
   del inserted
   with pytest.raises(ValueError, match="batches gave none"):
     insert(model, variables, iter([]))
-  with pytest.raises(ValueError, match=r"calls \[.*Dense head\], and there is a norm behind all"):
+  with pytest.raises(ValueError, match=r"calls \[.*Dense head\], and where= takes none"):
     insert(model, variables, BATCHES, where=lambda path, layer: path == "third")
+  alone = nn.Sequential([nn.Dense(2)])
+  given = alone.init(jax.random.key(0), ALL[0, 0]), [ALL[0, 0]]
+  with pytest.raises(ValueError, match=r"all but the last: where=lambda path, layer: True"):
+    insert(alone, *given)
+  assert len(insert(alone, *given, where=lambda path, layer: True).layers) == 1
+  with pytest.raises(TypeError, match="of type NoneType"):
+    insert(model, None, BATCHES)
   with pytest.raises(ValueError, match=r"BatchNorm first/norm is given has a NaN"):
     insert(model, variables, [BATCHES[0].at[0].set(jnp.nan)])
   bare = functools.partial(jaxbn.linen.BatchNorm, use_bias=False)

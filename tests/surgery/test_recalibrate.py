@@ -11,7 +11,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 import jaxbn.linen
-from jaxbn.surgery import recalibrate, replace
+from jaxbn.surgery import adapt, recalibrate, replace
 from jaxbn.surgery._spread import Spread
 from tests import layers
 from tests.surgery import networks
@@ -185,7 +185,7 @@ def test_what_cannot_be_is_said():
     ValueError, match=r"BatchNorm BatchNorm_0 is given has a NaN .* 1 of 3 channels"
   ):
     run([x, x.at[0, 1].set(jnp.nan)])
-  with pytest.raises(ValueError, match="holds params and nothing else"):
+  with pytest.raises(ValueError, match=r"lacks what a layer needs.*'batch_stats': batch_stats"):
     run([x], variables={"params": variables["params"]})
   with pytest.raises(ValueError, match=r"lacks what a layer needs.*BatchNorm_0"):
     run([x], variables={**variables, "batch_stats": {}})
@@ -214,3 +214,46 @@ def test_statistics_are_where_they_were_whatever_divides_the_batches():
     for old, leaf in zip(jax.tree.leaves(given), jax.tree.leaves(new), strict=True):
       assert leaf.devices() == devices
       assert leaf.committed == old.committed
+
+
+class Domains(nn.Module):
+  @nn.compact
+  def __call__(self, x, domains, mask):
+    layer = jaxbn.linen.DomainBatchNorm(num_domains=3, use_running_average=True, name="norm")
+    return layer(x, domains, mask=mask)
+
+
+class NnxDomains(nnx.Module):
+  def __init__(self):
+    self.norm = jaxbn.nnx.DomainBatchNorm(networks.WIDTH, 3, rngs=nnx.Rngs(0))
+    self.norm.mean[...] += 1
+
+  def __call__(self, x, domains, mask):
+    return self.norm(x, domains, mask=mask)
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_each_domain_gets_its_own_examples(kind):
+  """Images with a mask, in two batches; a domain that is absent keeps what it had."""
+  x = np.float32(RNG.normal(1, 2, (6, 2, 2, networks.WIDTH)))
+  domains, mask = np.array([0, 2, 0, 2, 2, 0]), np.arange(6) != 3
+  batches = [(x[i], domains[i], mask[i, None, None, None]) for i in np.split(np.arange(6), [4])]
+  ones = {"mean": jnp.ones((3, 3)), "var": jnp.ones((3, 3))}
+  if kind == "linen":
+    affine = {"scale": jnp.ones(3), "bias": jnp.zeros(3)}
+    given = Domains(), {"params": {"norm": affine}, "batch_stats": {"norm": ones}}
+    read = lambda new: new["batch_stats"]["norm"]  # noqa: E731
+  else:
+    given = NnxDomains(), None
+    read = lambda new: {"mean": new.norm.mean[...], "var": new.norm.var[...]}  # noqa: E731
+  own = [x[(domains == d) & mask].reshape(-1, networks.WIDTH) for d in (0, 2)]
+  expected = {name: np.ones((3, 3), np.float32) for name in ones}
+  for name, of in (("mean", np.mean), ("var", np.var)):
+    expected[name][[0, 2]] = [of(v, 0) for v in own]
+  layers.assert_equal_to_rounding(read(recalibrate(*given, batches)), expected)
+  # An example of the prior has as many elements as one of the batches on average.
+  prior = 2.0 * sum(map(len, own)) / len(x)
+  shares = np.float32([len(own[0]) / (len(own[0]) + prior), 0, len(own[1]) / (len(own[1]) + prior)])
+  mixed = read(adapt(*given, batches, prior=2.0))["mean"]
+  expected = 1 + shares[:, None] * (expected["mean"] - 1)
+  np.testing.assert_allclose(mixed, expected, rtol=1e-5, atol=1e-5)

@@ -212,8 +212,11 @@ def test_nothing_replaced_is_an_error_that_says_what_there_is():
     replace(nn.Sequential([nn.Dense(2)])).init(jax.random.key(0), X)
   with pytest.raises(ValueError, match=r"There are .*Linear"):
     replace(nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0))))
-  with pytest.raises(ValueError, match="nothing"):
-    replace(networks.nnx_network(), where=lambda path, layer: False)
+  nowhere = lambda path, layer: False  # noqa: E731
+  with pytest.raises(ValueError, match=r"it has .* blocks/0/norm, .* takes none"):
+    replace(networks.nnx_network(), where=nowhere)
+  with pytest.raises(ValueError, match=r"it has batch norms in BatchNorm_0, .* takes none"):
+    replace(networks.PreActivation(), where=nowhere).init(jax.random.key(0), X)
   with pytest.raises(ValueError, match="after it was initialized"):
     replaced(replace(networks.PreActivation()))
 
