@@ -12,10 +12,10 @@
 # make format             ruff's fixes and formatting
 # make exactness          the README's comparison with Flax
 # make house              how far a reader of the core has to go, into docs/design.md
+# make experiments        published claims measured, docs/experiments/ (ARGS=faster for one)
 # make compare-norms      every norm on Fashion-MNIST: batch sizes, depths, step times (ARGS=--long)
 # make compare-recurrent  recurrent batch normalization's experiments, and its cost
 # make compare-renorm     batch renormalization's experiments
-# make compare-descent    the experiments of length and direction apart
 # make doctor-rates       how often jaxbn.diagnose is right: planted faults, and healthy networks
 # make bench              time and accuracy on this machine's CPU, beside other libraries
 # make bench-step         whole training steps beside Flax's, on the device that is here
@@ -46,7 +46,7 @@ OLDEST_TESTS := $(filter-out tests/test_readme.py tests/test_docs.py tests/test_
 
 # All create an environment and install what they need, at most once.
 .PHONY: help train train-hosts chaos test wheel foreign fuzz exactness house experiments compare-norms compare-recurrent \
-        compare-renorm compare-descent bench bench-step bench-fold bench-compiled bench-scaling doctor-rates \
+        compare-renorm bench bench-step bench-fold bench-compiled bench-scaling doctor-rates \
         lint types pytest pytest-oldest format clean $(WHEELS:=/run)
 .DEFAULT_GOAL := help
 
@@ -119,9 +119,6 @@ compare-recurrent: $(INSTALLED)
 
 compare-renorm: $(INSTALLED)
 	@$(BIN)/python -m experiments.renorm $(ARGS)
-
-compare-descent: $(INSTALLED)
-	@$(BIN)/python -m experiments.length_direction $(ARGS)
 
 doctor-rates: $(INSTALLED)
 	@$(BIN)/python -u -m benchmarks.doctor_rates $(ARGS)

@@ -8,7 +8,15 @@ from experiments import experiment
 from experiments.experiment import PAGES, Experiment, Found
 
 # In the order of the gallery.
-NAMES = ("faster", "rates", "centering", "smoothness", "depth")
+NAMES = (
+  "faster",
+  "rates",
+  "centering",
+  "placement",
+  "smoothness",
+  "depth",
+  "length_direction",
+)
 
 
 def main() -> None:

@@ -19,11 +19,16 @@ Look = Callable[[Any], dict[str, jax.Array]]  # variables, to what is kept of th
 
 
 def recipe(
-  model: nn.Module, dataset: str, momentum: float = 0.0, look: Look = lambda variables: {}
+  model: nn.Module,
+  dataset: str,
+  momentum: float = 0.0,
+  look: Look = lambda variables: {},
+  clip: optax.GradientTransformation | None = None,
 ) -> Recipe:
   """Descent on the cross-entropy of a model that is called as model(images, training).
 
-  Looks at the accuracy on validation and test images in evaluation, and at what `look` gives.
+  `clip`, which keeps no state, is applied to the gradient before its momentum. Looks at the
+  accuracy on validation and test images in evaluation, and at what `look` gives.
   """
   of = {name: jax.tree.map(jnp.asarray, split) for name, split in splits(dataset).items()}
   train = of["train"]
@@ -50,6 +55,9 @@ def recipe(
       return each.mean(), changed
 
     gradient, changed = jax.grad(loss, has_aux=True)(variables["params"])
+    if clip is not None:
+      params = variables["params"]
+      gradient, _ = clip.update(gradient, clip.init(params), params)
     velocity = jax.tree.map(lambda v, g: momentum * v + g, velocity, gradient)
     params = jax.tree.map(lambda p, v: p - rate * v, variables["params"], velocity)
     return {"params": params, **changed}, velocity, key

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -49,6 +50,21 @@ def descend(
     and after every `every`, leaves (looks, rates, seeds, ...).
   """
   seeds, steps, _ = orders.shape
+  start, look, advance = compiled(recipe)
+  started = start(jax.random.split(jax.random.key(0), seeds))
+  carry = jax.tree.map(lambda a: jnp.repeat(a[None], len(rates), 0), started)
+  looks = [look(carry)]
+  with Progress() as progress:
+    for first in progress.track(range(0, steps, every), description=say):
+      now = jnp.asarray(orders[:, first : first + every])
+      carry, seen = advance(carry, jnp.asarray(rates), now)
+      looks.append(jax.block_until_ready(seen))
+  return carry, jax.tree.map(lambda *a: np.stack(a), *looks)
+
+
+@functools.lru_cache(maxsize=1)  # compiled once where the same networks train again
+def compiled(recipe: Recipe) -> tuple[Callable[..., Any], ...]:
+  """The start for all seeds; a look at, and some steps of, all rates and seeds."""
 
   def some_steps(carry: Carry, rate: jax.Array, order: jax.Array) -> tuple[Carry, Any]:
     step = lambda carry, batch: (recipe.step(carry, rate, batch), None)  # noqa: E731
@@ -56,17 +72,8 @@ def descend(
     return carry, recipe.look(carry)
 
   for_each = jax.vmap(jax.vmap(some_steps, (0, None, 0)), (0, 0, None))
-  advance = jax.jit(for_each, donate_argnums=0)
-  keys = jax.random.split(jax.random.key(0), seeds)
-  started = jax.vmap(recipe.start)(keys)
-  carry = jax.tree.map(lambda a: jnp.repeat(a[None], len(rates), 0), started)
-  looks = [jax.jit(jax.vmap(jax.vmap(recipe.look)))(carry)]
-  with Progress() as progress:
-    for first in progress.track(range(0, steps, every), description=say):
-      now = jnp.asarray(orders[:, first : first + every])
-      carry, seen = advance(carry, jnp.asarray(rates), now)
-      looks.append(jax.block_until_ready(seen))
-  return carry, jax.tree.map(lambda *a: np.stack(a), *looks)
+  look = jax.jit(jax.vmap(jax.vmap(recipe.look)))
+  return jax.jit(jax.vmap(recipe.start)), look, jax.jit(for_each, donate_argnums=0)
 
 
 def best(validation: np.ndarray) -> int:
