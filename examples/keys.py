@@ -164,6 +164,12 @@ SECTIONS: dict[str, dict[str, Key]] = {
     "eval_batch_size": Key(512, COUNT, "in tests, over all devices; any gives the same", FREE),
     "log_every": Key(20, COUNT, "steps between rows of metrics", FREE),
     "eval_every": Key(100, COUNT, "steps between tests", FREE),
+    "diagnose_every": Key(
+      0,
+      numbers(1, or_zero="none"),
+      "steps between diagnoses of the batch norms, besides the last; 0: none",
+      FREE,
+    ),
     "save_every": Key(100, COUNT, "steps between checkpoints", FREE),
     "keep": Key(3, COUNT, "checkpoints, of which older ones are deleted", FREE),
   },

@@ -25,6 +25,7 @@ from examples import hosts, optimizers, steps
 from examples.clock import Clock
 from examples.data import Dataset
 from examples.settings import Failure, write_atomically
+from jaxbn.diagnostics import Report
 
 # Steps given to the devices before the oldest is waited for: enough that they never run
 # dry, few enough that Ctrl-C is answered at once and the progress bar tells the truth.
@@ -85,6 +86,7 @@ class Reporter:
     self.rows = [row for row in read_rows(directory) if row["step"] <= start]
     self.waiting = 0.0
     self._config, self._console, self._clock = config, console, clock
+    self._directory = directory
     self._schedule = optimizers.schedule(config)
     file = directory / "metrics.jsonl"
     self._file: TextIO | None = None
@@ -191,6 +193,17 @@ class Reporter:
       + (f", steps skipped {skipped}" if skipped else ""),
       highlight=False,
     )
+
+  def diagnosed(self, step: int, found: Report) -> None:
+    """Says what a diagnosis found, in a line for each fault, and where the rest is."""
+    lines = found.brief().splitlines()
+    self._console.print(f"step {step:>6} of {self._config.steps}: {lines[0]}", markup=False)
+    for line in lines[1:]:
+      self._console.print(f"  {line}", markup=False)
+    if not found.ok:
+      self._console.print(
+        f"  What to do: python -m jaxbn.diagnostics {self._directory}", markup=False
+      )
 
   @contextlib.contextmanager
   def pause(self, step: int, activity: str) -> Iterator[None]:

@@ -202,6 +202,16 @@ def unreplicate(tree: Any) -> Any:
   return jax.tree.map(lambda x: np.array(x.addressable_shards[0].data), tree)
 
 
+def local(tree: Any) -> Any:
+  """What this process's first device has of arrays, there: of replicated ones a copy."""
+  return jax.tree.map(lambda x: x.addressable_shards[0].data, tree)
+
+
+def each_copy(tree: Any) -> Any:
+  """What each device of this process has of replicated arrays, on the host, along a first axis."""
+  return jax.tree.map(lambda x: np.stack([s.data for s in x.addressable_shards]), tree)
+
+
 def evaluate(
   step: Callable[..., Sums], state: TrainState, batches: Iterable[Any], parallel: Parallelism
 ) -> tuple[float, float, int]:

@@ -39,6 +39,7 @@ from examples import (
   command_line,
   curves,
   data,
+  diagnose,
   hosts,
   microbatches,
   models,
@@ -103,6 +104,8 @@ def run(
   parallel = parallelism.create(config, devices)
   accumulation = config.microbatches, config.microbatch_statistics
   dataset, batches = hosts.in_turn(lambda: load(config))
+  if config.diagnose_every:
+    diagnose.check(config, dataset)
   image_shape = dataset.train_images.shape[1:]
   axes = microbatches.axes(parallel.axis_name, *accumulation)
   virtual = settings.virtual_batch_size(config, len(devices))
@@ -151,6 +154,11 @@ def run(
     eval_step = parallel.step(functools.partial(steps.eval_step, model=model))
     eval_step = clock.first_call("compiling", eval_step)
 
+    checkups = None
+    if config.diagnose_every and hosts.is_first():
+      checkups = diagnose.Checkups(config, dataset, len(devices))
+      note = clock.first_call("compiling", checkups.note)
+
     stop = hosts.Agreement()
     console.print("Compiling ...")
     clock.begin("training")
@@ -160,6 +168,11 @@ def run(
         state, sums = train_step(state, batch)
         step += 1
         report.stepped(step, sums)
+        if checkups:
+          note(step, state, batch)
+          if step % config.diagnose_every == 0 or step == config.steps:
+            with report.pause(step, "diagnosing"):
+              report.diagnosed(step, checkups.diagnose(step, state))
         if step % config.eval_every == 0 or step == config.steps:
           with report.pause(step, "testing"):
             tests = data.test_batches(dataset, config.eval_batch_size, ShardByJaxProcess())

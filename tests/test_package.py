@@ -47,11 +47,13 @@ surgery/_network
 surgery/_recalibrate
 surgery
 diagnostics/__init__ diagnostics/_observe diagnostics/_finding
-diagnostics/measures diagnostics/_html
+diagnostics/measures diagnostics/_html diagnostics/_watch
 diagnostics/_report
 diagnostics/_facts
 diagnostics/_collect diagnostics/_faults_of_statistics diagnostics/_faults_of_layers
 diagnostics/_faults_of_runs
+diagnostics/_faults
+diagnostics/_doctor
 diagnostics
 """
 RANKS = {name: rank for rank, line in enumerate(ORDER.split("\n")) for name in line.split()}

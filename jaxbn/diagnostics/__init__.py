@@ -6,7 +6,9 @@ from jaxbn._names import on_first_use
 
 if TYPE_CHECKING:
   from jaxbn.diagnostics import measures as measures
-  from jaxbn.diagnostics._diagnose import diagnose, faults
+  from jaxbn.diagnostics._diagnose import diagnose
+  from jaxbn.diagnostics._doctor import Doctor
+  from jaxbn.diagnostics._faults import faults
   from jaxbn.diagnostics._finding import Finding
   from jaxbn.diagnostics._report import Report
   from jaxbn.diagnostics.measures import (
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
   )
 
 __all__ = [
+  "Doctor",
   "Finding",
   "Noise",
   "Report",
@@ -36,6 +39,7 @@ __all__ = [
   "smoothness",
 ]
 _HOMES = {
+  "Doctor": "_doctor",
   "Finding": "_finding",
   "Noise": "measures",
   "Report": "_report",
@@ -44,7 +48,7 @@ _HOMES = {
   "covariate_shift": "measures",
   "diagnose": "_diagnose",
   "effective_learning_rate": "measures",
-  "faults": "_diagnose",
+  "faults": "_faults",
   "gradient_norms": "measures",
   "gradient_shift": "measures",
   "measures": "measures",

@@ -26,6 +26,8 @@ from jaxbn.surgery._trees import Place, get, put
 # By these names a call is told its mode; what else there is has to be said.
 _FLAGS = ("train", "training", "is_training", "deterministic", "use_running_average")
 _VARIABLES = ("mean", "var", "scale", "bias")
+# What runs once need not run fast: to compile a ResNet-18's derivative takes half the time so.
+_QUICK = {"xla_backend_optimization_level": 0}
 
 
 class Run(NamedTuple):
@@ -51,8 +53,30 @@ class Batch(NamedTuple):
   evaluation: dict[str, _observe.Seen]
 
 
+class Programs:
+  """What was compiled for a network, for other values of its variables."""
+
+  def __init__(self) -> None:
+    self.known: dict[Any, Any] = {}
+
+  def __call__(self, network: Network, make: Callable[..., Any], *also: Any, **options: Any) -> Any:
+    """`jax.jit` of `make(model, layers, foreign, arguments, *also)`, once for each `also`."""
+    model = network.model
+    # The mode of an NNX module is in its graph.
+    key = make, also, None if isinstance(model, nn.Module) else nnx.graphdef(model)
+    if key not in self.known:
+      made = make(model, network.layers, network.foreign, network.arguments, *also)
+      self.known[key] = jax.jit(made, **options)
+    return self.known[key]
+
+
 def collect(
-  network: Network, batches: Any, run: Run, spread: Spread, progress: Callable[[str], None]
+  network: Network,
+  batches: Any,
+  run: Run,
+  spread: Spread,
+  progress: Callable[[str], None],
+  programs: Programs,
 ) -> Facts:
   """Goes through the batches once; of the first, gradients are taken and the padding is changed."""
   seen: list[Batch] = []
@@ -60,15 +84,17 @@ def collect(
   flow, padded, trains = None, {}, {}
   for batch, args in network.each(batches):
     if not seen:
-      look = jax.jit(
-        _observe.look(network.model, network.layers, network.foreign, network.arguments)
-      )
+      look = programs(network, _observe.look)
       tree = _in_full_precision(network)
       trains = _modes(network, args, run.training)
       if run.valid is not None:
         padded, _ = look(*shown(tree, 0, _other_padding(args, run.valid(batch))))
       if run.gradients:
-        flow = _flow(network, batch, run.loss, *shown(tree, 0, args))
+        tree_there, _, args_there = shown(tree, 0, args)
+        differentiate = programs(
+          network, _observe.flow, tuple(parameters(network)), run.loss, compiler_options=_QUICK
+        )
+        flow = jax.tree.map(np.asarray, differentiate(tree_there, args_there, batch))
     training, evaluation = look(*shown(tree, len(seen), args))
     seen.append(Batch(rows(args), *jax.tree.map(np.asarray, (training, evaluation))))
     progress(f"diagnose, batch {len(seen)}")
@@ -120,14 +146,6 @@ def _other_padding(args: Any, valid: Any) -> Any:
     return a
 
   return jax.tree.map(fill, args)
-
-
-def _flow(network: Network, batch: Any, loss: Any, tree: Any, _: Any, args: Any) -> _observe.Flow:
-  params = list(parameters(network))
-  run = _observe.flow(
-    network.model, network.layers, network.foreign, network.arguments, params, loss
-  )
-  return jax.tree.map(np.asarray, jax.jit(run)(tree, args, batch))
 
 
 def parameters(network: Network, tree: Any = None) -> dict[Place, Any]:
@@ -266,8 +284,7 @@ def _flat(layer: Layer, seen: _observe.Seen) -> _observe.Seen:
     return type(given)(*(np.asarray(v).reshape(channels) for v in given))
 
   def sample(rows: Any) -> np.ndarray:
-    at = len(layer.stacked)
-    return np.moveaxis(np.asarray(rows, np.float64), at, 0).reshape(_observe.SAMPLED, channels)
+    return np.asarray(_observe.by_channel(layer, rows), np.float64)
 
   flat = {name: getattr(seen, name).reshape(channels) for name in ("calls", "smallest", "largest")}
   flat |= {name: moments(getattr(seen, name)) for name in ("given", "first", "last")}

@@ -2,44 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jaxbn.diagnostics import _faults_of_layers as of_layers
-from jaxbn.diagnostics import _faults_of_runs as of_runs
-from jaxbn.diagnostics import _faults_of_statistics as of_statistics
-from jaxbn.diagnostics._collect import Run, collect
-from jaxbn.diagnostics._facts import Facts
-from jaxbn.diagnostics._finding import Finding
-from jaxbn.diagnostics._report import Report, report_of
+from jaxbn.diagnostics._doctor import Doctor
+from jaxbn.diagnostics._report import Report
 from jaxbn.surgery._foreign import Foreign
-from jaxbn.surgery._network import Batches, Network
-from jaxbn.surgery._spread import Spread, to_stderr
-
-# By its name each fault's function, in the order in which the equally bad are told.
-FAULTS: dict[str, Callable[..., Any]] = {
-  "nan": of_statistics.not_finite,
-  "inverted-flag": of_layers.inverted_flag,
-  "not-mutable": of_statistics.not_mutable,
-  "frozen": of_layers.frozen,
-  "half-precision": of_layers.half_precision,
-  "never-updated": of_statistics.never_updated,
-  "padding": of_layers.padding,
-  "called-twice": of_layers.called_twice,
-  "last-batch-of-one": of_layers.last_batch_of_one,
-  "momentum-too-slow": of_statistics.momentum_too_slow,
-  "replicas-differ": of_statistics.replicas_differ,
-  "pytorch-momentum": of_statistics.pytorch_momentum,
-  "noisy-statistics": of_layers.noisy_statistics,
-  "exploding-scale": of_layers.exploding_scale,
-  "epsilon-dominates": of_layers.epsilon_dominates,
-  "weight-decay": of_runs.weight_decay,
-  "gradient-growth": of_runs.gradient_growth,
-  "dead-channels": of_layers.dead_channels,
-  "other-domain": of_statistics.other_domain,
-  "cancelled-bias": of_runs.cancelled_bias,
-}
+from jaxbn.surgery._network import Batches
+from jaxbn.surgery._spread import to_stderr
 
 
 def diagnose(
@@ -113,43 +83,27 @@ def diagnose(
   >>> report.findings[0].fault, report.ok
   ('never-updated', False)
   """
-  limits = _checked(thresholds or {})
-  network = Network(
-    model, variables, inputs=inputs, foreign=foreign, partial=True, arguments=arguments
+  doctor = Doctor(
+    model,
+    inputs=inputs,
+    foreign=foreign,
+    before=before,
+    devices=devices,
+    progress=progress,
+    **arguments,
   )
-  run = Run(
-    training, steps, batch_size, loss, valid, earlier, replicas, decay_mask, optimizer, gradients
+  return doctor.diagnose(
+    model if variables is None else variables,
+    batches,
+    training=training,
+    steps=steps,
+    batch_size=batch_size,
+    loss=loss,
+    valid=valid,
+    earlier=earlier,
+    replicas=replicas,
+    decay_mask=decay_mask,
+    optimizer=optimizer,
+    gradients=gradients,
+    thresholds=thresholds,
   )
-  facts = collect(network, batches, run, Spread(devices), progress)
-  report = report_of(facts, findings(facts, limits), before)
-  progress(f"diagnosed {len(facts.layers)} layers with {len(facts.rows)} batches\n")
-  return report
-
-
-def faults() -> dict[str, Callable[..., Any]]:
-  """What `diagnose` looks for: by its name each fault's function, whose arguments are thresholds.
-
-  >>> import jaxbn.diagnostics
-  >>> print(jaxbn.diagnostics.faults()["exploding-scale"].__doc__.split("\\n")[0])
-  A scale so large that one channel, or one layer, is all that the rest of the network hears.
-  """
-  return dict(FAULTS)
-
-
-def findings(facts: Facts, thresholds: Mapping[str, Mapping[str, float]]) -> list[Finding]:
-  """All faults, the worst first; of the equally bad in the order of FAULTS, and of the layers."""
-  found = [f for name, find in FAULTS.items() for f in find(facts, **thresholds.get(name, {}))]
-  return sorted(found, key=lambda f: f.rank)
-
-
-def _checked(thresholds: Mapping[str, Mapping[str, float]]) -> Mapping[str, Mapping[str, float]]:
-  for fault, given in thresholds.items():
-    if fault not in FAULTS:
-      raise ValueError(f"thresholds has {fault!r}, but the faults are {', '.join(FAULTS)}.")
-    known = set(inspect.signature(FAULTS[fault]).parameters) - {"facts"}
-    for name in given.keys() - known:
-      raise ValueError(
-        f"thresholds[{fault!r}] has {name!r}, but that fault has "
-        f"{', '.join(sorted(known)) or 'none'}."
-      )
-  return thresholds

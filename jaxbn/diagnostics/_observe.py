@@ -67,8 +67,8 @@ def watch(so_far: Seen, said: Read, options: Mapping[str, Any], y: Any) -> tuple
     calls=so_far.calls + 1,
     smallest=jnp.minimum(so_far.smallest, rows.min(0)),
     largest=jnp.maximum(so_far.largest, rows.max(0)),
-    x=_some(jnp.asarray(elements(said.x, options, shape), jnp.float32)),
-    y=_some(rows),
+    x=some(jnp.asarray(elements(said.x, options, shape), jnp.float32)),
+    y=some(rows),
   )
   return seen, y
 
@@ -80,8 +80,16 @@ def elements(x: Any, options: Mapping[str, Any], shape: tuple[int, ...]) -> jax.
   return rows.reshape(-1, *shape)
 
 
-def _some(rows: jax.Array) -> jax.Array:
+def some(rows: jax.Array) -> jax.Array:
+  """SAMPLED of them, the same ones in every run."""
   return rows[np.linspace(0, len(rows) - 1, SAMPLED).astype(int)]
+
+
+def by_channel(layer: Layer, rows: Any) -> Any:
+  """Of (stacked..., SAMPLED, shape...) all channels along one axis, the last."""
+  at = len(layer.stacked)
+  others = [axis for axis in range(rows.ndim) if axis != at]
+  return rows.transpose(at, *others).reshape(SAMPLED, -1)
 
 
 def _first(y: Any) -> Any:

@@ -15,11 +15,11 @@ import numpy as np
 
 from jaxbn.diagnostics._finding import Finding
 from jaxbn.diagnostics._html import page, shown
+from jaxbn.diagnostics._watch import PERCENTILES, Moment, middle
 
 if TYPE_CHECKING:
   from jaxbn.diagnostics._facts import Facts, LayerFacts
 
-PERCENTILES = (15, 50, 85)  # those of figure 1 of Ioffe & Szegedy 2015
 PARTED = 0.5  # standard deviations: what is as large as the signal's half is no rounding
 _SHOWN = 48  # channels in a picture
 
@@ -67,6 +67,10 @@ class Report:
   def __str__(self) -> str:
     return "\n".join([*_headline(self), *_told(self, str), *_table(self.layers)])
 
+  def brief(self) -> str:
+    """The headline, and a line for each fault."""
+    return "\n".join([*_headline(self), *(_title(*group) for group in self.grouped())])
+
   def __rich__(self) -> str:
     """The same in colours, where rich prints it."""
 
@@ -107,20 +111,25 @@ class Report:
     return [(found[0], list(dict.fromkeys(f.layer for f in found))) for found in groups.values()]
 
 
-def report_of(facts: Facts, findings: Sequence[Finding], before: Report | None) -> Report:
-  history = {v["path"]: v["history"] for v in before.layers} if before else {}
+def report_of(
+  facts: Facts, findings: Sequence[Finding], history: Mapping[str, Sequence[Any]]
+) -> Report:
   rows = max(facts.rows)
   run = {"steps": facts.steps, "batches": len(facts.rows), "rows": rows}
   layers = [_measured(v, facts.steps, history.get(v.layer.path, [])) for v in facts.layers]
   return Report(tuple(findings), tuple(layers), run)
 
 
+def up_to(step: int | None, history: Sequence[Any]) -> list[Any]:
+  """What was noted before a step: later rows are of a run that went on from here once more."""
+  return [row for row in history if None in (step, row["step"]) or row["step"] < step]
+
+
 def _measured(v: LayerFacts, step: int | None, history: Sequence[Any]) -> dict[str, Any]:
   x = np.concatenate([seen.x for seen in v.training])
   order = np.argsort(v.data.mean)
   shown = order[np.linspace(0, order.size - 1, min(_SHOWN, order.size)).astype(int)]
-  # Of the channel in the middle, as the paper shows one unit; it stays the same one in a history.
-  unit = history[0]["channel"] if history else int(order[order.size // 2])
+  unit = history[0]["channel"] if history else int(middle(v.data.mean))
   with np.errstate(all="ignore"):
     channels = {
       "index": shown,
@@ -131,13 +140,14 @@ def _measured(v: LayerFacts, step: int | None, history: Sequence[Any]) -> dict[s
     }
     several = len(v.training) > 1
     elements = min(1 / np.nanmean(v.noise), np.max(v.batches.count)) if several else float("nan")
-    now = {
-      "step": step,
-      "channel": unit,
-      "percentiles": np.percentile(x[:, unit], PERCENTILES).tolist(),
-      "running_mean": float(v.running.mean[unit]),
-      "running_std": float(np.sqrt(v.running.var[unit])),
-    }
+    now = Moment(
+      unit,
+      np.percentile(x[:, unit], PERCENTILES),
+      v.running.mean[unit],
+      np.sqrt(v.running.var[unit]),
+    )
+  if step is None and history:  # where the picture shows it
+    step = history[-1]["step"]
   gradient = None if v.gradient is None else float(np.sqrt(np.sum(v.gradient)))
   return {
     "path": v.layer.path,
@@ -152,7 +162,7 @@ def _measured(v: LayerFacts, step: int | None, history: Sequence[Any]) -> dict[s
     "elements": float(elements),
     "gradient": gradient,
     "channels": {name: values.tolist() for name, values in channels.items()},
-    "history": [*history, now],
+    "history": [*up_to(step, history), now.row(step)],
   }
 
 
@@ -174,15 +184,19 @@ def _told(report: Report, title: Any) -> list[str]:
   escaped = str if title is str else _escaped
   lines = []
   for finding, layers in report.grouped():
-    where = finding.layer or "(the top)"
-    if len(layers) > 1:
-      where += f" and {len(layers) - 1} more"
-    lines += ["", title(f"{finding.severity}: {finding.fault} in {where} ({finding.sure})")]
+    lines += ["", title(_title(finding, layers))]
     lines += map(
       escaped, textwrap.wrap(finding.evidence, 96, initial_indent="  ", subsequent_indent="  ")
     )
     lines += [escaped(f"    {line}") for line in finding.mend.split("\n")]
   return lines
+
+
+def _title(finding: Finding, layers: Sequence[str]) -> str:
+  where = finding.layer or "(the top)"
+  if len(layers) > 1:
+    where += f" and {len(layers) - 1} more"
+  return f"{finding.severity}: {finding.fault} in {where} ({finding.sure})"
 
 
 _COLUMNS = {

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from jaxbn import Moments, RunningStats
-from jaxbn.diagnostics._collect import Run, collect
-from jaxbn.diagnostics._diagnose import FAULTS, findings
+from jaxbn.diagnostics._collect import Programs, Run, collect
+from jaxbn.diagnostics._faults import FAULTS, findings
 from jaxbn.diagnostics._faults_of_runs import gradient_growth
 from jaxbn.surgery._network import Network
 from jaxbn.surgery._spread import Spread
@@ -23,7 +23,8 @@ def facts():
   model = networks.Net()
   arguments = {"inputs": None, "foreign": None, "partial": True, "arguments": {"train": False}}
   network = Network(model, networks.healthy(model), **arguments)
-  return collect(network, networks.BATCHES, NOTHING_SAID, Spread(networks.ONE), lambda text: None)
+  quiet = networks.QUIET["progress"]
+  return collect(network, networks.BATCHES, NOTHING_SAID, Spread(networks.ONE), quiet, Programs())
 
 
 def test_nothing_is_wrong_with_a_healthy_network(facts):
