@@ -8,7 +8,7 @@ from experiments import experiment
 from experiments.experiment import PAGES, Experiment, Found
 
 # In the order of the gallery.
-NAMES = ("faster", "length_direction", "placement")
+NAMES = ("faster", "length_direction", "large_batches", "placement")
 
 
 def main() -> None:
