@@ -16,6 +16,7 @@ NAMES = (
   "smoothness",
   "depth",
   "length_direction",
+  "large_batches",
 )
 
 

@@ -174,9 +174,9 @@ def draw(found: Found, figure: Figure) -> None:
   for axes, name in zip(right, ("scale", "bias"), strict=True):
     for i, (activation, shade) in enumerate(zip(ACTIVATIONS, SHADES, strict=False)):
       low, median, high = last(found, activation, "before", name).mean(0).T[[0, 2, 4]]
-      at = 1 + np.arange(len(median)) + 0.2 * (i - 1)
+      places = 1 + np.arange(len(median)) + 0.2 * (i - 1)
       around = (median - low, high - median)
-      axes.errorbar(at, median, around, fmt="o", color=shade, linewidth=2, label=activation)
+      axes.errorbar(places, median, around, fmt="o", color=shade, linewidth=2, label=activation)
     axes.set(title=f"{name}, batch norm before", xlabel="layer", xticks=layers)
     axes.axhline(float(name == "scale"), color=REFERENCE, linewidth=1, linestyle="--")
   right[0].legend(frameon=False, loc="upper left")
