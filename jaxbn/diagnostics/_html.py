@@ -55,6 +55,7 @@ def page(report: Report) -> str:
     where = escape(report.parts or "(the top)")
     body += [f"<p>Training and evaluation part at <code>{where}</code>.</p>"]
   body += [_finding(*group) for group in report.grouped()]
+  body += [f'<p class="faint">{escape(report.unseen)}</p>'] if report.unseen else []
   body += [
     "<h2>From layer to layer</h2>",
     '<div class="cards">',
