@@ -113,7 +113,10 @@ def _table(layers: Sequence[Mapping[str, Any]]) -> str:
 def _layer(v: Mapping[str, Any]) -> str:
   name = f"<h3>{escape(v['path'] or '(the top)')}</h3>"
   about = f"{v['kind']}, {v['size']} channels, {v['dtype']}"
-  pictures = _channels(v["channels"]) + (_history(v["history"]) if len(v["history"]) > 1 else "")
+  pictures = _channels(v["channels"])
+  if len(v["history"]) > 1:
+    pictures += _history(v["history"])
+    about += f"; over the steps channel {v['history'][-1]['channel']}"
   return f"<figure>{name}{pictures}<figcaption>{escape(about)}</figcaption></figure>"
 
 
