@@ -17,6 +17,7 @@
 # make compare-recurrent  recurrent batch normalization's experiments, and its cost
 # make compare-renorm     batch renormalization's experiments
 # make doctor-rates       how often jaxbn.diagnose is right: planted faults, and healthy networks
+# make doctor-cost        what it costs: in training, and one diagnosis of a ResNet-18
 # make bench              time and accuracy on this machine's CPU, beside other libraries
 # make bench-step         whole training steps beside Flax's, on the device that is here
 # make bench-fold         what folding batch norms saves on an H100, a TPU v5e and this machine's CPU
@@ -47,7 +48,7 @@ OLDEST_TESTS := $(filter-out tests/test_readme.py tests/test_docs.py tests/test_
 # All create an environment and install what they need, at most once.
 .PHONY: help train train-hosts chaos test wheel foreign fuzz exactness house experiments compare-norms compare-recurrent \
         compare-renorm bench bench-step bench-fold bench-compiled bench-scaling doctor-rates \
-        lint types pytest pytest-oldest format clean $(WHEELS:=/run)
+        doctor-cost lint types pytest pytest-oldest format clean $(WHEELS:=/run)
 .DEFAULT_GOAL := help
 
 # The lines that this file begins with.
@@ -122,6 +123,9 @@ compare-renorm: $(INSTALLED)
 
 doctor-rates: $(INSTALLED)
 	@$(BIN)/python -u -m benchmarks.doctor_rates $(ARGS)
+
+doctor-cost: $(INSTALLED)
+	@$(BIN)/python -m benchmarks.doctor_cost
 
 bench: .venv-bench/.installed
 	@.venv-bench/bin/python -m benchmarks.speed

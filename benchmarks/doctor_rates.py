@@ -9,11 +9,14 @@ has it. A false alarm: a healthy network of which it says anything.
 
 from __future__ import annotations
 
+import functools
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +25,8 @@ from flax import nnx
 from sklearn.datasets import load_digits
 
 import jaxbn
-from benchmarks.doctor_networks import ARCHITECTURES, Spec, Trained, train
+from benchmarks.doctor_networks import ARCHITECTURES, NnxNet, Spec, Trained, train
+from jaxbn.diagnostics import Doctor, Finding
 from jaxbn.surgery._trees import get, put, tree_of, with_tree
 
 KINDS = ("linen", "nnx")
@@ -181,45 +185,80 @@ NOT_THERE["preactivation"] = _NOT_OF_IMAGES | {
 }
 
 
-def diagnosed(net: Trained, **told: Any) -> Any:
-  return jaxbn.diagnose(
-    net.model, net.variables, net.batches, devices=jax.devices()[:1], **told, **net.arguments
-  )
+@functools.cache
+def doctor(model: Any, arguments: tuple[tuple[str, Any], ...]) -> Doctor:
+  """One for each program: what it compiled serves all networks that differ in their variables."""
+  return Doctor(model, devices=jax.devices()[:1], **dict(arguments))
+
+
+@functools.cache
+def template(spec: Spec) -> Any:
+  return NnxNet(spec, 0)
+
+
+def diagnosed(net: Trained, **told: Any) -> list[Finding]:
+  in_linen = isinstance(net.model, nn.Module)
+  model = net.model if in_linen else template(net.model.spec)
+  variables = net.variables if in_linen else net.model
+  found = doctor(model, tuple(net.arguments.items())).diagnose(variables, net.batches, **told)
+  return list(found.findings)
+
+
+class Rates(NamedTuple):
+  """What was counted."""
+
+  planted: int = 0
+  hits: int = 0
+  healthy: int = 0
+  alarms: int = 0
+
+  def __str__(self) -> str:
+    return (
+      f"{self.hits} of {self.planted} planted faults named first with their layer "
+      f"({self.hits / max(self.planted, 1):.1%}); {self.alarms} of {self.healthy} healthy networks "
+      f"accused ({self.alarms / max(self.healthy, 1):.1%})"
+    )
+
+  def plus(self, other: Rates) -> Rates:
+    return Rates(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+def rates(architecture: str, kind: str) -> Rates:
+  """Of one architecture: says each miss and each false alarm."""
+  spec, result = Spec(architecture), Rates()
+  for seed, steps, batch in HEALTHY:
+    net = train(spec, kind, seed=seed, steps=steps, batch=batch)
+    found = diagnosed(net)
+    result = result.plus(Rates(healthy=1, alarms=bool(found)))
+    if found:
+      print(f"false alarm: {architecture} {kind}, {net.accuracy:.1%}: {found[0]}")
+  net = train(spec, kind)
+  for fault, plant in PLANTS.items():
+    if fault in NOT_THERE.get(architecture, ()):
+      continue
+    sick, layer, told = plant(net, spec, kind)
+    first = next(iter(diagnosed(sick, **told)), None)
+    hit = first is not None and first.fault == fault and layer in ("", first.layer)
+    result = result.plus(Rates(planted=1, hits=hit))
+    if not hit:
+      print(f"missed: {fault} at {layer} in {architecture} {kind}; first is {first}")
+  return result
 
 
 def main(architectures: list[str]) -> None:
-  # Programs so small take far longer to compile than to run.
-  jax.config.update("jax_disable_most_optimizations", True)
-  hits = planted = alarms = healthy = 0
-  start = time.time()
-  for architecture in architectures:
-    spec = Spec(architecture)
-    for kind in KINDS:
-      nets = [train(spec, kind, seed=s, steps=n, batch=b) for s, n, b in HEALTHY]
-      for net in nets:
-        found = diagnosed(net).findings
-        healthy, alarms = healthy + 1, alarms + bool(found)
-        if found:
-          print(f"false alarm: {architecture} {kind}, {net.accuracy:.1%}: {found[0]}")
-      net = train(spec, kind)
-      for fault, plant in PLANTS.items():
-        if fault in NOT_THERE.get(architecture, ()):
-          continue
-        sick, layer, told = plant(net, spec, kind)
-        found = diagnosed(sick, **told).findings
-        first = found[0] if found else None
-        hit = first is not None and first.fault == fault and layer in ("", first.layer)
-        planted, hits = planted + 1, hits + hit
-        if not hit:
-          print(f"missed: {fault} at {layer} in {architecture} {kind}; first is {first}")
-      took = f"{time.time() - start:.0f} s"
-      print(
-        f"{architecture} {kind}: {hits} of {planted} hits, {alarms} of {healthy} false alarms, "
-        f"{took}"
-      )
-  print(
-    f"Hits {hits / planted:.1%} of {planted}, false alarms {alarms / healthy:.1%} of {healthy}."
-  )
+  total, start = Rates(), time.time()
+  with tempfile.TemporaryDirectory() as folder:
+    # Programs so small take far longer to compile than to run, and many are alike.
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    for architecture in architectures:
+      for kind in KINDS:
+        found = rates(architecture, kind)
+        total = total.plus(found)
+        print(f"{architecture} {kind}, {time.time() - start:.0f} s: {found}", flush=True)
+        doctor.cache_clear()
+  print(f"{total}.")
 
 
 if __name__ == "__main__":

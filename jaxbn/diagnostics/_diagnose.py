@@ -39,7 +39,9 @@ def diagnose(
 
   The network is run on the batches with its batch norms in training and in evaluation mode, and
   once differentiated. It is not changed. Eight batches or more, of training data of the size that
-  it was trained with, let it tell noise from faults. What it is not told it does not look for.
+  it was trained with, let it tell noise from faults. What it is not told it does not look for, and
+  the report says so: without `earlier` not for lost updates (not-mutable) of statistics that were
+  good once, without `valid` not for padding, without `replicas` not for devices that differ.
 
   Args:
     model: a module of Flax Linen or NNX; of NNX in the mode in which it is evaluated.
@@ -54,10 +56,13 @@ def diagnose(
     batch_size: examples that are normalized together in training; default, those of the batches.
     loss: of the output and the batch, for the gradients; default, a random sum of the outputs.
     valid: gives of a batch which elements exist, along the first axes of the arguments: what is
-      padding is changed, to see whether the statistics change.
-    earlier: the variables, or the NNX module, of an earlier step.
-    replicas: the variables with an axis of replicas in front; at least their statistics.
-    decay_mask: which parameters are decayed, as for `optax.add_decayed_weights`.
+      padding is changed, to see whether the statistics change. Needed to find padding.
+    earlier: the variables, or the NNX module, of an earlier step: statistics that are the same now,
+      while parameters are others, are not updated. Needed to find that.
+    replicas: the variables with an axis of replicas in front; at least their statistics. Needed to
+      find differences, except where arrays on several devices are said to be the same.
+    decay_mask: which parameters are decayed, as for `optax.add_decayed_weights`. This or
+      `optimizer` is needed to find weight decay on scale or bias.
     optimizer: or an optimizer of optax: what it does to parameters whose gradient is 0.
     gradients: False leaves out what needs a derivative, the longest part to compile.
     thresholds: by fault the arguments of its function that are not to be the defaults, such as

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxbn.diagnostics._collect import Programs, Run, collect
-from jaxbn.diagnostics._faults import checked, findings
+from jaxbn.diagnostics._faults import checked, findings, not_looked_for
 from jaxbn.diagnostics._report import Report, report_of, up_to
 from jaxbn.diagnostics._watch import Moment, watch
 from jaxbn.surgery._foreign import Foreign
@@ -138,7 +138,8 @@ class Doctor:
       training, steps, batch_size, loss, valid, earlier, replicas, decay_mask, optimizer, gradients
     )
     facts = collect(network, batches, run, Spread(self._devices), self._progress, self._programs)
-    report = report_of(facts, findings(facts, limits), self.history())
+    unseen = not_looked_for(facts)
+    report = report_of(facts, findings(facts, limits), unseen, self.history())
     self._history = {v["path"]: thinned(list(v["history"])) for v in report.layers}
     self._progress(f"diagnosed {len(facts.layers)} layers with {len(facts.rows)} batches\n")
     return report

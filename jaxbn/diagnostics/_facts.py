@@ -133,6 +133,11 @@ class LayerFacts:
     """
     return np.square(np.asarray(_noise(self.batches).mean, np.float64))
 
+  @property
+  def rounding(self) -> float:
+    """Standard error of a batch's mean by rounding, relative: of n roundings in a random order."""
+    return float(np.finfo(np.float32).eps * np.sqrt(np.max(self.batches.count)))
+
   @functools.cached_property
   def distance(self) -> float:
     """Between what it gives in training and in evaluation mode, in standard deviations."""

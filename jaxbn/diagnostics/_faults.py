@@ -47,6 +47,21 @@ def faults() -> dict[str, Callable[..., Any]]:
   return dict(FAULTS)
 
 
+def not_looked_for(facts: Facts) -> dict[str, str]:
+  """The faults that could not be seen, each with the argument of `diagnose` that would show it."""
+  gradients = facts.flow is not None
+  told = {
+    "not-mutable": (facts.moved is not None, "earlier="),
+    "padding": (any(v.other_padding is not None for v in facts.layers), "valid="),
+    "replicas-differ": (any(v.replicas is not None for v in facts.layers), "replicas="),
+    "weight-decay": (facts.decayed is not None, "decay_mask= or optimizer="),
+    "frozen": (any(v.trains is not None for v in facts.layers), "training="),
+    "gradient-growth": (gradients, "gradients=True"),
+    "cancelled-bias": (gradients, "gradients=True"),
+  }
+  return {fault: needed for fault, (is_told, needed) in told.items() if not is_told}
+
+
 def findings(facts: Facts, thresholds: Mapping[str, Mapping[str, float]]) -> list[Finding]:
   """All faults, the worst first; of the equally bad in the order of FAULTS, and of the layers."""
   found = [f for name, find in FAULTS.items() for f in find(facts, **thresholds.get(name, {}))]

@@ -104,17 +104,15 @@ def last_batch_of_one(facts: Facts) -> Iterator[Finding]:
     yield Finding("last-batch-of-one", where, severity, "certain", evidence, mend)
 
 
-def dead_channels(
-  facts: Facts, share: float = 2.0**-10, rounding: float = 16.0
-) -> Iterator[Finding]:
+def dead_channels(facts: Facts, share: float = 2.0**-10, errors: float = 6.0) -> Iterator[Finding]:
   """Channels that say nothing: no scale, no variance, or nothing above 0 for a ReLU.
 
   Args:
     facts: of the network.
-    share: of the layer's root-mean-square scale that is as good as none: below it a channel is
-      lost among the others where bfloat16 or float16 adds them up.
-    rounding: variance of the input that is only rounding, in squared units in the last place of
-      the mean. An input that is constant in all batches has no more.
+    share: of the layer's root-mean-square scale that is as good as none: the unit of float16, and
+      more than that of bfloat16, by which a channel is lost where these add it to the others.
+    errors: standard deviations of the input, in standard errors of its mean by rounding, that are
+      none: the deviations of a constant are that error. See `padding`.
   """
   for v in facts.layers:
     if not v.is_finite:
@@ -123,8 +121,8 @@ def dead_channels(
     if v.scale is not None and np.any(v.scale):
       rms = np.sqrt(np.mean(np.square(v.scale)))
       dead["scale"] = np.abs(v.scale) < share * rms
-    unit = np.finfo(np.float32).eps * np.abs(v.data.mean)
-    dead["variance"] = np.asarray(v.data.var) <= rounding * np.square(unit)
+    constant = errors * v.rounding * np.abs(v.data.mean)
+    dead["variance"] = np.asarray(v.data.var) <= np.square(constant)
     negative = np.max([s.largest for s in v.training], axis=0) <= 0
     if v.layer.options.get("activation") is None:  # then it is behind: what it does to gradients
       negative &= v.gradient is not None and np.any(v.gradient) and v.gradient == 0
@@ -225,24 +223,25 @@ def half_precision(facts: Facts) -> Iterator[Finding]:
         yield Finding("half-precision", v.layer.path, "error", "certain", evidence, mend)
 
 
-def padding(facts: Facts, units: float = 1024.0) -> Iterator[Finding]:
+def padding(facts: Facts, errors: float = 6.0) -> Iterator[Finding]:
   """Statistics that change when something else is in the padding.
 
   Args:
     facts: of the network.
-    units: in the last place that the moments may change by, of the standard deviation, for sums
-      in another order. What padding changes is of the order of its share of the elements.
+    errors: standard errors by which rounding may change the moments: of n elements, added up in
+      another order, one is sqrt(n) units in the last place. A normal variable exceeds 6 once in
+      half a billion. What padding changes is of the order of its share of the elements, 1 / n.
   """
   for v in facts.layers:
     if v.other_padding is None:
       continue
     before, after = v.training[0].given, v.other_padding
     spread = np.sqrt(before.var + v.epsilon)
-    unit = np.finfo(np.float32).eps * (1 + np.abs(before.mean) / spread)
+    unit = v.rounding * (1 + np.abs(before.mean) / spread)
     far = np.abs(after.mean - before.mean) / spread + np.abs(
       after.var / (before.var + v.epsilon) - 1
     )
-    if np.max(far / unit) > units:
+    if np.max(far / unit) > errors:
       evidence = (
         "its batch statistics change with what is in the padding: the mean by up to "
         f"{np.max(np.abs(after.mean - before.mean) / spread):.2g} standard deviations"

@@ -195,12 +195,13 @@ def pytorch_momentum(facts: Facts, batches: float = 3.0) -> Iterator[Finding]:
       yield Finding("pytorch-momentum", v.layer.path, "warning", "likely", evidence, mend)
 
 
-def replicas_differ(facts: Facts, units: float = 64.0) -> Iterator[Finding]:
+def replicas_differ(facts: Facts, errors: float = 6.0) -> Iterator[Finding]:
   """Replicas with different running statistics: each averages over its own share of the batch.
 
   Args:
     facts: of the network.
-    units: in the last place, of the standard deviation, that a sum in another order may differ by.
+    errors: standard errors by which rounding may tell apart averages of the same batches: see
+      `padding`. Those of different batches of n elements differ by sqrt(2 / n) of the deviation.
   """
   for v in facts.layers:
     if v.replicas is None:
@@ -209,7 +210,7 @@ def replicas_differ(facts: Facts, units: float = 64.0) -> Iterator[Finding]:
     spread = np.sqrt(np.abs(v.running.var)) + np.abs(v.running.mean) + v.epsilon
     far = np.max(np.ptp(mean, axis=0) / spread)
     far = max(far, np.max(np.ptp(var, axis=0) / (spread**2)))
-    if far > units * np.finfo(np.float32).eps:
+    if far > errors * v.rounding:
       evidence = f"those of {len(mean)} replicas are up to {far:.2g} standard deviations apart"
       mend = (
         "BatchNorm(axis_name='batch')  # jax.pmap(..., axis_name='batch'); or before saving:\n"

@@ -55,6 +55,7 @@ def page(report: Report) -> str:
     where = escape(report.parts or "(the top)")
     body += [f"<p>Training and evaluation part at <code>{where}</code>.</p>"]
   body += [_finding(*group) for group in report.grouped()]
+  body += [f'<p class="faint">{escape(report.unseen)}</p>'] if report.unseen else []
   body += [
     "<h2>From layer to layer</h2>",
     '<div class="cards">',
@@ -112,7 +113,10 @@ def _table(layers: Sequence[Mapping[str, Any]]) -> str:
 def _layer(v: Mapping[str, Any]) -> str:
   name = f"<h3>{escape(v['path'] or '(the top)')}</h3>"
   about = f"{v['kind']}, {v['size']} channels, {v['dtype']}"
-  pictures = _channels(v["channels"]) + (_history(v["history"]) if len(v["history"]) > 1 else "")
+  pictures = _channels(v["channels"])
+  if len(v["history"]) > 1:
+    pictures += _history(v["history"])
+    about += f"; over the steps channel {v['history'][-1]['channel']}"
   return f"<figure>{name}{pictures}<figcaption>{escape(about)}</figcaption></figure>"
 
 

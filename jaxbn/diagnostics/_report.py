@@ -35,7 +35,8 @@ class Report:
       evaluation mode, in standard deviations), elements (how many independent ones a batch is
       worth), gradient (its norm at the output), channels (means and standard deviations: data's
       and running), history (percentiles of its input, after each step that was reported).
-    run: steps, number of batches, rows of the largest.
+    run: steps, number of batches, rows of the largest, and not_looked_for: by fault the argument
+      of `diagnose` that was not given and without which it cannot be seen.
 
   >>> import jaxbn.diagnostics
   >>> report = jaxbn.diagnostics.Report((), (), {"steps": None, "batches": 8, "rows": 64})
@@ -64,8 +65,16 @@ class Report:
     """The first layer whose outputs in training and in evaluation part by half a deviation."""
     return next((v["path"] for v in self.layers if not v["distance"] <= PARTED), None)
 
+  @property
+  def unseen(self) -> str:
+    """A sentence of what was not looked for, and what would show it; empty if there is nothing."""
+    needed = self.run.get("not_looked_for", {})
+    arguments = {need: [f for f in needed if needed[f] == need] for need in needed.values()}
+    each = (f"{' and '.join(faults)} (give {need})" for need, faults in arguments.items())
+    return f"Not looked for: {', '.join(each)}." if needed else ""
+
   def __str__(self) -> str:
-    return "\n".join([*_headline(self), *_told(self, str), *_table(self.layers)])
+    return "\n".join([*_headline(self), *_told(self, str), *_rest(self)])
 
   def brief(self) -> str:
     """The headline, and a line for each fault."""
@@ -77,7 +86,7 @@ class Report:
     def bold(text: str) -> str:
       return f"[bold]{_escaped(text)}[/bold]"
 
-    lines = [*map(bold, _headline(self)), *_told(self, bold), *map(_escaped, _table(self.layers))]
+    lines = [*map(bold, _headline(self)), *_told(self, bold), *map(_escaped, _rest(self))]
     return "\n".join(lines)
 
   def to_json(self) -> str:
@@ -112,10 +121,14 @@ class Report:
 
 
 def report_of(
-  facts: Facts, findings: Sequence[Finding], history: Mapping[str, Sequence[Any]]
+  facts: Facts,
+  findings: Sequence[Finding],
+  unseen: Mapping[str, str],
+  history: Mapping[str, Sequence[Any]],
 ) -> Report:
   rows = max(facts.rows)
-  run = {"steps": facts.steps, "batches": len(facts.rows), "rows": rows}
+  run: dict[str, Any] = {"steps": facts.steps, "batches": len(facts.rows), "rows": rows}
+  run["not_looked_for"] = dict(unseen)
   layers = [_measured(v, facts.steps, history.get(v.layer.path, [])) for v in facts.layers]
   return Report(tuple(findings), tuple(layers), run)
 
@@ -190,6 +203,11 @@ def _told(report: Report, title: Any) -> list[str]:
     )
     lines += [escaped(f"    {line}") for line in finding.mend.split("\n")]
   return lines
+
+
+def _rest(report: Report) -> list[str]:
+  unseen = ["", *textwrap.wrap(report.unseen, 98)] if report.unseen else []
+  return [*unseen, *_table(report.layers)]
 
 
 def _title(finding: Finding, layers: Sequence[str]) -> str:

@@ -29,6 +29,10 @@ def test_nothing_is_found_in_a_healthy_network(healthy):
   assert report.ok
   assert report.parts is None
   assert [v["path"] for v in report.layers] == ["BatchNorm_0", "BatchNorm_1"]
+  assert report.unseen == (
+    "Not looked for: not-mutable (give earlier=), padding (give valid=), replicas-differ (give "
+    "replicas=)."
+  )
 
 
 def test_outputs_and_gradients_are_those_of_the_network(healthy):

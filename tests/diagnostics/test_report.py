@@ -45,7 +45,8 @@ def report(request):
     layer("", distance=math.nan, drift=math.inf, gradient=None, size=1),
   )
   findings = (finding("a/<norm>"), finding(""), finding("a/<norm>", "cancelled-bias", "note"))
-  return Report(findings, layers, {"steps": 10, "batches": 8, "rows": 64})
+  run = {"steps": 10, "batches": 8, "rows": 64}
+  return Report(findings, layers, {**run, "not_looked_for": {"padding": "valid="}})
 
 
 def test_a_terminal_shows_the_worst_first_and_each_fault_once(report):
@@ -54,6 +55,7 @@ def test_a_terminal_shows_the_worst_first_and_each_fault_once(report):
   assert lines[1] == "Training and evaluation part at (the top)."
   assert lines[3] == "error: never-updated in a/<norm> and 1 more (certain)"
   assert lines[4:7] == ["  seen <b> & heard", "    f(x[0])", "    g(y)"]
+  assert lines[-5:-3] == ["Not looked for: padding (give valid=).", ""]
   assert lines[-1].split() == ["-", "0.01", "-", "32", "-"]
 
 
@@ -113,6 +115,7 @@ def test_the_page_is_whole_and_needs_no_network(report, tmp_path):
   assert page.seen.count("svg") == 1 + 2 + (len(report.layers[0]["history"]) > 1)
   assert "seen <b> & heard" in page.words
   assert "a/<norm>" in page.words
+  assert "Not looked for: padding (give valid=)." in page.words
 
 
 def test_a_run_directory_is_shown_with_an_exit_status(report, tmp_path, monkeypatch, capsys):
