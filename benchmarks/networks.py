@@ -266,7 +266,7 @@ TRAINED = {
     64,
     {**RESNET50, "block": "Basic", "stages": (2, 1)},
   ),
-  "vgg": Network("VGG", vgg, (128, 128, 3), 128),
+  "vgg": Network("VGG", vgg, (128, 128, 3), 64),
   "mobilenet": Network(
     *("MobileNetV2's first stages", mobilenet, IMAGENET, 128),
     {"stages": MOBILENET_V2[:2], "stride": 2},

@@ -3,7 +3,6 @@
   python -m benchmarks.trained                      an hour; writes benchmarks/results/trained.json
   python -m benchmarks.trained --networks vgg,unet --forms none,flax
   python -m benchmarks.trained --targets v4 --minutes 9
-  python -m benchmarks.trained --report             the table alone
 
 No TPU is needed, as for `benchmarks.compiled`, but libtpu is. A network here has the resolution,
 the batch and the kinds of layers of one that is trained, and few of each kind, since compiling
@@ -69,18 +68,14 @@ def main() -> None:
   parser.add_argument("--forms", type=compiled.names_of(FORMS), default=["none", "flax", "jaxbn"])
   parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
   parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing after")
-  parser.add_argument("--report", action="store_true", help="compile nothing")
   arguments = parser.parse_args()
   there = stored.read("trained") or {"rows": []}
   rows = {tuple(row[k] for k in KEY): row for row in there["rows"]}
-  if not arguments.report:
-    compiled.prepare()
-    if why := compiled.missing("v5e"):
-      raise SystemExit(why)
-    wanted = itertools.product(
-      arguments.targets, arguments.networks, [arguments.dtype], arguments.forms
-    )
-    fill(rows, list(wanted), time.monotonic() + 60 * arguments.minutes)
+  compiled.prepare()
+  if why := compiled.missing("v5e"):
+    raise SystemExit(why)
+  chosen = arguments.targets, arguments.networks, [arguments.dtype], arguments.forms
+  fill(rows, list(itertools.product(*chosen)), time.monotonic() + 60 * arguments.minutes)
   Console().print(Markdown(table(list(rows.values()))))
 
 
@@ -117,6 +112,12 @@ def row_of(target: str, name: str, dtype: str, form: str) -> Row:
   least = floor.fused_layers(network, jnp.dtype(dtype))
   row["floor_MB"] = sum(size for _, size in least) / 1e6
   return {**row, "compile_s": round(time.perf_counter() - start)}
+
+
+def parts(results: Row) -> Row:
+  libraries = [f"{name} {results['versions'][name]}" for name in ("jax", "flax", "libtpu")]
+  origin = f"`{results['command']}`, {results['date']}: {', '.join(libraries)}."
+  return {"origin": origin, "table": table(results["rows"])}
 
 
 def table(rows: list[Row]) -> str:
