@@ -259,6 +259,9 @@ TRAINED = {
   "bottleneck": Network(
     "ResNet-50's first stages", resnet, IMAGENET, 64, {**RESNET50, "stages": (2, 1)}
   ),
+  "identity": Network(
+    "ResNet-50, first and last blocks", resnet, IMAGENET, 64, {**RESNET50, "stages": (1, 2)}
+  ),
   "basic": Network(
     "ResNet-18's first stages",
     resnet,

@@ -15,6 +15,7 @@ def row(norm, mb, **others):
 def test_taxes_are_over_none_and_flax():
   text = trained.table([row("none", 100), row("flax", 200), row("jaxbn", 150)])
   assert "| flax | 200 MB | 100 MB | 1.00 | 2.00 | 200 MB | 10 MB |" in text
+  assert text.endswith("flax: 1.00; v5e, bfloat16, jaxbn: 0.50.")
   assert "| jaxbn | 150 MB | 50 MB | 0.50 | 1.00 | 100 MB | 5 MB |" in text
 
 
