@@ -22,6 +22,7 @@
 # make bench-step         whole training steps beside Flax's, on the device that is here
 # make bench-fold         what folding batch norms saves on an H100, a TPU v5e and this machine's CPU
 # make bench-compiled     what compiled programs cost on an H100 and a TPU v5e, with neither at hand
+# make bench-trained      likewise on TPUs, of networks as wide as they are trained (ARGS="--targets v4")
 # make bench-scaling      a step's cost on each of 4 to 1024 TPU chips, with none at hand, and a model
 # make clean              removes the environments and all caches
 
@@ -47,7 +48,7 @@ OLDEST_TESTS := $(filter-out tests/test_readme.py tests/test_docs.py tests/test_
 
 # All create an environment and install what they need, at most once.
 .PHONY: help train train-hosts chaos test wheel foreign fuzz exactness house experiments compare-norms compare-recurrent \
-        compare-renorm bench bench-step bench-fold bench-compiled bench-scaling doctor-rates \
+        compare-renorm bench bench-step bench-fold bench-compiled bench-trained bench-scaling doctor-rates \
         doctor-cost lint types pytest pytest-oldest format clean $(WHEELS:=/run)
 .DEFAULT_GOAL := help
 
@@ -142,6 +143,10 @@ bench-fold: .venv-compiled/.installed
 
 bench-compiled: .venv-compiled/.installed
 	@.venv-compiled/bin/python -m benchmarks.compiled
+	@.venv-compiled/bin/python -m benchmarks.report
+
+bench-trained: .venv-compiled/.installed
+	@.venv-compiled/bin/python -m benchmarks.trained $(ARGS)
 	@.venv-compiled/bin/python -m benchmarks.report
 
 bench-scaling: .venv-compiled/.installed

@@ -1,7 +1,9 @@
 """The least that batch norm adds to what a training step moves, layer by layer.
 
 What a norm costs depends on its place in the network, which is read off the network as traced.
-docs/templates/compiled.md has the count of reads and writes, with the norm and without it.
+docs/templates/compiled.md has the count of reads and writes, with the norm and without it, where
+convolutions are kernels of their own; docs/design.md where they take what is elementwise before and
+after them, and sums, as on a TPU.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from benchmarks.networks import Network, outside
 
 NORM, ACTIVATION = "norm", "activation"
 POOLS = ("reduce_sum", "reduce_window_sum")  # means are made of them
+LANES, SUBLANES = 128, 8  # a TPU's tile
 Uses = dict[Any, list[Any]]
 
 
@@ -28,6 +31,26 @@ def floor_bytes(network: Network, dtype: Any) -> int:
 
 def layers(network: Network, dtype: Any) -> Iterator[tuple[int, int]]:
   """The bytes of each tensor that is normalized, and the least that its norm moves."""
+  uses, _, norms = _traced(network, dtype)
+  for step in norms:
+    size = _size(step.invars[0])
+    yield size, _least(size, step.outvars[0], uses)
+
+
+def fused_layers(network: Network, dtype: Any) -> Iterator[tuple[int, int]]:
+  """The same, on a TPU's layouts, where convolutions take what is elementwise and sums."""
+  uses, made, norms = _traced(network, dtype)
+  for step in norms:
+    x, y = step.invars[0], step.outvars[0]
+    sums = [use for use in uses[y] if use.primitive.name == "add"]
+    # Backward x is read with the cotangent: once for the sums and where a convolution's two
+    # gradients are taken. Before a sum it is also written and read by itself.
+    passes = 3 - _of_input(x, made) + 2 * bool(sums and sums[0].invars[1] is y)
+    yield _padded(x), passes * _padded(x)
+
+
+def _traced(network: Network, dtype: Any) -> tuple[Uses, dict[Any, Any], list[Any]]:
+  """Of a network who uses each value and who made it, and its norms."""
   model = network.model(_marks, dtype)
   variables = jax.eval_shape(model.init, jax.random.key(0), network.inputs())
   steps = jax.make_jaxpr(model.apply)(variables, network.inputs()).jaxpr.eqns
@@ -36,10 +59,28 @@ def layers(network: Network, dtype: Any) -> Iterator[tuple[int, int]]:
     for value in step.invars:
       if isinstance(value, jax.extend.core.Var):
         uses[value].append(step)
-  for step in steps:
-    if _is_mark(step, NORM):
-      size = _size(step.invars[0])
-      yield size, _least(size, step.outvars[0], uses)
+  made = {value: step for step in steps for value in step.outvars}
+  return uses, made, [step for step in steps if _is_mark(step, NORM)]
+
+
+def _of_input(x: Any, made: dict[Any, Any]) -> bool:
+  """Whether x is a convolution of the network's input, which has no gradient."""
+  if x not in made or made[x].primitive.name != "conv_general_dilated":
+    return False
+  x = made[x].invars[0]
+  while x in made and made[x].primitive.name == "convert_element_type":
+    x = made[x].invars[0]
+  return x not in made
+
+
+def _padded(value: Any) -> int:
+  """Bytes in tiles: channels in the lanes and examples in the sublanes, or the other way round."""
+  shape = value.aval.shape
+  tiles = [
+    -(-lanes // LANES) * LANES * (-(-sublanes // SUBLANES) * SUBLANES)
+    for lanes, sublanes in ((shape[-1], shape[0]), (shape[0], shape[-1]))
+  ]
+  return min(tiles) * _size(value) // (shape[0] * shape[-1])
 
 
 def _least(size: int, y: Any, uses: Uses) -> int:

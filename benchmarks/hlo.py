@@ -44,6 +44,7 @@ class Instruction(NamedTuple):
   op: str
   operands: tuple[str, ...]
   called: tuple[str, ...] = ()  # computations
+  shape: str = ""  # as printed
 
 
 class Collective(NamedTuple):
@@ -108,7 +109,7 @@ def traffic(text: str) -> int:
   program = parse(text)
   body, kernels = program.computations[program.entry], program.kernels
   operands = [(i, n, body[o].bytes) for i in kernels for n, o in enumerate(i.operands) if o in body]
-  return sum(i.bytes for i in kernels) + sum(_reads(program, *operand) for operand in operands)
+  return sum(i.bytes for i in kernels) + sum(reads(program, *operand) for operand in operands)
 
 
 def memory_bytes(executable: Any) -> tuple[int, int]:
@@ -165,8 +166,9 @@ def _instruction(line: str) -> Instruction | None:
     return None
   close = _closing(line, op.end())
   arguments = () if op[1] == "constant" else tuple(_names(line[op.end() + 1 : close - 1]))
-  size = shape_bytes(line[start:end])
-  return Instruction(found[1], size, op[1], arguments, tuple(_called(line[close:])))
+  shape = line[start:end]
+  called = tuple(_called(line[close:]))
+  return Instruction(found[1], shape_bytes(shape), op[1], arguments, called, shape)
 
 
 def _called(attributes: str) -> Iterator[str]:
@@ -202,7 +204,7 @@ def shape_bytes(shape: str) -> int:
   )
 
 
-def _reads(program: Program, kernel: Instruction, number: int, size: int) -> int:
+def reads(program: Program, kernel: Instruction, number: int, size: int) -> int:
   """Bytes that a kernel reads of its operand of that number, whose size is given."""
   if kernel.op in SLICES and number == 0:
     return min(size, kernel.bytes)

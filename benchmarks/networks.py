@@ -192,9 +192,10 @@ def generator(net: Net, x: jax.Array) -> jax.Array:
   return jnp.tanh(nn.Conv(3, (3, 3), dtype=jnp.float32)(x))
 
 
-def unet(net: Net, x: jax.Array) -> jax.Array:
+def unet(
+  net: Net, x: jax.Array, features: tuple[int, ...] = (64, 128, 256, 512, 1024)
+) -> jax.Array:
   """Down and up again, with what was seen on the way down (Ronneberger et al. 2015), padded."""
-  features: tuple[int, ...] = (64, 128, 256, 512, 1024)
   seen: list[jax.Array] = []
   for wide in features:
     if seen:
@@ -252,6 +253,32 @@ WHOLE = {
   "mobilenet": Network("MobileNetV2", mobilenet, IMAGENET, 128, WHOLE_MOBILENET),
   "densenet": Network("DenseNet-121", densenet, IMAGENET, 64, DENSENET121),
   "unet": Network("U-Net", unet, (256, 256, 3), 32),
+}
+# As wide as they are trained, and with as large a batch on one chip, but few layers of each kind.
+TRAINED = {
+  "bottleneck": Network(
+    "ResNet-50's first stages", resnet, IMAGENET, 64, {**RESNET50, "stages": (2, 1)}
+  ),
+  "identity": Network(
+    "ResNet-50, first and last blocks", resnet, IMAGENET, 64, {**RESNET50, "stages": (1, 2)}
+  ),
+  "basic": Network(
+    "ResNet-18's first stages",
+    resnet,
+    IMAGENET,
+    64,
+    {**RESNET50, "block": "Basic", "stages": (2, 1)},
+  ),
+  "vgg": Network("VGG", vgg, (128, 128, 3), 64),
+  "mobilenet": Network(
+    *("MobileNetV2's first stages", mobilenet, IMAGENET, 128),
+    {"stages": MOBILENET_V2[:2], "stride": 2},
+  ),
+  "densenet": Network(
+    "DenseNet's first layers", densenet, IMAGENET, 64, {"blocks": (3,), "large": True}
+  ),
+  "unet": Network("U-Net of two levels", unet, (256, 256, 3), 32, {"features": (64, 128)}),
+  "generator": Network("DCGAN generator", generator, (128,), 1024),
 }
 # What a CPU compiles and runs in moments, and what tests do.
 SMALL_RESNET = Network("ResNet", resnet, CIFAR, 64, {"block": "Basic", "stages": (1, 1, 1)})

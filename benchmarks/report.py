@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks import charts, compiled_report, fold, numerics, speed, step
+from benchmarks import charts, compiled_report, fold, numerics, speed, step, trained
 from benchmarks import results as stored
 
 DOCS = stored.ROOT / "docs"
 PAGE = DOCS / "benchmarks.md"
 CHAPTERS = {
   "compiled": compiled_report.parts,
+  "trained": trained.parts,
   "fold": fold.parts,
   "step": step.parts,
   "speed": speed.parts,

@@ -63,6 +63,18 @@ def test_passes_by_place(place, passes):
   assert floor.floor_bytes(network, jnp.bfloat16) == sum(least for _, least in found)
 
 
+@pytest.mark.parametrize(
+  ("place", "passes"),
+  [("activation", [2]), ("sum", [5]), ("projection", [2, 5]), ("neither", [2]), ("mean", [2])],
+)
+def test_passes_by_place_where_convolutions_fuse(place, passes):
+  # What the first convolution makes has no gradient to hand on: a pass less.
+  network = networks.Network(place, at, (16, 16, 3), 2, {"place": place})
+  found = list(floor.fused_layers(network, jnp.bfloat16))
+  size = 2 * 16 * 16 * 8 * 128  # of four channels and two examples, in tiles
+  assert sorted(found) == [(size, number * size) for number in passes]
+
+
 def test_the_stored_floors_are_those_of_the_networks():
   rows = of(stored.read("compiled")["rows"], kind="program")
   for name, dtype, floor_mb in {(r["network"], r["dtype"], r["floor_MB"]) for r in rows}:
