@@ -54,8 +54,8 @@ def test_percentiles_are_those_of_the_input_and_statistics_those_of_the_step(wat
 def test_the_second_layer_is_seen_in_training_mode(watched):
   # Its statistics were made wrong: by them, its input would be far away.
   _, _, _, report = watched
-  first, *_, last = (np.array(row["percentiles"]) for row in rows(report, 1))
-  assert np.max(np.abs(first - last)) < 0.5 * np.ptp(last)
+  *_, wrong, right = (np.array(row["percentiles"]) for row in rows(report, 1))
+  assert np.max(np.abs(wrong - right)) < 0.4 * np.ptp(right)
 
 
 def test_a_second_diagnosis_compiles_nothing_and_goes_on(watched):
@@ -73,11 +73,11 @@ def test_a_second_diagnosis_compiles_nothing_and_goes_on(watched):
     jax.monitoring.unregister_event_duration_listener(listen)
   assert compiled == []
   assert [row["step"] for row in rows(report)] == [0, 2, 4, 7, 8, 9]
-  # From an earlier step on: what came after is of another run.
+  # From an earlier step on: what was noted then and later is of another run.
   again = jaxbn.diagnose(
-    doctor.model, variables, BATCHES, steps=5, before=report, train=False, **QUIET
+    doctor.model, variables, BATCHES, steps=4, before=report, train=False, **QUIET
   )
-  assert [row["step"] for row in rows(again)] == [0, 2, 4, 5]
+  assert [row["step"] for row in rows(again)] == [0, 2, 4]
 
 
 def test_an_nnx_module_in_a_loop_and_on_two_devices():

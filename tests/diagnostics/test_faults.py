@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxbn import Moments, RunningStats
+from jaxbn import Moments, RunningStats, merge
+from jaxbn.diagnostics import _facts, covariate_shift
 from jaxbn.diagnostics._collect import Programs, Run, collect
 from jaxbn.diagnostics._faults import FAULTS, findings
 from jaxbn.diagnostics._faults_of_runs import gradient_growth
@@ -29,6 +30,16 @@ def facts():
 
 def test_nothing_is_wrong_with_a_healthy_network(facts):
   assert findings(facts, {}) == []
+
+
+@pytest.mark.parametrize("channels", [3, 1000])
+def test_whatever_the_number_of_channels_each_is_measured(channels):
+  values = np.random.default_rng(0).normal(size=(6, channels)).astype(np.float32)
+  one, other = (Moments(*(np.abs(v) + 1)) for v in (values[:3], values[3:]))
+  for got, want in zip(_facts._merge(one, other), merge(one, other), strict=True):
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+  got = _facts._shift(one, other, epsilon=0.5)
+  np.testing.assert_allclose(got, covariate_shift(one, other, epsilon=0.5), rtol=1e-5, atol=1e-7)
 
 
 def planted(facts, *, which=1, run=None, **changes):
