@@ -18,7 +18,7 @@ from rich.progress import track
 
 import jaxbn.linen
 from benchmarks import results as stored
-from experiments import experiment
+from experiments import experiment, mean_field
 from experiments.experiment import REFERENCE, THIRD, WITH, WITHOUT, Experiment, Found, Row
 from experiments.splits import splits
 from experiments.training import spread
@@ -31,7 +31,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   SKIP: nn.relu,
 }
 COLOURS = {RELU: WITH, LINEAR: WITHOUT, SKIP: THIRD}
-LIMIT = math.pi / (math.pi - 1)
+THEORY = {RELU: mean_field.relu, LINEAR: mean_field.linear}
 
 
 class Plan(NamedTuple):
@@ -91,11 +91,6 @@ def rates(found: Found, **which: Any) -> list[float]:
   return [rate(row["of"]) for row in stored.of(found["rows"], **which)]
 
 
-def theory(kind: str, batch_size: int) -> float:
-  """For wide layers: exact without activation, and of large batches with ReLU."""
-  return LIMIT if kind == RELU else (batch_size - 2) / (batch_size - 3)
-
-
 def sizes(found: Found, what: str) -> list[int]:
   return sorted({row[what] for row in found["rows"]})
 
@@ -105,25 +100,26 @@ def verdict(found: Found) -> str:
   plain, skip = (rates(found, kind=k, width=width, batch_size=size) for k in (RELU, SKIP))
   return (
     f"{width} units, {size} examples: the squared gradient grows by {spread(plain, '.3f')} per "
-    f"layer, where theory has {LIMIT:.3f}; with skip connections by {spread(skip, '.3f')}."
+    f"layer, where theory has {mean_field.relu(size):.3f}; with skip connections by "
+    f"{spread(skip, '.3f')}."
   )
 
 
 def report(found: Found) -> list[str]:
   widest = sizes(found, "width")[-1]
-  by_size = [["examples", "linear", "theory", "ReLU", "theory, large batches", SKIP]]
+  by_size = [["examples", "linear", "theory", "ReLU", "theory", SKIP]]
   for size in sizes(found, "batch_size"):
     linear, relu, skip = (
       spread(rates(found, kind=k, width=widest, batch_size=size), ".3f")
       for k in (LINEAR, RELU, SKIP)
     )
-    exact = f"{theory(LINEAR, size):.3f}"
-    by_size.append([str(size), linear, exact, relu, f"{LIMIT:.3f}", skip])
+    of_linear, of_relu = (f"{THEORY[k](size):.3f}" for k in (LINEAR, RELU))
+    by_size.append([str(size), linear, of_linear, relu, of_relu, skip])
   largest = sizes(found, "batch_size")[-1]
-  by_width = [["units", "ReLU"]]
-  for width in sizes(found, "width"):
-    measured = rates(found, kind=RELU, width=width, batch_size=largest)
-    by_width.append([str(width), spread(measured, ".3f")])
+  by_width = [["units", "ReLU"]] + [
+    [str(width), spread(rates(found, kind=RELU, width=width, batch_size=largest), ".3f")]
+    for width in sizes(found, "width")
+  ]
   depth = len(found["rows"][0]["of"])
   return [
     f"{depth} dense layers with random kernels, each followed by batch norm and its activation, on "
@@ -138,37 +134,40 @@ def report(found: Found) -> list[str]:
     stored.table(by_size, range(6)),
     f"Widths, at {largest} examples:",
     stored.table(by_width, range(2)),
-    "Where it does not hold: both theories are of layers that are wide beside the batch, which "
-    f"{widest} units are not at {largest} examples, and that with ReLU is of large batches: small "
-    "ones explode faster. And it is of the start: the paper says, too, that after one step of "
-    "training gradients differ far less.",
+    "Small batches explode faster. The theory of ReLU is the paper's for large batches; for each "
+    "number of examples it is worked out in experiments/mean_field.py.",
+    "Where it does not hold: theory is of layers that are wide beside the batch, which "
+    f"{widest} units are not at {largest} examples. And it is of the start: the paper says, too, "
+    "that after one step of training gradients differ far less.",
   ]
 
 
 def draw(found: Found, figure: Figure) -> None:
   left, right = figure.subplots(1, 2)
-  width, largest = sizes(found, "width")[-1], sizes(found, "batch_size")[-1]
+  width, of_sizes = sizes(found, "width")[-1], sizes(found, "batch_size")
+  largest = of_sizes[-1]
   for kind, colour in COLOURS.items():
-    rows = stored.of(found["rows"], kind=kind, width=width, batch_size=largest)
-    for row in rows:
+    for row in stored.of(found["rows"], kind=kind, width=width, batch_size=largest):
       squares = np.array(row["of"])
       layers = np.arange(1, len(squares) + 1)
       left.plot(layers, squares / squares[-1], color=colour, linewidth=1.2)
     left.plot([], [], color=colour, label=kind)
-    measured = [
-      rates(found, kind=kind, width=width, batch_size=n) for n in sizes(found, "batch_size")
-    ]
-    right.plot(sizes(found, "batch_size"), measured, "o", color=colour, markersize=4)
-  left.plot(layers, LIMIT ** (layers[-1] - layers), "--", color=REFERENCE, label="theory")
+    measured = [rates(found, kind=kind, width=width, batch_size=n) for n in of_sizes]
+    right.plot(of_sizes, measured, "o", color=colour, markersize=4)
+  growth = mean_field.relu(largest) ** (layers[-1] - layers)
+  left.plot(layers, growth, "--", color=REFERENCE, label="theory")
   left.set(yscale="log", xlabel="layer, from the input", title="squared gradient, of the last's")
   left.legend(frameon=False)
-  smooth = np.geomspace(sizes(found, "batch_size")[0], largest, 100)
-  right.plot(smooth, theory(LINEAR, smooth), "--", color=REFERENCE)  # type: ignore[arg-type]
-  right.axhline(LIMIT, color=REFERENCE, linestyle="--")
-  right.text(32, LIMIT + 0.03, "pi / (pi - 1)", ha="center", color="0.35")
-  right.text(4.5, theory(LINEAR, 4), "(n - 2) / (n - 3)", va="center", color="0.35")
+  smooth = np.geomspace(of_sizes[0], largest, 100)
+  for factor in THEORY.values():
+    right.plot(smooth, [factor(n) for n in smooth], "--", color=REFERENCE, zorder=1)
+  right.axhline(mean_field.RELU_LIMIT, color=REFERENCE, linestyle=":")
+  right.text(
+    largest, mean_field.RELU_LIMIT - 0.06, "pi / (pi - 1)", ha="right", va="top", color="0.35"
+  )
+  right.text(9, 1.23, "(n - 2) / (n - 3)", color="0.35")
   right.set(xscale="log", xlabel="examples in the batch, n", title="factor per layer")
-  right.set_xticks(sizes(found, "batch_size"), [str(n) for n in sizes(found, "batch_size")])
+  right.set_xticks(of_sizes, map(str, of_sizes))
   right.minorticks_off()
   for axes in (left, right):
     axes.grid(alpha=0.25)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import results as stored
-from experiments import depth, experiment
+from experiments import depth, experiment, mean_field
 
 PLAN = depth.Plan("digits", 10, (96,), (48,), 2)
 
@@ -26,9 +26,9 @@ def test_relu_explodes_and_skip_connections_tame_it(found):
     np.mean(depth.rates(found, kind=kind, width=96, batch_size=48))
     for kind in (depth.RELU, depth.SKIP, depth.LINEAR)
   )
-  assert abs(relu - depth.LIMIT) < 0.2
+  assert abs(relu - mean_field.RELU_LIMIT) < 0.2
   assert skip < 1.3 < relu
-  assert abs(linear - depth.theory(depth.LINEAR, 48)) < 0.15
+  assert abs(linear - mean_field.linear(48)) < 0.15
 
 
 def test_the_page_and_the_figure_show_it(found, tmp_path):
