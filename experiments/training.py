@@ -34,6 +34,7 @@ def descend(
   orders: np.ndarray,
   every: int,
   say: str,
+  started: Carry | None = None,
 ) -> tuple[Carry, Any]:
   """Trains a network for each learning rate and each seed, all in one program.
 
@@ -43,6 +44,7 @@ def descend(
     orders: indices of the examples, (seeds, steps, batch), which all rates share.
     every: after how many steps to look; divides steps.
     say: what the progress bar says.
+    started: what the first steps take, leaves (seeds, ...); default, what the recipe starts from.
 
   Returns:
     What the last step gave, leaves (rates, seeds, ...); and what was seen before the first step
@@ -57,8 +59,8 @@ def descend(
 
   for_each = jax.vmap(jax.vmap(some_steps, (0, None, 0)), (0, 0, None))
   advance = jax.jit(for_each, donate_argnums=0)
-  keys = jax.random.split(jax.random.key(0), seeds)
-  started = jax.vmap(recipe.start)(keys)
+  if started is None:
+    started = jax.vmap(recipe.start)(jax.random.split(jax.random.key(0), seeds))
   carry = jax.tree.map(lambda a: jnp.repeat(a[None], len(rates), 0), started)
   looks = [jax.jit(jax.vmap(jax.vmap(recipe.look)))(carry)]
   with Progress() as progress:
