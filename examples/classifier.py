@@ -40,10 +40,16 @@ def training_step(model: Any, optimizer: Any) -> Callable[..., Any]:
 
 
 def training(
-  step: Callable[..., Any], variables: Any, opt_state: Any, dataset: Any, steps: int, batch: int
+  step: Callable[..., Any],
+  variables: Any,
+  opt_state: Any,
+  dataset: Any,
+  steps: int,
+  batch: int,
+  seed: int = 0,
 ) -> Iterator[tuple[Any, jax.Array]]:
   """The variables after each of so many steps, and the loss of the step."""
-  rng = np.random.default_rng(0)
+  rng = np.random.default_rng(seed)
   for _ in range(steps):
     chosen = rng.choice(len(dataset.train_images), batch)
     images, labels = scaled(dataset.train_images[chosen]), dataset.train_labels[chosen]

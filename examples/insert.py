@@ -44,8 +44,8 @@ class Curve(NamedTuple):
     return float(np.mean(self.losses[-LAST:]))
 
 
-def trainer(model: Any, digits: Any) -> Callable[[Any, float], tuple[Any, Curve]]:
-  """A function of variables and a rate that trains: new variables, and how it went."""
+def trainer(model: Any, digits: Any) -> Callable[..., tuple[Any, Curve]]:
+  """A function of variables, rate and seed that trains: new variables, and how it went."""
   optimizer = optax.inject_hyperparams(optax.adam)(1.0)
 
   step = classifier.training_step(model, optimizer)
@@ -55,11 +55,11 @@ def trainer(model: Any, digits: Any) -> Callable[[Any, float], tuple[Any, Curve]
     logits = model.apply(variables, digits.test_images / 255.0, train=False)
     return (logits.argmax(-1) == digits.test_labels).mean()
 
-  def train(variables: Any, rate: float) -> tuple[Any, Curve]:
+  def train(variables: Any, rate: float, seed: int = 0) -> tuple[Any, Curve]:
     opt_state = optimizer.init(variables["params"])
     opt_state.hyperparams["learning_rate"] = jnp.asarray(rate)
     losses, accuracies = [], [accuracy(variables)]
-    steps = classifier.training(step, variables, opt_state, digits, STEPS, BATCH)
+    steps = classifier.training(step, variables, opt_state, digits, STEPS, BATCH, seed)
     for number, (variables, loss) in enumerate(steps, 1):
       losses.append(loss)
       if number % TEST_EVERY == 0:

@@ -17,6 +17,10 @@ NAMES = (
   "depth",
   "length_direction",
   "large_batches",
+  "synchronized",
+  "renorm",
+  "recurrent",
+  "inserted",
 )
 
 

@@ -13,7 +13,7 @@ import optax
 
 from benchmarks.results import Row
 from experiments.splits import batches, splits
-from experiments.training import Recipe, best, descend
+from experiments.training import Carry, Recipe, best, descend
 
 Look = Callable[[Any], dict[str, jax.Array]]  # variables, to what is kept of them
 
@@ -76,7 +76,13 @@ def recipe(
 
 
 def tuned(
-  recipe: Recipe, plan: Any, side: str, examples: int | None = None, **what: Any
+  recipe: Recipe,
+  plan: Any,
+  side: str,
+  examples: int | None = None,
+  started: Carry | None = None,
+  two_classes: bool = False,
+  **what: Any,
 ) -> list[Row]:
   """Chooses the rate on images held out, and trains at it.
 
@@ -86,6 +92,8 @@ def tuned(
       best, and `every`, the steps between looks, which divides both.
     side: who is trained.
     examples: how many of the training images, the first; default all.
+    started: as in `descend`, where training goes on from something.
+    two_classes: whether each batch is of two classes.
     **what: else that stands in each row.
 
   Returns:
@@ -93,27 +101,27 @@ def tuned(
     one of kind "run" for each seed at the best rate, with what was seen, look by look.
   """
   said = ", ".join(map(str, (side, *what.values())))
-  every_order = orders(plan, examples)
+  every_order = orders(plan, examples, two_classes)
   few = every_order[:, : plan.tuning_steps]
-  _, seen = descend(recipe, plan.rates, few, plan.tuning_steps, f"{said}: learning rates")
+  _, seen = descend(recipe, plan.rates, few, plan.tuning_steps, f"{said}: learning rates", started)
   last = seen["validation"][-1]
   rate, head = plan.rates[best(last)], {"side": side, **what}
   rows: list[Row] = [
     {"kind": "grid", **head, "rate": tried, "validation": kept(of_seeds)}
     for tried, of_seeds in zip(plan.rates, last, strict=True)
   ]
-  _, seen = descend(recipe, [rate], every_order, plan.every, said)
+  _, seen = descend(recipe, [rate], every_order, plan.every, said, started)
   for seed in range(plan.seeds):
     of_seed = {name: kept(values[:, 0, seed]) for name, values in seen.items()}
     rows.append({"kind": "run", **head, "rate": rate, "seed": seed, "every": plan.every, **of_seed})
   return rows
 
 
-def orders(plan: Any, examples: int | None = None) -> np.ndarray:
+def orders(plan: Any, examples: int | None = None, two_classes: bool = False) -> np.ndarray:
   """Which of the training images, or of the first `examples`, make each batch of each seed."""
   labels = splits(plan.dataset)["train"].labels[:examples]
   sizes = plan.batch_size, plan.steps
-  return np.stack([batches(False, labels, *sizes, seed) for seed in range(plan.seeds)])
+  return np.stack([batches(two_classes, labels, *sizes, seed) for seed in range(plan.seeds)])
 
 
 def kept(values: np.ndarray) -> Any:

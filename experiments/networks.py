@@ -25,7 +25,8 @@ class Perceptron(nn.Module):
     activation: of the hidden layers.
     kernel_init: of all layers.
     momentum: of the running statistics.
-    options: other options of batch norm.
+    layer: batch norm, or a layer that is called like it.
+    options: other options of that layer.
     bias: before batch norm, too, where it cancels.
     dropout: the share of each hidden layer's outputs that is dropped in training.
   """
@@ -36,6 +37,7 @@ class Perceptron(nn.Module):
   activation: Callable[[jax.Array], jax.Array] = nn.relu
   kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
   momentum: float = 0.9
+  layer: Callable[..., nn.Module] = jaxbn.linen.BatchNorm
   options: Mapping[str, Any] = flax.core.FrozenDict()
   bias: bool = False
   dropout: float = 0.0
@@ -43,9 +45,9 @@ class Perceptron(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, training: bool) -> jax.Array:
     def normalized(x: jax.Array) -> jax.Array:
-      return jaxbn.linen.BatchNorm(
-        use_running_average=not training, momentum=self.momentum, **self.options
-      )(x)
+      norm = self.layer(use_running_average=not training, momentum=self.momentum, **self.options)
+      normed: jax.Array = norm(x)
+      return normed
 
     use_bias = self.bias or self.norm != "before"
 

@@ -143,6 +143,23 @@ def markdown(rows: list[Row]) -> str:
   return stored.table(lines + [_cells(row) for row in rows], right=range(3, 7))
 
 
+def chapter() -> list[str]:
+  """Of a page: what was found when it was last run, if it was."""
+  found = stored.read(NAME, FOLDER)
+  if not found:
+    return []
+  rows, machine = found["rows"], found["machine"]
+  return [
+    f"**What it costs.** Microseconds per step of {rows[0]['units']} units on the CPU "
+    f"({machine['cpu']}, {machine['cores']} cores; jax {found['versions']['jax']}), for batches of "
+    f"{rows[0]['batch']} and {rows[0]['steps']} steps: the cells of jaxbn.linen and Flax's plain "
+    "ones (OptimizedLSTMCell, GRUCell) under `nn.RNN`, in turns, the least of at least "
+    f"{min(row['samples'] for row in rows)} times each (`{found['command']}`). The goal is at most "
+    f"{GOAL} times; the most here is {max(row['ratio_min'] for row in rows):.2f}.",
+    markdown(rows),
+  ]
+
+
 def _cells(row: Row) -> list[str]:
   names = ("cell", "inputs", "kind", "plain_min_us", "ours_min_us")
   ratios = [f"{row[name]:.2f}" for name in ("ratio_min", "ratio_median")]

@@ -35,6 +35,7 @@ def descend(
   orders: np.ndarray,
   every: int,
   say: str,
+  started: Carry | None = None,
 ) -> tuple[Carry, Any]:
   """Trains a network for each learning rate and each seed, all in one program.
 
@@ -44,6 +45,7 @@ def descend(
     orders: indices of the examples, (seeds, steps, batch), which all rates share.
     every: after how many steps to look; divides steps.
     say: what the progress bar says.
+    started: what the first steps take, leaves (seeds, ...); default, what the recipe starts from.
 
   Returns:
     What the last step gave, leaves (rates, seeds, ...); and what was seen before the first step
@@ -51,7 +53,8 @@ def descend(
   """
   seeds, steps, _ = orders.shape
   start, look, advance = compiled(recipe)
-  started = start(jax.random.split(jax.random.key(0), seeds))
+  if started is None:
+    started = start(jax.random.split(jax.random.key(0), seeds))
   carry = jax.tree.map(lambda a: jnp.repeat(a[None], len(rates), 0), started)
   looks = [look(carry)]
   with Progress() as progress:

@@ -1,25 +1,20 @@
-"""Recurrent batch normalization on digits: the experiment in little, and the page that it made."""
-
-import io
-import json
-import pathlib
+"""Recurrent batch normalization on digits: the experiment in little, and its page."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rich.console import Console
 
-from benchmarks import results
-from experiments import recurrent
-from experiments.splits import Split, splits
+from benchmarks import results as stored
+from experiments import experiment, recurrent, recurrent_runs
+from experiments.splits import batches, splits
 
-DOCS = pathlib.Path(recurrent.__file__).resolve().parents[1] / "docs"
+PLAN = recurrent_runs.Plan(units=8, batch_size=64)
 
 
 def test_sequences_hold_all_pixels_in_the_task_s_order():
   images = np.arange(2 * 8 * 8).reshape(2, 8, 8, 1)
-  rows, pixels, permuted = (recurrent.sequences(task, images) for task in recurrent.TASKS)
+  rows, pixels, permuted = (recurrent_runs.sequences(task, images) for task in recurrent_runs.TASKS)
   np.testing.assert_array_equal(rows[1, 2], images[1, 2, :, 0])
   np.testing.assert_array_equal(pixels[1, :, 0], np.arange(64, 128))
   assert not np.array_equal(permuted, pixels)
@@ -27,10 +22,10 @@ def test_sequences_hold_all_pixels_in_the_task_s_order():
   np.testing.assert_array_equal(permuted[1] - permuted[0], 64)  # one order for all
 
 
-@pytest.mark.parametrize("method", recurrent.METHODS)
+@pytest.mark.parametrize("method", recurrent_runs.METHODS)
 def test_all_methods_have_the_same_start(method):
   """The same kernels' shapes and forget gates, and a scale only where something is normalized."""
-  model = recurrent.Classifier(method, 5, 3)
+  model = recurrent_runs.Classifier(method, 5, 3)
   x, noise = jnp.ones((4, 3, 2)), 0.1 * jax.random.normal(jax.random.key(1), (4, 5))
   params = model.init(jax.random.key(0), x, noise, True)["params"]
   leaves = jax.tree.leaves_with_path(params)
@@ -45,43 +40,41 @@ def test_all_methods_have_the_same_start(method):
   np.testing.assert_allclose(np.ravel(scales), gain.get(method, [1.0] * 3), rtol=1e-6)
 
 
-def test_a_tiny_run_writes_results_page_and_picture(tmp_path, monkeypatch):
-  few = {k: Split(s.images[:40], s.labels[:40]) for k, s in splits().items()}
-  monkeypatch.setattr(recurrent, "splits", lambda: few)
-  monkeypatch.setattr(recurrent, "TASKS", (recurrent.ROWS,))
-  plan = recurrent.Plan(4, 8, steps=4, evaluations=2, seeds=2, learning_rates=(0.01, 0.1))
-  console = Console(record=True, width=120, file=io.StringIO())
-  found = recurrent.main(tmp_path, plan, console)
-  assert [row["method"] for row in found["rows"]] == list(recurrent.METHODS)
-  for row in found["rows"]:
-    assert np.shape(row["accuracies"]) == (2, 2)
-    assert np.all((np.array(row["accuracies"]) >= 0) & (np.array(row["accuracies"]) <= 1))
-    assert np.all(np.isfinite(row["losses"]))
-  written = json.loads((tmp_path / "recurrent.json").read_text())
-  page = recurrent.page(written, results.read(recurrent.cost.NAME, recurrent.cost.FOLDER))
-  assert (tmp_path / "recurrent.md").read_text() == page
-  assert (tmp_path / "recurrent.png").read_bytes().startswith(b"\x89PNG")
-  assert "Test accuracy in %" in console.export_text()
+def test_it_learns_and_is_evaluated_by_the_statistics_of_its_parameters():
+  made = recurrent_runs.recipe(recurrent_runs.GAIN_SMALL, recurrent_runs.ROWS, PLAN)
+  carry, step, look = jax.jit(made.start)(jax.random.key(0)), jax.jit(made.step), jax.jit(made.look)
+  before = look(carry)
+  order = batches(False, splits("digits")["train"].labels, PLAN.batch_size, 30, 0)
+  for batch in jnp.asarray(order):
+    carry = step(carry, 0.03, batch)
+  after = look(carry)
+  assert after.keys() == {"validation", "test"}
+  assert after["validation"] > before["validation"] + 0.2
 
 
-def row(method, accuracies):
-  return {"task": "t", "method": method, "accuracies": accuracies, "losses": [1.0]}
-
-
-def test_a_difference_within_the_spread_is_called_that():
-  rows = [
-    row(recurrent.PLAIN, [[0.5, 0.80], [0.5, 0.90]]),
-    row(recurrent.LAYER, [[0.1, 0.20], [0.1, 0.21]]),
-    row(recurrent.GAIN_SMALL, [[0.9, 0.88], [0.9, 0.90]]),
-    row(recurrent.GAIN_ONE, [[0.2, 0.40], [0.2, 0.42]]),
+def runs(method, accuracies):
+  """Of two seeds, the first look at the start."""
+  return [
+    {"kind": "run", "side": method, "task": "t", "rate": 1, "every": 10, "test": [None, *a]}
+    for a in accuracies
   ]
-  plain, layer, gain = recurrent.verdicts(rows)
-  assert "t +4.0 (within the spread of the seeds) in the end and +22.0 over the training" in plain
+
+
+def test_a_difference_within_the_spread_is_called_that(tmp_path):
+  rows = [
+    *runs(recurrent_runs.PLAIN, [[0.5, 0.80], [0.5, 0.90]]),
+    *runs(recurrent_runs.LAYER, [[0.1, 0.20], [0.1, 0.21]]),
+    *runs(recurrent_runs.GAIN_SMALL, [[0.9, 0.88], [0.9, 0.90]]),
+    *runs(recurrent_runs.GAIN_ONE, [[0.2, 0.40], [0.2, 0.42]]),
+  ]
+  found = stored.made("recurrent", "a command", rows)
+  plain, layer, gain = recurrent.verdicts(found)
+  assert "t +4.0 (within the spread) in the end and +22.0 over the training" in plain
   assert "t +68.5 in the end" in layer
   assert "t +48.0 in the end" in gain
-
-
-def test_the_page_in_the_repository_is_what_the_results_make():
-  found = json.loads((DOCS / "recurrent.json").read_text())
-  page = recurrent.page(found, results.read(recurrent.cost.NAME, recurrent.cost.FOLDER))
-  assert (DOCS / "recurrent.md").read_text() == page, "run experiments.recurrent"
+  assert recurrent.verdict(found).endswith("it learns t.")
+  experiment.show(recurrent.EXPERIMENT, found, tmp_path)
+  page = (tmp_path / "recurrent.md").read_text()
+  assert recurrent.verdict(found) in page
+  assert "frame-wise" in page
+  assert (tmp_path / "recurrent.png").stat().st_size > 10_000

@@ -1,17 +1,26 @@
-"""Batch renormalization in small batches: the experiment in little, and the page that it made."""
+"""Batch renormalization in small batches: the experiment in little, and its page."""
 
-import io
 import json
-import pathlib
 
-import jax.numpy as jnp
+import jax
 import numpy as np
-from rich.console import Console
 
-from experiments import renorm, splits
+from benchmarks import results as stored
+from experiments import experiment, renorm, renorm_runs, splits
+from experiments.renorm_runs import (
+  NONE,
+  NORM,
+  RENORM,
+  SETTINGS,
+  Patches,
+  Plan,
+  cases,
+  limits,
+  measure,
+)
 
-DOCS = pathlib.Path(renorm.__file__).resolve().parents[1] / "docs"
 LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 7))
+PLAN = Plan("digits", (8,), 160, 1, 2, (0.1,))
 
 
 def test_batches_drawn_evenly_hold_every_example_once_an_epoch():
@@ -27,35 +36,45 @@ def test_batches_of_two_classes_hold_half_of_each():
     assert np.unique(LABELS[batch], return_counts=True)[1].tolist() == [4, 4]
 
 
-def test_patches_are_the_positions_of_a_square():
-  x = jnp.arange(2 * 4 * 4 * 3).reshape(2, 4, 4, 3)
-  y = renorm.patches(x, 2)
-  assert y.shape == (2, 2, 2, 12)
-  np.testing.assert_array_equal(y[1, 0, 1], x[1, 0:2, 2:4].reshape(-1))
-
-
 def test_the_limits_are_batch_normalization_s_at_first_and_the_paper_s_in_the_end():
-  r_max, d_max = renorm.limits(100)
+  r_max, d_max = limits(100)
   assert (float(r_max(5)), float(d_max(5))) == (1.0, 0.0)
   assert (float(r_max(40)), float(d_max(25))) == (3.0, 5.0)
 
 
-def test_a_tiny_run_writes_results_page_and_picture(tmp_path, monkeypatch):
-  few = {k: splits.Split(s.images[:150], s.labels[:150]) for k, s in splits.splits().items()}
-  monkeypatch.setattr(renorm, "splits", lambda: few)
-  monkeypatch.setattr(renorm, "NETWORKS", {"fully connected": ((8, 4),)})
-  monkeypatch.setattr(renorm, "SETTINGS", [renorm.Setting("fully connected", True)])
-  plan = renorm.Plan(batch_sizes=(4,), epochs=1, seeds=2, learning_rates=(0.1, 0.3))
-  console = Console(record=True, width=120, file=io.StringIO())
-  found = renorm.main(tmp_path, plan, console)
-  assert [row["method"] for row in found["rows"]] == list(renorm.METHODS)
-  assert all(0 <= a <= 1 for row in found["rows"] for a in row["accuracies"])
-  stored = json.loads((tmp_path / "renorm.json").read_text())
-  assert (tmp_path / "renorm.md").read_text() == renorm.page(stored)
-  assert (tmp_path / "renorm.png").read_bytes().startswith(b"\x89PNG")
-  assert "two classes in a batch: test accuracy" in console.export_text()
+def test_renorm_starts_as_batch_norm_and_all_see_as_many_examples():
+  x = jax.random.normal(jax.random.key(0), (6, 2, 2, 1))
+  made = [Patches(((2, 3),), side, 100) for side in (NORM, RENORM)]
+  outputs = [
+    model.apply(model.init(jax.random.key(1), x, False), x, True, mutable=["batch_stats"])[0]
+    for model in made
+  ]
+  np.testing.assert_array_equal(*outputs)
+  for _, training, _ in cases(Plan()):
+    assert training.steps * training.batch_size == Plan().examples
+    assert training.steps % training.every == 0
 
 
-def test_the_page_in_the_repository_is_what_the_results_make():
-  found = json.loads((DOCS / "renorm.json").read_text())
-  assert (DOCS / "renorm.md").read_text() == renorm.page(found), "run experiments.renorm"
+def test_it_learns_and_the_page_shows_it(monkeypatch, tmp_path):
+  monkeypatch.setattr(renorm_runs, "SETTINGS", SETTINGS[:1])
+  monkeypatch.setattr(renorm_runs, "NETWORKS", {"convolutional": ((8, 16),)})
+  monkeypatch.setattr(renorm_runs, "NORMS", (RENORM,))
+  rows = json.loads(json.dumps(measure(PLAN), allow_nan=False))
+  runs = stored.of(rows, kind="run")
+  assert [len(row["test"]) for row in runs] == [2, 2]
+  assert all(row["validation"][-1] > row["validation"][0] + 0.1 for row in runs)
+  others = [row | {"side": side} for side in (NORM, NONE) for row in rows]
+  found = stored.made("renorm", "a command", [*rows, *others])
+  experiment.show(renorm.EXPERIMENT, found, tmp_path)
+  page = (tmp_path / "renorm.md").read_text()
+  assert renorm.verdict(found) in page
+  assert "| 8 | 20 |" in page
+  assert (tmp_path / "renorm.png").stat().st_size > 10_000
+
+
+def test_what_renorm_gains_is_of_the_same_seeds():
+  def run(side, test):
+    return {"kind": "run", "setting": "s", "batch_size": 2, "side": side, "test": [0, test]}
+
+  rows = [run(NORM, 0.5), run(NORM, 0.7), run(RENORM, 0.6), run(RENORM, 0.8)]
+  assert renorm.gain({"rows": rows}, "s", 2) == "+10.0"
