@@ -14,8 +14,6 @@
 # make house              how far a reader of the core has to go, into docs/design.md
 # make experiments        published claims measured, docs/experiments/ (ARGS=faster for one)
 # make compare-norms      every norm on Fashion-MNIST: batch sizes, depths, step times (ARGS=--long)
-# make compare-recurrent  recurrent batch normalization's experiments, and its cost
-# make compare-renorm     batch renormalization's experiments
 # make doctor-rates       how often jaxbn.diagnose is right: planted faults, and healthy networks
 # make doctor-cost        what it costs: in training, and one diagnosis of a ResNet-18
 # make bench              time and accuracy on this machine's CPU, beside other libraries
@@ -47,8 +45,8 @@ OLDEST_TESTS := $(filter-out tests/test_readme.py tests/test_docs.py tests/test_
   tests/examples/test_checkpoints.py
 
 # All create an environment and install what they need, at most once.
-.PHONY: help train train-hosts chaos test wheel foreign fuzz exactness house experiments compare-norms compare-recurrent \
-        compare-renorm bench bench-step bench-fold bench-compiled bench-trained bench-scaling doctor-rates \
+.PHONY: help train train-hosts chaos test wheel foreign fuzz exactness house experiments compare-norms \
+        bench bench-step bench-fold bench-compiled bench-trained bench-scaling doctor-rates \
         doctor-cost lint types pytest pytest-oldest format clean $(WHEELS:=/run)
 .DEFAULT_GOAL := help
 
@@ -114,13 +112,6 @@ experiments: $(INSTALLED)
 compare-norms: $(INSTALLED)
 	@$(BIN)/python -m experiments.norms $(ARGS)
 	@$(BIN)/python -m experiments.norms_report
-
-compare-recurrent: $(INSTALLED)
-	@$(BIN)/python -m experiments.recurrent_cost
-	@$(BIN)/python -m experiments.recurrent $(ARGS)
-
-compare-renorm: $(INSTALLED)
-	@$(BIN)/python -m experiments.renorm $(ARGS)
 
 doctor-rates: $(INSTALLED)
 	@$(BIN)/python -u -m benchmarks.doctor_rates $(ARGS)
