@@ -6,16 +6,11 @@ python -m experiments.smoothness
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from matplotlib.figure import Figure
 
-import jaxbn.linen
 from benchmarks import results as stored
 from experiments import experiment
 from experiments.classification import kept, orders, recipe, tuned
@@ -29,14 +24,10 @@ from experiments.experiment import (
   Row,
   rate_grid,
 )
-from experiments.splits import splits
+from experiments.landscape import LAYER, MEASURES, NORM, PLAIN, SHIFTED, Network, measured
 from experiments.training import descend, percent, spread
-from jaxbn.diagnostics import gradient_shift, smoothness
 
-PLAIN, NORM, SHIFTED, LAYER = "without", "batch norm", "batch norm, shifted", "layer norm"
 COLOURS = {PLAIN: WITHOUT, NORM: WITH, SHIFTED: THIRD, LAYER: REFERENCE}
-MULTIPLES = (0.5, 1.0, 2.0, 4.0)  # of the learning rate: the paper's range of steps
-MEASURES = ("loss_range", "predictiveness", "beta", "shift", "angle")
 
 
 class Plan(NamedTuple):
@@ -52,82 +43,6 @@ class Plan(NamedTuple):
   seeds: int = 3
   rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
   common_rate: float = 0.03  # of all, where they are measured
-
-
-class Network(nn.Module):
-  """Layers of ReLU, each normalized before it, or not.
-
-  SHIFTED: behind batch norm every channel has, in training, another factor and another shift in
-  each step, drawn evenly from 0.5 to 1.5 and from -0.5 to 0.5.
-  """
-
-  side: str
-  layers: int
-  width: int
-
-  @nn.compact
-  def __call__(self, x: jax.Array, training: bool) -> jax.Array:
-    x = x.reshape(len(x), -1)
-    for i in range(self.layers):
-      x = nn.Dense(self.width, name=f"Dense_{i}")(x)
-      if self.side == LAYER:
-        x = nn.LayerNorm(name=f"Norm_{i}")(x)
-      elif self.side != PLAIN:
-        x = jaxbn.linen.BatchNorm(use_running_average=not training, name=f"Norm_{i}")(x)
-      if self.side == SHIFTED and training:
-        drawn = jax.random.uniform(
-          self.make_rng("dropout"), (2, self.width), minval=-0.5, maxval=0.5
-        )
-        x = x * (1 + drawn[0]) + drawn[1]
-      x = nn.relu(x)
-    return nn.Dense(10, name=f"Dense_{self.layers}")(x)
-
-
-def measured(model: Network, plan: Plan) -> Any:
-  """Of a network's variables, what Santurkar et al. measure, on one batch, in training mode."""
-  train = splits(plan.dataset)["train"]
-  x, labels = (jnp.asarray(a[: 4 * plan.batch_size]) for a in train)
-
-  def look(variables: Any) -> dict[str, jax.Array]:
-    def loss(params: Any) -> jax.Array:
-      logits: Any
-      logits, _ = model.apply(
-        {**variables, "params": params},
-        x,
-        True,
-        mutable=["batch_stats"],
-        rngs={"dropout": jax.random.key(0)},
-      )
-      return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-    params = variables["params"]
-    gradient = jax.grad(loss)(params)
-    steps = plan.common_rate * jnp.array(MULTIPLES)
-    along = smoothness(loss, params, steps)
-    after = jax.tree.map(lambda p, g: p - plan.common_rate * g, params, gradient)
-    shifts = gradient_shift(lambda of: loss(joined(of)), by_layer(params), by_layer(after))
-    lengths = [optax.tree.norm(g) for g in by_layer(gradient)]
-    pairs = list(zip(shifts, lengths, strict=True))[1:]  # before the first nothing moves
-    return {
-      "loss_range": along.loss.max() - along.loss.min(),
-      "predictiveness": along.gradient_distance.max() / optax.tree.norm(gradient),
-      "beta": along.beta.max(),
-      "shift": jnp.stack([norm / length for (norm, _), length in pairs]).mean(),
-      "angle": jnp.stack([jnp.arccos(jnp.clip(c, -1, 1)) for (_, c), _ in pairs]).mean(),
-    }
-
-  return look
-
-
-def by_layer(params: Any) -> list[Any]:
-  """The parameters of each layer and its norm, from the input on."""
-  number = lambda name: int(name.rpartition("_")[2])  # noqa: E731
-  grouped = itertools.groupby(sorted(params, key=number), number)
-  return [{name: params[name] for name in names} for _, names in grouped]
-
-
-def joined(layers: Any) -> Any:
-  return {name: value for layer in layers for name, value in layer.items()}
 
 
 def measure(plan: Plan) -> list[Row]:
@@ -170,29 +85,37 @@ def over_training(found: Found, side: str, what: str) -> np.ndarray:
   return np.median(looks(found, side, what)[:, 1:], axis=1)
 
 
+def clear_pairs(found: Found) -> list[tuple[str, str]]:
+  """The faster and the slower of two sides that differ by more than two standard errors."""
+  speed = {side: early(found, side) for side in COLOURS}
+
+  def clear(a: str, b: str) -> bool:
+    error = np.sqrt((speed[a].var(ddof=1) + speed[b].var(ddof=1)) / len(speed[a]))
+    return bool(speed[a].mean() - speed[b].mean() > 2 * error)
+
+  return [pair for pair in itertools.permutations(COLOURS, 2) if clear(*pair)]
+
+
 def agreement(found: Found, what: str) -> int:
-  """In how many pairs of sides the faster one has the smaller value."""
-  speed = {side: early(found, side).mean() for side in COLOURS}
+  """In how many of these pairs the faster one has the smaller value."""
   value = {side: over_training(found, side, what).mean() for side in COLOURS}
-  pairs = itertools.combinations(COLOURS, 2)
-  return sum((speed[a] - speed[b]) * (value[a] - value[b]) < 0 for a, b in pairs)
+  return sum(value[faster] < value[slower] for faster, slower in clear_pairs(found))
 
 
 def verdict(found: Found) -> str:
-  norm, shifted, plain = (100 * early(found, side).mean() for side in (NORM, SHIFTED, PLAIN))
-  pairs = len(COLOURS) * (len(COLOURS) - 1) // 2
+  norm, shifted, plain = (percent(early(found, side)) for side in (NORM, SHIFTED, PLAIN))
+  pairs, of = len(clear_pairs(found)), len(COLOURS) * (len(COLOURS) - 1) // 2
   smooth, shift = agreement(found, "beta"), agreement(found, "shift")
   says = (
-    "smoothness goes with the speed"
-    if smooth > shift
-    else "the shift goes with the speed"
-    if shift > smooth
-    else "neither goes with the speed more than the other"
+    "neither goes with the speed more than the other"
+    if smooth == shift
+    else f"{'smoothness' if smooth > shift else 'the shift'} goes with the speed"
   )
   return (
-    f"early accuracy is {norm:.1f} % with batch norm, {shifted:.1f} % with shifts behind it, and "
-    f"{plain:.1f} % without. Of {pairs} pairs of networks the faster one is the smoother (beta) in "
-    f"{smooth}, and has the smaller covariate shift (of gradients) in {shift}: {says} here."
+    f"early accuracy is {norm} % with batch norm, {shifted} % with shifts behind it, and {plain} % "
+    f"without. Of {of} pairs of networks {pairs} differ in speed by more than two standard errors; "
+    f"of these the faster one is the smoother (beta) in {smooth}, and has the smaller covariate "
+    f"shift (of gradients) in {shift}: {says} here."
   )
 
 
@@ -219,7 +142,7 @@ def report(found: Found) -> list[str]:
     "the loss; the largest change of the gradient, in its own length (predictiveness); beta, that "
     "change over the length of the step. Internal covariate shift: how much a layer's gradient "
     "changes when all layers before it have made their step, in its own length, and by which "
-    "angle; the mean of the layers.",
+    "angle; the mean of the layers. To a step belong the factors and shifts that it draws.",
     stored.table(table, range(1, 6)),
     "Lower is smoother, or less of a shift. The table has four networks only, and its pairs are "
     "no proof: they say which measure could be the reason, not that it is.",
