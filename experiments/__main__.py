@@ -20,7 +20,6 @@ NAMES = (
   "synchronized",
   "renorm",
   "recurrent",
-  "inserted",
 )
 
 

@@ -12,7 +12,7 @@ from matplotlib.ticker import PercentFormatter
 from benchmarks import results as stored
 from experiments import experiment
 from experiments.experiment import REFERENCE, WITH, WITHOUT, Experiment, Found, rate_grid
-from experiments.inserted_runs import INSERTED, MOMENTUM, PLAIN, RESET, Plan, measure
+from experiments.inserted_runs import INSERTED, PLAIN, RESET, Plan, measure
 from experiments.training import highest, percent, spread, tried
 
 COLOURS = {PLAIN: WITHOUT, INSERTED: WITH, RESET: REFERENCE}
@@ -59,8 +59,6 @@ def report(found: Found) -> list[str]:
     rate = stored.of(found["rows"], kind="run", side=side)[0]["rate"]
     _, tests = runs(found, side)
     lines.append([side, f"{rate:g}", percent(tests[:, 0]), percent(tests[:, -1])])
-  first = stored.of(found["rows"], kind="first")
-  rates = ", ".join(f"{row['rate']:g}: {100 * np.mean(row['validation']):.1f}" for row in first)
   steps = runs(found, PLAIN)[0][-1]
   return [
     "Simonyan & Zisserman's VGG (2015) has no norms, since it is older than batch norm. To have "
@@ -69,10 +67,9 @@ def report(found: Found) -> list[str]:
     "at first, and can be trained. `jaxbn.surgery.insert` does that, behind all convolutions; the "
     "course did it behind the two dense layers that have a ReLU. Its scale is the variance where "
     "it should be the deviation, which may be what its accuracy lost in between.",
-    "Here a small VGG (two stages of two convolutions, 2x2 pixels to a position) learns "
-    "Fashion-MNIST, 64 images to a batch, by stochastic gradient descent with momentum "
-    f"{MOMENTUM}, at the best of a few rates (held-out accuracy in %: {rates}). From there it is "
-    f"trained on by the same data for {steps} steps: without norms, with them, and with norms "
+    "Here a small VGG, with two stages of two convolutions, has learned scikit-learn's digits by "
+    "100 steps of Adam, and is trained on by the same data, as examples/insert.py does it, for "
+    f"{steps} more steps of 128 images: without norms, with them, and with norms "
     "whose scale and bias are those of a new network. In training an inserted norm is by its "
     "batch, whose statistics are not those of all images: outputs differ by "
     f"{largest(found, 'training'):.2g} of the largest there. Mean ± standard deviation of three "
@@ -112,7 +109,7 @@ EXPERIMENT = Experiment(
   "% after an epoch.",
   measure=measure,
   plan=Plan(),
-  full=Plan(widths=(32, 64), first_steps=5000, steps=5000, tuning_steps=2500, seeds=10),
+  full=Plan(seeds=10, rates=(0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)),
   verdict=verdict,
   report=report,
   draw=draw,

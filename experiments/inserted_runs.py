@@ -8,88 +8,109 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.progress import track
 
-import jaxbn.linen
 from benchmarks.results import Row
+from examples import classifier, data, insert
+from examples.data import Dataset
 from examples.models import VGG
-from experiments.classification import recipe, tuned
-from experiments.splits import batches, splits
-from experiments.training import best, descend
-from jaxbn.surgery import insert
+from experiments.classification import kept
+from experiments.splits import VALIDATION_SHARE
+from experiments.training import best
+from jaxbn.linen import BatchNorm
+from jaxbn.surgery import Inserted
+from jaxbn.surgery import insert as insert_norms
 
 PLAIN, INSERTED, RESET = "without", "inserted", "inserted, scale 1 and bias 0"
-MOMENTUM = 0.9  # of the gradients
 
 
 class Plan(NamedTuple):
-  """What is run: the VGG's first training, and how it is trained on."""
+  """What is run; steps, batches and the first rate are those of examples/insert.py."""
 
-  dataset: str = "fashion_mnist"
-  patch: int = 2
-  widths: tuple[int, ...] = (8, 16)
-  blocks: tuple[int, ...] = (2, 2)
-  batch_size: int = 64
-  first_steps: int = 600
-  first_rates: tuple[float, ...] = (0.01, 0.03, 0.1)
-  steps: int = 600
-  tuning_steps: int = 300
-  every: int = 150
+  dataset: str = "digits"
+  widths: tuple[int, ...] = insert.WIDTHS
+  blocks: tuple[int, ...] = insert.BLOCKS
   seeds: int = 3
-  rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+  rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1)
+
+
+class Side(NamedTuple):
+  """A network to train on, from variables of each seed."""
+
+  model: Any
+  variables: list[Any]
 
 
 def measure(plan: Plan) -> list[Row]:
   """The same trained networks go on as they are, with norms, and with norms that are not set."""
-  train = splits(plan.dataset)["train"]
-  plain = VGG(10, plan.widths, plan.blocks, patch=plan.patch, norm="none")
-  variables, keys, rows = trained(plain, plan)
-  parts = np.array_split(train.images, 16)
-  norm = functools.partial(jaxbn.linen.BatchNorm, momentum=0.9)
-  each = [
-    insert(plain, at(variables, seed), parts, norm=norm, train=False) for seed in range(plan.seeds)
+  to_choose, to_report = datasets(plan.dataset)
+  model = VGG(10, plan.widths, plan.blocks, norm="none")
+  train = insert.trainer(model, to_choose)
+  trained = [
+    train(first(model, to_choose, seed), insert.BEFORE, seed)[0] for seed in range(plan.seeds)
   ]
-  rows += [
-    {"kind": "inserted", "seed": s, "evaluation": i.evaluation, "training": i.training}
-    for s, i in enumerate(each)
-  ]
-  normed = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(i.variables for i in each))
+  each = [with_norms(model, variables, to_choose) for variables in trained]
   sides = {
-    PLAIN: (plain, variables),
-    INSERTED: (each[0].model, normed),
-    RESET: (each[0].model, {**normed, "params": unset(normed["params"])}),
+    PLAIN: Side(model, trained),
+    INSERTED: Side(each[0].model, [new.variables for new in each]),
+    RESET: Side(each[0].model, [unset(new.variables) for new in each]),
   }
-  for side, (model, variables) in sides.items():
-    started = variables, jax.tree.map(jnp.zeros_like, variables["params"]), keys
-    made = recipe(model, plan.dataset, MOMENTUM)
-    rows += tuned(made, plan, side, started=started)
+  rows: list[Row] = [
+    {"kind": "inserted", "seed": seed, "evaluation": new.evaluation, "training": new.training}
+    for seed, new in enumerate(each)
+  ]
+  for name, side in sides.items():
+    rows += tuned(name, side, plan, insert.trainer(side.model, to_choose), to_report)
   return rows
 
 
-def trained(plain: VGG, plan: Plan) -> tuple[Any, jax.Array, list[Row]]:
-  """VGGs at the best rate, leaves (seeds, ...), keys for what follows, and the rates' rows."""
-  labels = splits(plan.dataset)["train"].labels
-  # Batches other than those of training on.
-  orders = np.stack([
-    batches(False, labels, plan.batch_size, plan.first_steps, 100 + seed)
-    for seed in range(plan.seeds)
+def tuned(name: str, side: Side, plan: Plan, train: Any, to_report: Dataset) -> list[Row]:
+  """As `classification.tuned`: the rates on images held out, and each seed at the best of them."""
+  # Batches other than those of the first training.
+  seeds = [plan.seeds + seed for seed in range(plan.seeds)]
+  accuracies = np.array([
+    [train(v, rate, s)[1].accuracies[-1] for v, s in zip(side.variables, seeds, strict=True)]
+    for rate in track(plan.rates, f"{name}: learning rates")
   ])  # fmt: skip
-  made = recipe(plain, plan.dataset, MOMENTUM)
-  carry, seen = descend(made, plan.first_rates, orders, plan.first_steps, "first training")
-  last = seen["validation"][-1]
-  variables, _, keys = at(carry, best(last))
+  rate = plan.rates[best(accuracies)]
   rows: list[Row] = [
-    {"kind": "first", "rate": rate, "validation": np.nan_to_num(of_seeds).round(4).tolist()}
-    for rate, of_seeds in zip(plan.first_rates, last, strict=True)
+    {"kind": "grid", "side": name, "rate": tried, "validation": kept(of_seeds)}
+    for tried, of_seeds in zip(plan.rates, accuracies, strict=True)
   ]
-  return variables, keys, rows
+  final = insert.trainer(side.model, to_report)
+  for seed, (variables, order) in enumerate(zip(side.variables, seeds, strict=True)):
+    tests = kept(np.array(final(variables, rate, order)[1].accuracies))
+    head = {"kind": "run", "side": name, "rate": rate, "seed": seed}
+    rows.append({**head, "every": insert.TEST_EVERY, "test": tests})
+  return rows
 
 
-def at(tree: Any, index: int) -> Any:
-  return jax.tree.map(lambda leaf: leaf[index], tree)
+def datasets(name: str) -> tuple[Dataset, Dataset]:
+  """Training images beside those that are held out of them, and beside the test's."""
+  whole = data.load(name)
+  order = np.random.default_rng(0).permutation(len(whole.train_images))
+  held_out, rest = np.split(order, [round(VALIDATION_SHARE * len(order))])
+  images, labels = whole.train_images, whole.train_labels
+  to_report = whole._replace(train_images=images[rest], train_labels=labels[rest])
+  return (
+    to_report._replace(test_images=images[held_out], test_labels=labels[held_out]),
+    to_report,
+  )
 
 
-def unset(params: Any) -> Any:
-  """With scale 1 and bias 0 in all norms, as they would be in a new network."""
+def first(model: VGG, dataset: Dataset, seed: int) -> Any:
+  init = jax.jit(model.init, static_argnames="train")
+  return init(jax.random.key(seed), classifier.scaled(dataset.train_images[:1]), train=False)
+
+
+def with_norms(model: VGG, variables: Any, dataset: Dataset) -> Inserted:
+  parts = np.array_split(classifier.scaled(dataset.train_images), 8)
+  norm = functools.partial(BatchNorm, momentum=0.9)
+  return insert_norms(model, variables, [jnp.asarray(p) for p in parts], norm=norm, train=False)
+
+
+def unset(variables: Any) -> Any:
+  """With scale 1 and bias 0 in all inserted norms, as they would be in a new network."""
 
   def fresh(path: Any, leaf: jax.Array) -> jax.Array:
     names = [entry.key for entry in path]
@@ -97,4 +118,4 @@ def unset(params: Any) -> Any:
       return leaf
     return jnp.full_like(leaf, 1.0 if names[-1] == "scale" else 0.0)
 
-  return jax.tree.map_with_path(fresh, params)
+  return {**variables, "params": jax.tree.map_with_path(fresh, variables["params"])}
