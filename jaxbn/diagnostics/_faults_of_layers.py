@@ -104,15 +104,17 @@ def last_batch_of_one(facts: Facts) -> Iterator[Finding]:
     yield Finding("last-batch-of-one", where, severity, "certain", evidence, mend)
 
 
-def dead_channels(facts: Facts, share: float = 2.0**-10, errors: float = 6.0) -> Iterator[Finding]:
+def dead_channels(
+  facts: Facts, share: float = 2.0**-10, rounding: float = 16.0
+) -> Iterator[Finding]:
   """Channels that say nothing: no scale, no variance, or nothing above 0 for a ReLU.
 
   Args:
     facts: of the network.
     share: of the layer's root-mean-square scale that is as good as none: the unit of float16, and
       more than that of bfloat16, by which a channel is lost where these add it to the others.
-    errors: standard deviations of the input, in standard errors of its mean by rounding, that are
-      none: the deviations of a constant are that error. See `padding`.
+    rounding: variance of the input that is only rounding, in squared units in the last place of
+      the mean. One rounding has a variance of 1/12 of that; 16 are those of a sum of 192 terms.
   """
   for v in facts.layers:
     if not v.is_finite:
@@ -121,8 +123,8 @@ def dead_channels(facts: Facts, share: float = 2.0**-10, errors: float = 6.0) ->
     if v.scale is not None and np.any(v.scale):
       rms = np.sqrt(np.mean(np.square(v.scale)))
       dead["scale"] = np.abs(v.scale) < share * rms
-    constant = errors * v.rounding * np.abs(v.data.mean)
-    dead["variance"] = np.asarray(v.data.var) <= np.square(constant)
+    unit = np.finfo(np.float32).eps * np.abs(v.data.mean)
+    dead["variance"] = np.asarray(v.data.var) <= rounding * np.square(unit)
     negative = np.max([s.largest for s in v.training], axis=0) <= 0
     if v.layer.options.get("activation") is None:  # then it is behind: what it does to gradients
       negative &= v.gradient is not None and np.any(v.gradient) and v.gradient == 0
@@ -223,25 +225,26 @@ def half_precision(facts: Facts) -> Iterator[Finding]:
         yield Finding("half-precision", v.layer.path, "error", "certain", evidence, mend)
 
 
-def padding(facts: Facts, errors: float = 6.0) -> Iterator[Finding]:
+def padding(facts: Facts, rounding: float | None = None) -> Iterator[Finding]:
   """Statistics that change when something else is in the padding.
 
   Args:
     facts: of the network.
-    errors: standard errors by which rounding may change the moments: of n elements, added up in
-      another order, one is sqrt(n) units in the last place. A normal variable exceeds 6 once in
-      half a billion. What padding changes is of the order of its share of the elements, 1 / n.
+    rounding: share of the standard deviation by which the moments may change; default, the square
+      root of the unit of rounding, which is half way, in digits, between what rounding changes and
+      what all elements do. Padding changes about its share of the elements.
   """
+  rounding = float(np.sqrt(facts.unit)) if rounding is None else rounding
   for v in facts.layers:
     if v.other_padding is None:
       continue
     before, after = v.training[0].given, v.other_padding
     spread = np.sqrt(before.var + v.epsilon)
-    unit = v.rounding * (1 + np.abs(before.mean) / spread)
+    unit = 1 + np.abs(before.mean) / spread
     far = np.abs(after.mean - before.mean) / spread + np.abs(
       after.var / (before.var + v.epsilon) - 1
     )
-    if np.max(far / unit) > errors:
+    if np.max(far / unit) > rounding:
       evidence = (
         "its batch statistics change with what is in the padding: the mean by up to "
         f"{np.max(np.abs(after.mean - before.mean) / spread):.2g} standard deviations"

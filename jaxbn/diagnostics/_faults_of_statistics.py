@@ -200,8 +200,10 @@ def replicas_differ(facts: Facts, errors: float = 6.0) -> Iterator[Finding]:
 
   Args:
     facts: of the network.
-    errors: standard errors by which rounding may tell apart averages of the same batches: see
-      `padding`. Those of different batches of n elements differ by sqrt(2 / n) of the deviation.
+    errors: standard errors by which rounding may tell apart averages of the same batches. Of n
+      elements that are added up in another order one is sqrt(n) units in the last place; a normal
+      variable exceeds 6 once in half a billion. Means of different batches differ by sqrt(2 / n) of
+      the deviation.
   """
   for v in facts.layers:
     if v.replicas is None:
