@@ -20,6 +20,7 @@ NAMES = (
   "synchronized",
   "renorm",
   "recurrent",
+  "inserted",
 )
 
 
