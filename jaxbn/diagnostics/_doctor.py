@@ -30,14 +30,14 @@ class Doctor:
   percentiles of one channel of each layer's input, and its running statistics, stay on the device
   until they are asked for, so that no step waits. (Figure 1 of Ioffe & Szegedy 2015.)
 
-  It compiles once what it runs, so that to diagnose again with other variables takes a second.
+  It compiles once what it runs, and diagnoses again with other variables without compiling.
 
   Args:
     model: a module of Flax Linen or NNX.
     inputs: as of `jaxbn.diagnose`, and so are the others but `every`.
     foreign: batch norms that are not Flax's.
-    every: how many steps apart. A forward pass is about a third of a step, so that 25 costs between
-      1 and 2 % of the training; `make doctor-cost` measures it.
+    every: how many steps apart. A note costs about a forward pass; `make doctor-cost` measures what
+      that is of a training.
     before: an earlier report, whose history is continued.
     devices: over which a batch is spread; default, those that it is on, or else all local ones.
     progress: is told how far a diagnosis is.
