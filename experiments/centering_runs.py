@@ -13,10 +13,10 @@ import optax
 
 import jaxbn
 from benchmarks.results import Row
-from experiments.classification import kept, recipe
+from experiments.classification import grid, kept, orders, recipe
 from experiments.experiment import THIRD, WITH, WITHOUT
 from experiments.networks import Perceptron
-from experiments.splits import batches, splits
+from experiments.splits import splits
 from experiments.training import Recipe, descend
 
 
@@ -64,18 +64,14 @@ def measure(plan: Plan) -> list[Row]:
   """The paper's layer, of which only the bias learns; and networks, of which all does."""
   rows: list[Row] = []
   for side in (CENTRED, CONSTANT_MEAN):
-    orders = np.zeros((plan.seeds, plan.alone_steps, 1), np.int32)  # all images in every step
-    _, seen = descend(alone(plan, side), plan.rates, orders, plan.alone_every, f"{side}: one layer")
+    all_images = np.zeros((plan.seeds, plan.alone_steps, 1), np.int32)  # in every step
+    said = f"{side}: one layer"
+    _, seen = descend(alone(plan, side), plan.rates, all_images, plan.alone_every, said)
     rows += each(plan, seen, plan.alone_every, kind="alone", side=side)
-  labels = splits(plan.dataset)["train"].labels
-  orders = np.stack(
-    [batches(False, labels, plan.batch_size, plan.steps, seed) for seed in range(plan.seeds)]
-  )
   for side in SIDES:
-    _, seen = descend(network(plan, side), plan.rates, orders, plan.every, side)
+    _, seen = descend(network(plan, side), plan.rates, orders(plan), plan.every, side)
     rows += each(plan, seen, plan.every, kind="run", side=side)
-    for rate, of_seeds in zip(plan.rates, seen["held_out"][-1], strict=True):
-      rows.append({"kind": "grid", "side": side, "rate": rate, "validation": kept(of_seeds)})
+    rows += grid(plan.rates, seen["held_out"][-1], side=side)
   return rows
 
 

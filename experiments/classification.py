@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -75,6 +75,26 @@ def recipe(
   return Recipe(start, step, seen)
 
 
+class Training(NamedTuple):
+  """How networks are trained, as `tuned` needs it.
+
+  Attributes:
+    rates: that are tried.
+    tuning_steps: at each of them.
+    steps: at the best of them.
+    every: the steps between looks, which divides both.
+    dataset, batch_size, seeds: for all alike.
+  """
+
+  rates: tuple[float, ...]
+  tuning_steps: int
+  steps: int
+  every: int
+  dataset: str = "fashion_mnist"
+  batch_size: int = 60
+  seeds: int = 3
+
+
 def tuned(
   recipe: Recipe,
   plan: Any,
@@ -88,8 +108,7 @@ def tuned(
 
   Args:
     recipe: of `recipe`.
-    plan: has dataset, batch_size, seeds, rates, tuning_steps at each of the rates, steps at the
-      best, and `every`, the steps between looks, which divides both.
+    plan: has what a `Training` has.
     side: who is trained.
     examples: how many of the training images, the first; default all.
     started: as in `descend`, where training goes on from something.
@@ -106,15 +125,20 @@ def tuned(
   _, seen = descend(recipe, plan.rates, few, plan.tuning_steps, f"{said}: learning rates", started)
   last = seen["validation"][-1]
   rate, head = plan.rates[best(last)], {"side": side, **what}
-  rows: list[Row] = [
-    {"kind": "grid", **head, "rate": tried, "validation": kept(of_seeds)}
-    for tried, of_seeds in zip(plan.rates, last, strict=True)
-  ]
+  rows = grid(plan.rates, last, **head)
   _, seen = descend(recipe, [rate], every_order, plan.every, said, started)
   for seed in range(plan.seeds):
     of_seed = {name: kept(values[:, 0, seed]) for name, values in seen.items()}
     rows.append({"kind": "run", **head, "rate": rate, "seed": seed, "every": plan.every, **of_seed})
   return rows
+
+
+def grid(rates: Sequence[float], validation: np.ndarray, **head: Any) -> list[Row]:
+  """The rows of rates that were tried, with the accuracies of the seeds on images held out."""
+  return [
+    {"kind": "grid", **head, "rate": rate, "validation": kept(of_seeds)}
+    for rate, of_seeds in zip(rates, validation, strict=True)
+  ]
 
 
 def orders(plan: Any, examples: int | None = None, two_classes: bool = False) -> np.ndarray:

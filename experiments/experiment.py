@@ -99,6 +99,23 @@ def show(experiment: Experiment, found: Found, folder: pathlib.Path) -> None:
   figure.savefig(folder / f"{experiment.name}.png")
 
 
+def looks(found: Found, what: str, kind: str = "run", **which: Any) -> np.ndarray:
+  """What the runs of one kind saw, (seeds, looks, ...); NaN where it was not finite."""
+  return np.array([row[what] for row in stored.of(found["rows"], kind=kind, **which)], float)
+
+
+def curves(found: Found, what: str, **which: Any) -> tuple[np.ndarray, np.ndarray]:
+  """The steps at which was looked, and what was seen, (seeds, looks, ...)."""
+  values = looks(found, what, **which)
+  every = stored.of(found["rows"], kind="run", **which)[0]["every"]
+  return every * np.arange(values.shape[1]), values
+
+
+def chosen_rate(found: Found, **which: Any) -> float:
+  """The learning rate at which these runs are."""
+  return float(stored.of(found["rows"], kind="run", **which)[0]["rate"])
+
+
 def rate_grid(found: Found) -> list[str]:
   """The learning rates that were tried on each side, as Markdown; `side` and what else differs."""
   grid = stored.of(found["rows"], kind="grid")

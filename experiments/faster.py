@@ -18,7 +18,16 @@ from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 from benchmarks import results as stored
 from experiments import experiment
 from experiments.classification import recipe, tuned
-from experiments.experiment import WITH, WITHOUT, Experiment, Found, Row, rate_grid
+from experiments.experiment import (
+  WITH,
+  WITHOUT,
+  Experiment,
+  Found,
+  Row,
+  chosen_rate,
+  curves,
+  rate_grid,
+)
 from experiments.networks import Perceptron
 from experiments.splits import splits
 from experiments.training import percent, spread
@@ -60,16 +69,9 @@ def measure(plan: Plan) -> list[Row]:
   return rows
 
 
-def runs(found: Found, start: str, side: str, what: str) -> tuple[np.ndarray, np.ndarray]:
-  """The steps at which was looked, and what was seen, (seeds, looks, ...)."""
-  rows = stored.of(found["rows"], kind="run", start=start, side=side)
-  values = np.array([row[what] for row in rows])
-  return rows[0]["every"] * np.arange(values.shape[1]), values
-
-
 def smooth(found: Found, start: str, side: str) -> tuple[np.ndarray, np.ndarray]:
   """Steps, and means of the accuracies of SMOOTHED looks up to there, (seeds, looks)."""
-  steps, accuracies = runs(found, start, side, "test")
+  steps, accuracies = curves(found, "test", start=start, side=side)
   windows = np.lib.stride_tricks.sliding_window_view(accuracies[:, 1:], SMOOTHED, axis=1)
   return steps[SMOOTHED:], windows.mean(-1)
 
@@ -96,11 +98,11 @@ def report(found: Found) -> list[str]:
   lines = [["start", "", "learning rate", "best test accuracy, %", "after steps", "in the end, %"]]
   for start, side in itertools.product(STARTS, SIDES):
     steps, accuracies = smooth(found, start, side)
-    rate = stored.of(found["rows"], kind="run", start=start, side=side)[0]["rate"]
+    rate = chosen_rate(found, start=start, side=side)
     best, last = percent(accuracies.max(1)), percent(accuracies[:, -1])
     after = spread(steps[accuracies.argmax(1)], ",.0f")
     lines.append([start, side, str(rate), best, after, last])
-  units = (runs(found, PAPER, side, "unit")[1] for side in SIDES)
+  units = (curves(found, "unit", start=PAPER, side=side)[1] for side in SIDES)
   quantiles = [float(np.ptp(unit[0, look])) for unit in units for look in (len(unit[0]) // 10, -1)]
   return [
     "The paper's network: three hidden layers of 100 sigmoids, 60 examples to a batch, 50,000 "
@@ -127,14 +129,14 @@ def draw(found: Found, figure: Figure) -> None:
   low = min(smooth(found, start, side)[1][:, 0].max() for start in STARTS for side in SIDES)
   for axes, start in zip(above, STARTS, strict=True):
     for side, (_, colour) in SIDES.items():
-      steps, accuracies = runs(found, start, side, "test")
+      steps, accuracies = curves(found, "test", start=start, side=side)
       axes.plot(steps, accuracies.T, color=colour, linewidth=1)
       axes.plot([], [], color=colour, label=side)
     axes.set(title=f"test accuracy, {start} start", ylim=(min(low, 0.75), None))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
   above[0].legend(frameon=False, loc="lower right")
   for axes, (side, (_, colour)) in zip(below, SIDES.items(), strict=True):
-    steps, (unit, *_) = runs(found, PAPER, side, "unit")
+    steps, (unit, *_) = curves(found, "unit", start=PAPER, side=side)
     axes.fill_between(steps, unit[:, 0], unit[:, 2], color=colour, alpha=0.25, linewidth=0)
     axes.plot(steps, unit[:, 1], color=colour)
     axes.set(xlabel="steps", title=f"input of a sigmoid, {side}")

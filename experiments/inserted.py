@@ -11,7 +11,16 @@ from matplotlib.ticker import PercentFormatter
 
 from benchmarks import results as stored
 from experiments import experiment
-from experiments.experiment import REFERENCE, WITH, WITHOUT, Experiment, Found, rate_grid
+from experiments.experiment import (
+  REFERENCE,
+  WITH,
+  WITHOUT,
+  Experiment,
+  Found,
+  chosen_rate,
+  curves,
+  rate_grid,
+)
 from experiments.inserted_runs import INSERTED, PLAIN, RESET, Plan, measure
 from experiments.training import highest, percent, spread, tried
 
@@ -22,9 +31,7 @@ PUBLISHED = (64.4, 63.4, 65.6)  # % of 5,000 images: the VGG, with norms inserte
 
 def runs(found: Found, side: str) -> tuple[np.ndarray, np.ndarray]:
   """The steps at which was looked, and the test accuracies, (seeds, looks)."""
-  rows = stored.of(found["rows"], kind="run", side=side)
-  tests = np.array([row["test"] for row in rows], float)
-  return rows[0]["every"] * np.arange(tests.shape[1]), tests
+  return curves(found, "test", side=side)
 
 
 def grid(found: Found, side: str) -> tuple[np.ndarray, np.ndarray]:
@@ -56,7 +63,7 @@ def report(found: Found) -> list[str]:
   heading = ["", "learning rate", "test accuracy before, %", "in the end, %"]
   lines = [heading]
   for side in COLOURS:
-    rate = stored.of(found["rows"], kind="run", side=side)[0]["rate"]
+    rate = chosen_rate(found, side=side)
     _, tests = runs(found, side)
     lines.append([side, f"{rate:g}", percent(tests[:, 0]), percent(tests[:, -1])])
   steps = runs(found, PLAIN)[0][-1]

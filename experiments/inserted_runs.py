@@ -14,7 +14,7 @@ from benchmarks.results import Row
 from examples import classifier, data, insert
 from examples.data import Dataset
 from examples.models import VGG
-from experiments.classification import kept
+from experiments.classification import grid, kept
 from experiments.splits import VALIDATION_SHARE
 from experiments.training import best
 from jaxbn.linen import BatchNorm
@@ -73,10 +73,7 @@ def tuned(name: str, side: Side, plan: Plan, train: Any, to_report: Dataset) -> 
     for rate in track(plan.rates, f"{name}: learning rates")
   ])  # fmt: skip
   rate = plan.rates[best(accuracies)]
-  rows: list[Row] = [
-    {"kind": "grid", "side": name, "rate": tried, "validation": kept(of_seeds)}
-    for tried, of_seeds in zip(plan.rates, accuracies, strict=True)
-  ]
+  rows = grid(plan.rates, accuracies, side=name)
   final = insert.trainer(side.model, to_report)
   for seed, (variables, order) in enumerate(zip(side.variables, seeds, strict=True)):
     tests = kept(np.array(final(variables, rate, order)[1].accuracies))

@@ -15,8 +15,18 @@ from matplotlib.ticker import PercentFormatter
 from benchmarks import results as stored
 from examples.optimizers import adaptive_clip
 from experiments import experiment
-from experiments.classification import recipe, tuned
-from experiments.experiment import THIRD, WITH, WITHOUT, Experiment, Found, Row, rate_grid
+from experiments.classification import Training, recipe, tuned
+from experiments.experiment import (
+  THIRD,
+  WITH,
+  WITHOUT,
+  Experiment,
+  Found,
+  Row,
+  chosen_rate,
+  looks,
+  rate_grid,
+)
 from experiments.residual import Residual
 from experiments.training import percent
 from jaxbn.alternatives import normalizer_free
@@ -44,18 +54,6 @@ class Plan(NamedTuple):
   momentum: float = 0.9
 
 
-class Budget(NamedTuple):
-  """The plan at one batch size, as `tuned` takes it."""
-
-  dataset: str
-  batch_size: int
-  steps: int
-  tuning_steps: int
-  every: int
-  seeds: int
-  rates: tuple[float, ...]
-
-
 def measure(plan: Plan) -> list[Row]:
   """Each side at each batch size, all on as many images."""
   rows: list[Row] = []
@@ -67,15 +65,14 @@ def measure(plan: Plan) -> list[Row]:
     descent = recipe(model, plan.dataset, plan.momentum, clip=clip)
     for size in plan.batch_sizes:
       steps, tuning = plan.images // size, plan.tuning_images // size
-      budget = Budget(plan.dataset, size, steps, tuning, steps, plan.seeds, plan.rates)
-      rows += tuned(descent, budget, side, batch=size)
+      at_size = Training(plan.rates, tuning, steps, steps, plan.dataset, size, plan.seeds)
+      rows += tuned(descent, at_size, side, batch=size)
   return rows
 
 
 def last(found: Found, side: str, batch: int) -> np.ndarray:
   """Test accuracies in the end, of the seeds; NaN where one diverged."""
-  rows = stored.of(found["rows"], kind="run", side=side, batch=batch)
-  return np.array([row["test"][-1] for row in rows], float)
+  return looks(found, "test", side=side, batch=batch)[:, -1]
 
 
 def batches(found: Found) -> list[int]:
@@ -100,7 +97,7 @@ def report(found: Found) -> list[str]:
   rates = [["batch size", *map("{:,}".format, sizes)]]
   for side in SIDES:
     lines.append([side, *(percent(last(found, side, size)) for size in sizes)])
-    chosen = [stored.of(found["rows"], kind="run", side=side, batch=n)[0]["rate"] for n in sizes]
+    chosen = [chosen_rate(found, side=side, batch=n) for n in sizes]
     rates.append([side, *map(str, chosen)])
   (run, *_) = stored.of(found["rows"], kind="run", batch=sizes[0])
   return [

@@ -17,7 +17,18 @@ from experiments import experiment
 from experiments.classification import kept, recipe, tuned
 from experiments.descents import BOUND, COLOURS, diabetes, gaps, halfspace, steps_until_near
 from experiments.directions import WeightNormed, by_direction
-from experiments.experiment import REFERENCE, THIRD, WITH, WITHOUT, Experiment, Found, Row
+from experiments.experiment import (
+  REFERENCE,
+  THIRD,
+  WITH,
+  WITHOUT,
+  Experiment,
+  Found,
+  Row,
+  chosen_rate,
+  curves,
+  looks,
+)
 from experiments.networks import Perceptron
 from experiments.training import percent, spread
 
@@ -59,22 +70,15 @@ def measure(plan: Plan) -> list[Row]:
   return rows
 
 
-def runs(found: Found, side: str, what: str) -> tuple[np.ndarray, np.ndarray]:
-  """The steps at which was looked, and what was seen, (seeds, looks)."""
-  rows = stored.of(found["rows"], kind="run", side=side)
-  values = np.array([row[what] for row in rows], float)
-  return rows[0]["every"] * np.arange(values.shape[1]), values
-
-
 def at_last(found: Found, side: str) -> np.ndarray:
   """By seed: the training loss, mean over the last quarter of the training."""
-  losses = runs(found, side, "loss")[1]
+  losses = curves(found, "loss", side=side)[1]
   return losses[:, -(losses.shape[1] // 4) :].mean(1)
 
 
 def goes_on(found: Found, side: str) -> np.ndarray:
   """By seed: the derivative by direction over the second half of the training, per the first's."""
-  first, second = np.array_split(runs(found, side, "direction")[1][:, 1:], 2, axis=1)
+  first, second = np.array_split(curves(found, "direction", side=side)[1][:, 1:], 2, axis=1)
   return second.mean(1) / first.mean(1)
 
 
@@ -105,10 +109,11 @@ def report(found: Found) -> list[str]:
   trained = [["", "learning rate", "training loss, last quarter", "test accuracy in the end, %",
               "derivative by direction, second half / first"]]  # fmt: skip
   for side in SIDES:
-    rate = stored.of(found["rows"], kind="run", side=side)[0]["rate"]
+    rate = chosen_rate(found, side=side)
     loss, ratio = spread(at_last(found, side), ".3f"), spread(goes_on(found, side), ".2f")
-    trained.append([side, str(rate), loss, percent(runs(found, side, "test")[1][:, -1]), ratio])
-  steps = runs(found, "plain", "loss")[0][-1]
+    tests = percent(looks(found, "test", side=side)[:, -1])
+    trained.append([side, str(rate), loss, tests, ratio])
+  steps = curves(found, "loss", side="plain")[0][-1]
   return [
     "Steps until the loss stays within a millionth of the first gap to the least:",
     stored.table(lines, range(1, 3)),
@@ -154,7 +159,7 @@ def draw(found: Found, figure: Figure) -> None:
     (panels[3], "direction", "Network: derivative by direction", (0.5, 1, 2, 4)),
   ):
     for side, colour in SIDES.items():
-      steps, values = runs(found, side, what)
+      steps, values = curves(found, what, side=side)
       axes.plot(steps, values.T, color=colour, linewidth=1)
       axes.plot([], [], color=colour, label=side)
     axes.set(title=title, xlabel="steps", yscale="log")

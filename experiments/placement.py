@@ -17,7 +17,7 @@ from benchmarks import results as stored
 from experiments import experiment
 from experiments.activations import inside
 from experiments.classification import recipe, tuned
-from experiments.experiment import REFERENCE, THIRD, WITH, WITHOUT, Experiment, Found, Row
+from experiments.experiment import REFERENCE, THIRD, WITH, WITHOUT, Experiment, Found, Row, looks
 from experiments.networks import Perceptron
 from experiments.training import percent
 
@@ -59,8 +59,7 @@ def measure(plan: Plan) -> list[Row]:
 
 def last(found: Found, activation: str, side: str, what: str) -> np.ndarray:
   """What was seen in the end, (seeds, ...)."""
-  rows = stored.of(found["rows"], kind="run", activation=activation, side=side)
-  return np.array([row[what][-1] for row in rows], float)
+  return looks(found, what, activation=activation, side=side)[:, -1]
 
 
 def gain(found: Found, activation: str, over: str, side: str) -> str:

@@ -14,7 +14,7 @@ from matplotlib.ticker import MultipleLocator, PercentFormatter
 
 from benchmarks import results as stored
 from experiments import experiment
-from experiments.experiment import REFERENCE, Experiment, Found, rate_grid
+from experiments.experiment import REFERENCE, Experiment, Found, looks, rate_grid
 from experiments.rates_runs import COLOURS, PLAIN, SIDES, Plan, measure
 from experiments.training import best, highest, percent, spread, tried
 
@@ -23,8 +23,7 @@ CHANCE = 0.1
 
 def last(found: Found, what: str = "test", **which: Any) -> np.ndarray:
   """The accuracies in the end, by seed; NaN where the network diverged."""
-  rows = stored.of(found["rows"], kind="run", **which)
-  return np.array([row[what][-1] for row in rows], float)
+  return looks(found, what, **which)[:, -1]
 
 
 def settings(found: Found, part: str) -> list[float]:

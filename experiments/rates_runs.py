@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.results import Row
-from experiments.classification import recipe, tuned
+from experiments.classification import Training, recipe, tuned
 from experiments.experiment import THIRD, WITH, WITHOUT
 from experiments.networks import Perceptron
 from experiments.splits import splits
@@ -19,18 +19,6 @@ PLAIN, NORMALIZED, LARGER = "without", "with batch norm", "without, kernels 4 ti
 SIDES = (PLAIN, NORMALIZED)
 COLOURS = {PLAIN: WITHOUT, NORMALIZED: WITH, LARGER: THIRD}
 FITTED = 5000  # training images on which the fit is measured
-
-
-class Training(NamedTuple):
-  """How the networks of one part are trained, as `classification.tuned` needs it."""
-
-  rates: tuple[float, ...]
-  tuning_steps: int
-  steps: int
-  every: int
-  dataset: str = "fashion_mnist"
-  batch_size: int = 60
-  seeds: int = 3
 
 
 class Plan(NamedTuple):

@@ -13,7 +13,16 @@ from matplotlib.ticker import PercentFormatter
 
 from benchmarks import results as stored
 from experiments import experiment, recurrent_cost
-from experiments.experiment import THIRD, WITH, WITHOUT, Experiment, Found, rate_grid
+from experiments.experiment import (
+  THIRD,
+  WITH,
+  WITHOUT,
+  Experiment,
+  Found,
+  chosen_rate,
+  looks,
+  rate_grid,
+)
 from experiments.recurrent_runs import (
   CLIP,
   GAIN_ONE,
@@ -36,8 +45,7 @@ PAPER = {PIXELS: (98.9, 99.0), PERMUTED: (90.2, 95.4)}
 
 def accuracies(found: Found, task: str, method: str) -> np.ndarray:
   """On test images, (seeds, looks) after the start."""
-  rows = stored.of(found["rows"], kind="run", task=task, side=method)
-  return np.array([row["test"][1:] for row in rows], float)
+  return looks(found, "test", task=task, side=method)[:, 1:]
 
 
 def last(of: np.ndarray) -> np.ndarray:
@@ -108,7 +116,7 @@ def lines(found: Found) -> list[list[str]]:
   for task in tasks(found):
     paper = dict(zip((PLAIN, GAIN_SMALL), PAPER.get(task, ("", "")), strict=True))
     for method in COLOURS:
-      rate = stored.of(found["rows"], kind="run", task=task, side=method)[0]["rate"]
+      rate = chosen_rate(found, task=task, side=method)
       of = accuracies(found, task, method)
       cells = [percent(of[:, -1]), percent(of.mean(1)), str(paper.get(method, ""))]
       made.append([task, method, f"{rate:g}", *cells])

@@ -11,7 +11,7 @@ from matplotlib.ticker import PercentFormatter
 
 from benchmarks import results as stored
 from experiments import experiment
-from experiments.experiment import THIRD, WITH, WITHOUT, Experiment, Found, rate_grid
+from experiments.experiment import THIRD, WITH, WITHOUT, Experiment, Found, looks, rate_grid
 from experiments.renorm_runs import MOMENTUM, NETWORKS, NONE, NORM, RENORM, Plan, measure
 from experiments.training import percent
 
@@ -20,8 +20,7 @@ COLOURS = {NORM: WITH, RENORM: THIRD, NONE: WITHOUT}
 
 def accuracies(found: Found, setting: str, size: int, side: str) -> np.ndarray:
   """On test images, of each seed, in the end."""
-  rows = stored.of(found["rows"], kind="run", setting=setting, batch_size=size, side=side)
-  return np.array([row["test"][-1] for row in rows], float)
+  return looks(found, "test", setting=setting, batch_size=size, side=side)[:, -1]
 
 
 def settings(found: Found) -> list[str]:

@@ -12,7 +12,7 @@ import optax
 import jaxbn.linen
 from benchmarks.results import Row
 from examples.models import space_to_depth
-from experiments.classification import recipe, tuned
+from experiments.classification import Training, recipe, tuned
 
 NORMS = NORM, RENORM, NONE = "batch norm", "batch renorm", "no norm"
 CONVOLUTIONAL, CONNECTED = "convolutional", "fully connected"
@@ -47,18 +47,6 @@ class Plan(NamedTuple):
   looks: int = 4
   seeds: int = 3
   rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1)
-
-
-class Training(NamedTuple):
-  """Of one network, as `classification.tuned` needs it."""
-
-  dataset: str
-  batch_size: int
-  steps: int
-  tuning_steps: int
-  every: int
-  seeds: int
-  rates: tuple[float, ...]
 
 
 class Patches(nn.Module):
@@ -103,7 +91,7 @@ def cases(plan: Plan) -> Iterator[tuple[Setting, Training, str]]:
     for size in plan.batch_sizes:
       steps = plan.examples // size
       every = steps // plan.looks
-      training = Training(plan.dataset, size, steps, steps, every, plan.seeds, plan.rates)
+      training = Training(plan.rates, steps, steps, every, plan.dataset, size, plan.seeds)
       for side in NORMS:
         yield setting, training, side
 

@@ -22,6 +22,8 @@ from experiments.experiment import (
   Experiment,
   Found,
   Row,
+  chosen_rate,
+  looks,
   rate_grid,
 )
 from experiments.landscape import LAYER, MEASURES, NORM, PLAIN, SHIFTED, Network, measured
@@ -69,20 +71,15 @@ def measures(model: Network, plan: Plan) -> list[Row]:
   ]
 
 
-def looks(found: Found, side: str, what: str, kind: str = "measured") -> np.ndarray:
-  """What was seen, (seeds, looks)."""
-  return np.array([row[what] for row in stored.of(found["rows"], kind=kind, side=side)], float)
-
-
 def early(found: Found, side: str) -> np.ndarray:
   """The mean test accuracy of the first tenth of the looks after the start: how fast it learns."""
-  accuracies = looks(found, side, "test", "run")[:, 1:]
+  accuracies = looks(found, "test", side=side)[:, 1:]
   return accuracies[:, : max(accuracies.shape[1] // 10, 1)].mean(1)
 
 
 def over_training(found: Found, side: str, what: str) -> np.ndarray:
   """The median of the looks after the start, by seed."""
-  return np.median(looks(found, side, what)[:, 1:], axis=1)
+  return np.median(looks(found, what, "measured", side=side)[:, 1:], axis=1)
 
 
 def clear_pairs(found: Found) -> list[tuple[str, str]]:
@@ -125,8 +122,8 @@ def report(found: Found) -> list[str]:
   speed = [["", "best rate", "early accuracy, %", "in the end, %"]]
   table = [["", "range of the loss", "gradient's change", "beta", "shift", "angle, degrees"]]
   for side in COLOURS:
-    rate = stored.of(found["rows"], kind="run", side=side)[0]["rate"]
-    last = looks(found, side, "test", "run")[:, -1]
+    rate = chosen_rate(found, side=side)
+    last = looks(found, "test", side=side)[:, -1]
     speed.append([side, str(rate), percent(early(found, side)), percent(last)])
     values = [over_training(found, side, what) for what in MEASURES]
     values[-1] = np.degrees(values[-1])
@@ -158,7 +155,7 @@ def draw(found: Found, figure: Figure) -> None:
   for side, colour in COLOURS.items():
     for axes, what in zip((accuracy, *panels), ("test", *titles), strict=True):
       kind = "run" if what == "test" else "measured"
-      values, every = looks(found, side, what, kind), found["rows"][-1]["every"]
+      values, every = looks(found, what, kind, side=side), found["rows"][-1]["every"]
       axes.plot(every * np.arange(values.shape[1]), values.mean(0), color=colour, label=side)
   accuracy.set(title="test accuracy, each at its best rate", ylim=(0.6, 0.9))
   for axes, title in zip(panels, titles.values(), strict=True):

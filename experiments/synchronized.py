@@ -12,7 +12,7 @@ from matplotlib.ticker import PercentFormatter
 
 from benchmarks import results as stored
 from experiments import experiment
-from experiments.experiment import THIRD, WITH, WITHOUT, Experiment, Found, rate_grid
+from experiments.experiment import THIRD, WITH, WITHOUT, Experiment, Found, looks, rate_grid
 from experiments.synchronized_runs import LOCAL, RENORM, SHARED, Plan, measure
 from experiments.training import percent
 
@@ -24,8 +24,7 @@ CLOSE = 0.01  # what counts as no loss
 
 def accuracies(found: Found, side: str, elements: int) -> np.ndarray:
   """On test images, of each seed; the mean of the looks in the second half of the steps."""
-  rows = stored.of(found["rows"], kind="run", side=side, elements=elements)
-  tests = np.array([row["test"] for row in rows], float)
+  tests = looks(found, "test", side=side, elements=elements)
   return tests[:, tests.shape[1] // 2 :].mean(1)
 
 

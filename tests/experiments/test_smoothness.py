@@ -23,8 +23,8 @@ def found():
 
 
 def test_each_network_has_a_shift_and_an_angle(found):
-  assert (smoothness.looks(found, landscape.SHIFTED, "shift") > 0).all()
-  angles = smoothness.looks(found, landscape.SHIFTED, "angle")
+  assert (experiment.looks(found, "shift", "measured", side=landscape.SHIFTED) > 0).all()
+  angles = experiment.looks(found, "angle", "measured", side=landscape.SHIFTED)
   assert ((angles > 0) & (angles < np.pi)).all()
 
 
