@@ -51,7 +51,8 @@ REQUIRED = {
   "v5e": ("libtpu",),
   "cpu": (),
 }
-PLATFORMS = {"h100": "cuda", "v5e": "tpu", "cpu": "cpu"}
+PLATFORMS = {"h100": "cuda", "cpu": "cpu"}  # all others are TPUs
+TPUS = {"v5e": "v5e:2x2", "v4": "v4:2x2x1", "v6e": "v6e:2x2"}
 DEVICES = 4  # that share a layer's statistics
 SHARED_SHAPE = (16, 8, 8, 32)  # of all of them
 LAYER_SHAPE = (64, 32, 32, 64)
@@ -166,15 +167,16 @@ def compile_for(target: str, function: Callable[..., Any], *arguments: Any) -> A
   """The function, compiled for one device of the target."""
   sharding = NamedSharding(Mesh(np.array(_devices(target)[:1]), ("batch",)), WHOLE)
   traced = jax.jit(function, in_shardings=sharding).trace(*arguments)
-  return traced.lower(lowering_platforms=(PLATFORMS[target],)).compile()
+  return traced.lower(lowering_platforms=(PLATFORMS.get(target, "tpu"),)).compile()
 
 
 def moved(target: str, compiled: Any) -> float:
   """Bytes. On a TPU layouts are padded, which the compiler's own count knows; so does the CPU's."""
-  return hlo.traffic(compiled.as_text()) if target == "h100" else _counted(compiled)
+  return hlo.traffic(compiled.as_text()) if target == "h100" else counted(compiled)
 
 
-def _counted(compiled: Any) -> float:
+def counted(compiled: Any) -> float:
+  """Bytes, as the compiler counts them."""
   return (compiled.cost_analysis() or {})["bytes accessed"]
 
 
@@ -182,11 +184,12 @@ def _counted(compiled: Any) -> float:
 def _devices(target: str) -> list[Any]:
   if target == "cpu":
     return jax.devices("cpu")
-  described: dict[str, str] = {"platform": "tpu", "topology_name": "v5e:2x2"}
   if target == "h100":
     config = pathlib.Path(__file__).with_name("h100.textproto").read_text()
     described = {"platform": "cuda", "topology_name": "", "topology": "1x1x1"}
     described["target_config"] = config
+  else:
+    described = {"platform": "tpu", "topology_name": TPUS[target]}
   with quiet():
     return topologies.get_topology_desc(**described).devices
 
@@ -220,7 +223,7 @@ def layer_rows() -> list[Row]:
     compiled = jax.jit(functools.partial(backward, model)).lower(variables, x, x).compile()
     row: Row = {"kind": "layer", "target": "cpu", "dtype": dtype, "shape": list(LAYER_SHAPE)}
     row |= {"case": case, "norm": variant.label}
-    rows.append({**row, "passes": _counted(compiled) / (x.size * x.dtype.itemsize)})
+    rows.append({**row, "passes": counted(compiled) / (x.size * x.dtype.itemsize)})
   return rows
 
 

@@ -22,11 +22,7 @@ import time
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
 from rich.markdown import Markdown
 
@@ -36,7 +32,6 @@ from benchmarks.networks import TRAINED
 from benchmarks.results import Row
 
 COMMAND = "python -m benchmarks.trained"
-TOPOLOGIES = {"v5e": "v5e:2x2", "v4": "v4:2x2x1", "v6e": "v6e:2x2"}
 FORMS: dict[str, networks.Norm] = {
   "none": networks.none,
   "flax": networks.flax,
@@ -55,7 +50,7 @@ FIGURES = {
 
 def main() -> None:
   parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.split("\n")[0])
-  parser.add_argument("--targets", type=compiled.names_of(TOPOLOGIES), default=["v5e"])
+  parser.add_argument("--targets", type=compiled.names_of(compiled.TPUS), default=["v5e"])
   parser.add_argument("--networks", type=compiled.names_of(TRAINED), default=list(TRAINED))
   parser.add_argument("--forms", type=compiled.names_of(FORMS), default=list(FORMS))
   parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
@@ -90,16 +85,13 @@ def row_of(target: str, name: str, dtype: str, form: str) -> Row:
   """A step of training, compiled for one chip of the target."""
   network = TRAINED[name]
   model = network.model(functools.partial(FORMS[form], activation=nn.relu), jnp.dtype(dtype))
-  devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[target]).devices
-  one = NamedSharding(Mesh(np.array(devices[:1]), ("batch",)), compiled.WHOLE)
   start = time.perf_counter()
-  step = jax.jit(networks.train_step(model), in_shardings=one)
-  traced = step.trace(*networks.step_arguments(network, model))
-  program = traced.lower(lowering_platforms=("tpu",)).compile()
+  arguments = networks.step_arguments(network, model)
+  program = compiled.compile_for(target, networks.train_step(model), *arguments)
   text, memory = program.as_text() or "", program.memory_analysis()
   row: Row = dict(zip(KEY, (target, name, dtype, form), strict=True))
   row |= {"compiler": _compiler(), "MB": hbm.moved(text) / 1e6}
-  row |= {"count_MB": (program.cost_analysis() or {})["bytes accessed"] / 1e6}
+  row |= {"count_MB": compiled.counted(program) / 1e6}
   row |= {"temp_MB": memory.temp_size_in_bytes / 1e6, "kernels": len(hlo.parse(text).kernels)}
   least = floor.fused_layers(network, jnp.dtype(dtype))
   row["floor_MB"] = sum(size for _, size in least) / 1e6
