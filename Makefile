@@ -44,6 +44,9 @@ OLDEST_TESTS := $(filter-out tests/test_readme.py tests/test_docs.py tests/test_
   tests/test_package.py, $(wildcard tests/test_*.py)) tests/linen tests/nnx \
   tests/examples/test_checkpoints.py
 
+# Where it is set, each of the many processes that tests start would compile all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 # All create an environment and install what they need, at most once.
 .PHONY: help train train-hosts chaos test wheel foreign fuzz exactness house experiments compare-norms \
         bench bench-step bench-fold bench-compiled bench-trained bench-scaling doctor-rates \
