@@ -84,6 +84,7 @@ def collect(
   flow, padded, trains = None, {}, {}
   for batch, args in network.each(batches):
     if not seen:
+      _observe.refuse_complex(network.layers)
       look = programs(network, _observe.look)
       tree = _in_full_precision(network)
       trains = _modes(network, args, run.training)

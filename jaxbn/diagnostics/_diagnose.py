@@ -78,7 +78,7 @@ def diagnose(
     A `Report`: print it.
 
   Raises:
-    TypeError: variables that are not a dict.
+    TypeError: variables that are not a dict; a layer whose input is complex.
     ValueError: no batches; no batch norm; a threshold that is none.
 
   >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxbn

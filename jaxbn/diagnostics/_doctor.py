@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxbn.diagnostics._collect import Programs, Run, collect
 from jaxbn.diagnostics._faults import checked, findings, not_looked_for
+from jaxbn.diagnostics._observe import refuse_complex
 from jaxbn.diagnostics._report import Report, report_of, up_to
 from jaxbn.diagnostics._watch import Moment, watch
 from jaxbn.surgery._foreign import Foreign
@@ -92,7 +93,7 @@ class Doctor:
       batch: what the network was called with, as in `jaxbn.diagnose`.
 
     Raises:
-      TypeError: variables that are not a dict, or not a module.
+      TypeError: variables that are not a dict, or not a module; a layer whose input is complex.
       ValueError: no batch norm.
     """
     if step % self.every:
@@ -101,6 +102,7 @@ class Doctor:
     if self._watched is None:
       network = self._network(model, variables)
       network.args(batch)
+      refuse_complex(network.layers)
       self._channels = {v.path: np.int32(self._channels.get(v.path, -1)) for v in network.layers}
       self._watched = network, jax.jit(watch(network))
       network.variables = network.tree = {}  # not to keep what was trained so far

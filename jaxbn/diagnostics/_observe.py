@@ -45,6 +45,17 @@ class Seen(NamedTuple):
   y: Any
 
 
+def refuse_complex(layers: Sequence[Layer]) -> None:
+  for layer in layers:
+    dtype = getattr(layer.input, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating):
+      raise TypeError(
+        f"{layer} is given {dtype.name}, but the doctor looks at real numbers alone: complex ones "
+        "have no percentiles. jaxbn.surgery.recalibrate takes such a network, and "
+        "jaxbn.surgery.stats.compare shows how far its statistics were from the right ones."
+      )
+
+
 def nothing_seen(layer: Layer) -> Seen:
   none = start([layer])[layer.path]
   shape = none.mean.shape

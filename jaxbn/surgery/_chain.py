@@ -19,8 +19,8 @@ Steps = tuple[tuple[Op, Inputs], ...]
 
 def is_affine(op: Op, inputs: Inputs) -> bool:
   """Whether it is affine in the input that is not known."""
-  floating = jnp.issubdtype(op.results[0].dtype, jnp.floating)
-  return floating and inputs.index(None) < _AFFINE.get(op.name, 0)
+  inexact = jnp.issubdtype(op.results[0].dtype, jnp.inexact)
+  return inexact and inputs.index(None) < _AFFINE.get(op.name, 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
 
@@ -129,7 +130,7 @@ def fold(
     )
   for f in session.folds.values():
     for name in (f.kernel, f.bias):
-      if name is not None and not np.isfinite(np.asarray(new[name], np.float64)).all():
+      if name is not None and not jnp.isfinite(new[name]).all():
         raise ValueError(
           f"variables give NaN or infinity for {f.layers}, folded into {f.kernel}: look at its "
           "statistics and at the kernel, and restore or recalibrate them."

@@ -24,7 +24,8 @@ _RESHAPES = {"reshape", "squeeze", "expand_dims", "broadcast_in_dim"}
 def is_move(op: Op) -> bool:
   """Whether it only lays out or converts its input."""
   before, after = op.operands[0], op.results[0]
-  if not all(jnp.issubdtype(a.dtype, jnp.floating) for a in (before, after)):
+  kinds = jnp.floating, jnp.complexfloating  # a factor of one kind is not one of the other
+  if not any(all(jnp.issubdtype(a.dtype, k) for a in (before, after)) for k in kinds):
     return False
   if op.name == "broadcast_in_dim":  # which may only add axes of size 1
     return [n for n in before.shape if n != 1] == [n for n in after.shape if n != 1]
@@ -166,8 +167,8 @@ def linear(op: Op, kernel: int) -> Linear | None:
     of_op = _product(op, kernel)
   else:
     return None
-  floating = all(jnp.issubdtype(a.dtype, jnp.floating) for a in op.operands)
-  return of_op if floating else None
+  inexact = all(jnp.issubdtype(a.dtype, jnp.inexact) for a in op.operands)
+  return of_op if inexact else None
 
 
 def _convolution(op: Op) -> Linear | None:

@@ -106,7 +106,9 @@ class Network:
       new = states[layer.path]
       for place, value in zip(self._places(layer), new[:2], strict=True):
         was = get(self.tree, place)
-        values[place] = placed_like(was, value.astype(was.dtype).reshape(was.shape))
+        # The mean of complex inputs is complex, and that of a network just initialized is not yet.
+        dtype = np.result_type(was, value) if np.iscomplexobj(value) else was.dtype
+        values[place] = placed_like(was, value.astype(dtype).reshape(was.shape))
       if "count" in layer.variables:
         place = layer.variables["count"]
         values[place] = jnp.full_like(get(self.tree, place), updates)

@@ -101,6 +101,15 @@ def test_an_nnx_module_in_a_loop_and_on_two_devices():
     doctor(2, nnx.state(model), BATCHES[0])
 
 
+def test_a_complex_network_is_refused_by_the_layer_s_name():
+  layer, x = nn.BatchNorm(name="norm"), BATCHES[0].astype(np.complex64)
+  variables = layer.init(jax.random.key(0), x, use_running_average=True)
+  doctor = Doctor(layer, every=1, use_running_average=True, **QUIET)
+  for look in (doctor.diagnose, functools.partial(doctor, 0)):
+    with pytest.raises(TypeError, match="given complex64, but the doctor looks at real numbers"):
+      look(variables, [x] if look == doctor.diagnose else x)
+
+
 def test_history_has_a_limit(monkeypatch):
   monkeypatch.setattr(module, "MOST", 4)
   assert module.thinned([0, 1, 2, 3]) == [0, 1, 2, 3]

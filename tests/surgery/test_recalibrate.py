@@ -257,3 +257,14 @@ def test_each_domain_gets_its_own_examples(kind):
   mixed = read(adapt(*given, batches, prior=2.0))["mean"]
   expected = 1 + shares[:, None] * (expected["mean"] - 1)
   np.testing.assert_allclose(mixed, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_complex_inputs_in_a_network_just_initialized():
+  """Whose mean is float32: what is put there is complex, as Flax's own first update is."""
+  layer = nn.BatchNorm()
+  parts = RNG.normal(size=(2, 12, 3)).astype(np.float32)
+  x = parts[0] + 1j * parts[1] + 2j
+  variables = layer.init(jax.random.key(0), x, use_running_average=True)
+  new = recalibrate(layer, variables, [x[:8], x[8:]], use_running_average=True)["batch_stats"]
+  np.testing.assert_allclose(new["mean"], x.mean(0), rtol=1e-5)
+  np.testing.assert_allclose(new["var"], x.var(0), rtol=1e-5)
