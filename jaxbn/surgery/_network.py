@@ -107,7 +107,7 @@ class Network:
       for place, value in zip(self._places(layer), new[:2], strict=True):
         was = get(self.tree, place)
         # The mean of complex inputs is complex, and that of a network just initialized is not yet.
-        dtype = np.result_type(was, value) if np.iscomplexobj(value) else was.dtype
+        dtype = jnp.promote_types(was.dtype, value.dtype) if np.iscomplexobj(value) else was.dtype
         values[place] = placed_like(was, value.astype(dtype).reshape(was.shape))
       if "count" in layer.variables:
         place = layer.variables["count"]

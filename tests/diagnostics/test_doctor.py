@@ -1,5 +1,8 @@
 """The callback: what it notes of a loop is what was there, and nothing is compiled again."""
 
+import functools
+
+import flax.linen as nn
 import jax
 import jax.monitoring
 import numpy as np

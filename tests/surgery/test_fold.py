@@ -274,6 +274,22 @@ def test_what_a_function_closes_over_folds(hand_made):
   assert len(folded.report.folded) == 2
 
 
+def test_a_complex_network_folds_but_not_a_complex_norm_into_a_real_kernel():
+  def function(v, x):
+    return (x @ v["w"] - v["mean"]) * v["scale"] + v["bias"]
+
+  with jax.enable_x64(True):
+    x = jnp.asarray(X[0, 0] + 1j * X[1, 0])
+    shapes = {k: jax.ShapeDtypeStruct((4,), x.dtype) for k in ("mean", "scale", "bias")}
+    variables = like(shapes | {"w": jax.ShapeDtypeStruct((4, 4), x.dtype)})
+    variables = jax.tree.map(lambda v: v * (1 + 0.5j), variables)
+    folded = fold(function, variables, x, rtol=EPS)
+    assert_same(function, variables, folded, x)
+    assert folded.report == ((("scale", "w"),), ())
+    with pytest.raises(ValueError, match="no batch norm that fold could put"):
+      fold(function, variables | {"w": variables["w"].real}, x.real)
+
+
 def test_a_mean_alone_folds():
   def function(v, x):
     x = (x @ v["w"] - v["mean"]) + v["bias"]
