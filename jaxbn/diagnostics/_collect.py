@@ -20,7 +20,7 @@ from jaxbn.diagnostics._facts import Facts, LayerFacts
 from jaxbn.surgery._find import find
 from jaxbn.surgery._layer import Layer
 from jaxbn.surgery._network import Network
-from jaxbn.surgery._spread import Spread, rows
+from jaxbn.surgery._spread import Spread, how_far, rows
 from jaxbn.surgery._trees import Place, get, put
 
 # By these names a call is told its mode; what else there is has to be said.
@@ -98,7 +98,7 @@ def collect(
         flow = jax.tree.map(np.asarray, differentiate(tree_there, args_there, batch))
     training, evaluation = look(*shown(tree, len(seen), args))
     seen.append(Batch(rows(args), *jax.tree.map(np.asarray, (training, evaluation))))
-    progress(f"diagnose, batch {len(seen)}")
+    progress(f"diagnose, {how_far(len(seen), batches)}")
   return _facts(network, run, seen, flow, jax.tree.map(np.asarray, padded), trains)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxbn.surgery import _population
 from jaxbn.surgery._foreign import Foreign
 from jaxbn.surgery._network import Batches, Network
-from jaxbn.surgery._spread import Spread, placed_like, to_stderr
+from jaxbn.surgery._spread import Spread, how_far, placed_like, to_stderr
 from jaxbn.surgery._trees import get, put
 
 
@@ -93,7 +93,7 @@ def minimize_entropy(
         f"the entropy of batch {number} is {entropies[-1]}, and with the parameters as they were "
         "all that its batch norms are given is finite: give a smaller learning rate."
       )
-    progress(f"step {len(entropies)}")
+    progress(how_far(len(entropies), batches))
   learned = {p: placed_like(get(network.tree, p), params[name]) for name, p in places.items()}
   network.tree = put(network.tree, learned)
   return network.result(), np.array(entropies, np.float32)

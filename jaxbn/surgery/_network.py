@@ -14,7 +14,7 @@ from jaxbn.surgery import _population
 from jaxbn.surgery._find import find
 from jaxbn.surgery._foreign import Foreign, theirs
 from jaxbn.surgery._layer import Layer
-from jaxbn.surgery._spread import Spread, placed_like, rows
+from jaxbn.surgery._spread import Spread, how_far, placed_like, rows
 from jaxbn.surgery._trees import Place, get, put, tree_of, with_statistics, with_tree
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
@@ -77,7 +77,7 @@ class Network:
       so_far = _population.start(self.layers) if so_far is None else so_far
       so_far = self.jitted[evaluating](*spread(self.tree, so_far, np.int32(number), args))
       number, examples = number + 1, examples + rows(args)
-      progress(f"batch {number}")
+      progress(how_far(number, batches))
     assert so_far is not None
     return Population(jax.device_get(so_far), number, examples)
 

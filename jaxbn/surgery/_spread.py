@@ -12,6 +12,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+_BAR = 24  # characters
+_CLEAR_THE_REST = "\033[K"  # of the line, for a terminal
+
 
 def rows(args: Any) -> int:
   """How many examples there are: of the first array that has any."""
@@ -48,7 +51,16 @@ def placed_like(was: Any, value: jax.Array) -> jax.Array:
   )
 
 
+def how_far(number: int, batches: Any) -> str:
+  """The batch that is done, and where there is an end to be seen, a bar."""
+  try:
+    total = len(batches)
+  except TypeError:  # a function, a generator, a loader without an end
+    return f"batch {number}"
+  return f"batch {number} of {total} [{'#' * (_BAR * number // total):{_BAR}}]"
+
+
 def to_stderr(text: str) -> None:
   """Where it is said how far long work is: one line, if somebody can see it."""
   if sys.stderr.isatty():
-    print(f"\r{text}", end="", file=sys.stderr, flush=True)
+    print(f"\r{text}{_CLEAR_THE_REST}", end="", file=sys.stderr, flush=True)

@@ -77,7 +77,7 @@ def test_in_evaluation_it_is_as_if_all_were_one_batch_of_training(everything, ba
   )
   x = jnp.asarray(ALL)
   layers.assert_equal_to_rounding(new["batch_stats"], of_batch(model, variables, x), EPS)
-  assert said[0] == "pass 1, batch 1"
+  assert said[1] == "pass 1, batch 2 of 3 [################        ]"
   # 13 norms are one behind the other, the two of vmap beside each other, and one pass to see it.
   assert said[-1] == "done in 14 passes over 3 batches\n"
 
