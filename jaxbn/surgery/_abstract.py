@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
+from flax import errors
+
+_LACKING = (
+  errors.ScopeVariableNotFoundError,
+  errors.ScopeCollectionNotFound,
+  errors.ScopeParamNotFoundError,
+)
 
 
 def split_static(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
@@ -27,3 +35,15 @@ def shapes_of_variables(model: Any, args: Any, arguments: Any) -> Any:
   """Those that a Linen module's init makes."""
   init, arrays = split_static(model.init, jax.random.key(0), *args, **arguments)
   return jax.eval_shape(init, arrays)
+
+
+@contextlib.contextmanager
+def saying_what_lacks() -> Iterator[None]:
+  """Around what may run a Linen module: Flax's error with the mend."""
+  try:
+    yield
+  except _LACKING as error:
+    raise ValueError(
+      f"variables lacks what a layer needs: {error} Give all collections, as init makes them: "
+      "{'params': params, 'batch_stats': batch_stats}."
+    ) from error

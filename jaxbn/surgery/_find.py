@@ -14,17 +14,12 @@ from flax import errors, nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxbn.surgery import _linen, _nnx
-from jaxbn.surgery._abstract import shapes_of_variables, split_static
+from jaxbn.surgery._abstract import saying_what_lacks, shapes_of_variables, split_static
 from jaxbn.surgery._bound_axes import here
 from jaxbn.surgery._foreign import Foreign, bound, read
 from jaxbn.surgery._layer import Layer, of_call, of_node, placed
 
 BATCH_NORMS = (*_linen.BATCH_NORMS, *_nnx.BATCH_NORMS)
-_LACKING = (
-  errors.ScopeVariableNotFoundError,
-  errors.ScopeCollectionNotFound,
-  errors.ScopeParamNotFoundError,
-)
 _MARK = "jaxbn.surgery.find "
 
 
@@ -96,7 +91,7 @@ def _in_linen(
 
   def apply(mutable: Any) -> list[Layer]:
     found.clear()
-    with _linen.intercepting(around, readings, nested=True):
+    with saying_what_lacks(), _linen.intercepting(around, readings, nested=True):
       run, arrays = split_static(model.apply, variables, *example, mutable=mutable, **arguments)
       return _counted(found, jax.make_jaxpr(run)(arrays))
 
@@ -104,11 +99,6 @@ def _in_linen(
     return apply(False)
   except errors.ModifyScopeVariableError:
     return apply([collection for collection in variables if collection != "params"])
-  except _LACKING as error:
-    raise ValueError(
-      f"variables lacks what a layer needs: {error} Give all collections, as init makes them: "
-      "{'params': params, 'batch_stats': batch_stats}."
-    ) from error
 
 
 def _in_nnx_graph(model: Any, readings: Any) -> list[Layer]:

@@ -11,6 +11,7 @@ import numpy as np
 from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
 
 from jaxbn.surgery import _interpret
+from jaxbn.surgery._abstract import saying_what_lacks
 from jaxbn.surgery._difference import difference
 from jaxbn.surgery._known import Known
 from jaxbn.surgery._scope import Key, Scope, Session
@@ -81,8 +82,9 @@ def fold(
 
   Raises:
     TypeError: variables hold something else than arrays.
-    ValueError: there is nothing to fold, with what was found; a folded kernel or bias is not
-      finite; the outputs are not, or differ by more than `rtol`, with the layer that is most of it.
+    ValueError: variables that lack a collection; there is nothing to fold, with what was found; a
+      folded kernel or bias is not finite; the outputs are not, or differ by more than `rtol`, with
+      the layer that is most of it.
 
   >>> import jax, jax.numpy as jnp
   >>> from flax import linen as nn
@@ -111,7 +113,8 @@ def fold(
 
   def record(only: Key | None = None) -> tuple[Session, Callable[..., Any], dict[str, Any]]:
     session = Session(dict(zip(names, leaves, strict=True)), only=only)
-    jax.eval_shape(lambda *inputs: run(session, *inputs), *example)
+    with saying_what_lacks():
+      jax.eval_shape(lambda *inputs: run(session, *inputs), *example)
 
     @jax.jit
     def folded(variables: dict[str, jax.Array], *inputs: Any) -> Any:

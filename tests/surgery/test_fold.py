@@ -419,6 +419,8 @@ def test_wrong_arguments_are_refused(plain):
     fold(function, variables, x.at[0].set(jnp.nan))
   with pytest.raises(TypeError, match="variables has 'nhwc' at 'layout', but must hold arrays"):
     fold(lambda v, x: function(v["all"], x), {"all": variables, "layout": "nhwc"}, x)
+  with pytest.raises(ValueError, match=r"BatchNorm_0.* Give all collections, as init makes them"):
+    fold(function, {"params": variables["params"]}, x)
   with pytest.raises(TypeError, match="call fold outside of jit"):
     jax.jit(lambda v: fold(function, v, x).variables)(variables)
   folded = fold(function, variables, x)
