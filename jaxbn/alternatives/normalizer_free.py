@@ -127,14 +127,14 @@ def activation_gain(activation: Callable[[jax.Array], jax.Array]) -> float:
   usual ones are: their kinks, if any, are at integers.
 
   Args:
-    activation: an elementwise function, such as `jax.nn.relu`. It is called with an array, not
-      traced, also where this function is called under jit.
+    activation: an elementwise function, such as `jax.nn.relu`, that holds nothing traced. This
+      function may be called under jit, vmap and the like: it computes when they trace.
 
   Returns:
     A Python number: sqrt(2 / (1 - 1/π)) = 1.713 for ReLU.
 
   Raises:
-    TypeError: if `activation` is not a function.
+    TypeError: if `activation` is not a function, or holds a traced array.
     ValueError: if it is not elementwise, not finite somewhere, or constant.
 
   Source: Brock et al. 2021, "Characterizing signal propagation ...", the nonlinearity-specific
@@ -151,7 +151,13 @@ def activation_gain(activation: Callable[[jax.Array], jax.Array]) -> float:
       raise TypeError("activation=None is not a function; the identity's gain is 1.")
     points = jnp.asarray(z)
     hoisted = hoist("activation", activation, points, points.dtype)
-    f = np.asarray(hoisted.function(points, *hoisted.constants), np.float64)
+    if any(isinstance(c, jax.core.Tracer) for c in hoisted.constants):
+      raise TypeError(
+        f"activation={shown(activation)} holds an array that is traced, but its gain is a Python "
+        "number: take the gain outside of the transformation, or of a function without the array."
+      )
+    # In a jit, since under vmap JAX gives a custom rule, as of jax.nn.relu, to the vmap.
+    f = np.asarray(jax.jit(hoisted.function)(points, *hoisted.constants), np.float64)
   var = float(weights @ (f - weights @ f) ** 2)
   if not 0 < var < math.inf:
     raise ValueError(

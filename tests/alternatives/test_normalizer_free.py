@@ -166,18 +166,20 @@ def test_gains_agree_with_another_quadrature():
   assert activation_gain(jax.nn.silu) == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_gain_is_a_number_also_under_jit():
+@pytest.mark.parametrize("activation", [jax.nn.gelu, jax.nn.relu])  # one has a rule of its own
+@pytest.mark.parametrize("transform", [jax.jit, jax.vmap, jax.linearize])
+def test_a_gain_is_a_number_also_under_a_transformation(transform, activation):
   gains = []
 
-  @jax.jit
   def f(x):
-    scaled = scaled_activation(jax.nn.gelu)
+    scaled = scaled_activation(activation)
     gains.append(scaled.args[1])
     return scaled(x)
 
-  y = f(jnp.ones(3, jnp.bfloat16))
+  x = jnp.ones(3, jnp.bfloat16)
+  y = transform(f, x)[0] if transform is jax.linearize else transform(f)(x)
   assert y.dtype == jnp.bfloat16
-  assert gains == [activation_gain(jax.nn.gelu)]
+  assert gains == [activation_gain(activation)]
 
 
 def test_a_scaled_activation_keeps_unit_variance():
@@ -199,6 +201,11 @@ def test_a_scaled_activation_keeps_unit_variance():
 def test_activations_without_a_gain_are_refused(activation, error, message):
   with pytest.raises(error, match=message):
     scaled_activation(activation)
+
+
+def test_what_is_traced_has_no_gain():
+  with pytest.raises(TypeError, match=r"holds an array that is traced.*take the gain outside"):
+    jax.vmap(lambda k: activation_gain(lambda z: k * z))(jnp.ones(3))
 
 
 # Residual blocks.
