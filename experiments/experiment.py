@@ -116,6 +116,17 @@ def chosen_rate(found: Found, **which: Any) -> float:
   return float(stored.of(found["rows"], kind="run", **which)[0]["rate"])
 
 
+def seeds(found: Found) -> str:
+  """How many there are, as in "three seeds"."""
+  number = len({row["seed"] for row in found["rows"] if "seed" in row})
+  return f"{'three' if number == 3 else number} seeds"
+
+
+def plan_of(experiment: Experiment, found: Found) -> Any:
+  """What was run, by the command that ran it."""
+  return experiment.full if found["command"].endswith("--full") else experiment.plan
+
+
 def rate_grid(found: Found) -> list[str]:
   """The learning rates that were tried on each side, as Markdown; `side` and what else differs."""
   grid = stored.of(found["rows"], kind="grid")

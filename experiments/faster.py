@@ -27,6 +27,7 @@ from experiments.experiment import (
   chosen_rate,
   curves,
   rate_grid,
+  seeds,
 )
 from experiments.networks import Perceptron
 from experiments.splits import splits
@@ -110,8 +111,8 @@ def report(found: Found) -> list[str]:
     "training images held out. The paper starts from small random Gaussian weights and does not "
     "say how small: here their deviation is 0.01. Beside it LeCun's start, one over the square "
     "root of the number of inputs, which keeps signals at one size without any norm. Rates are "
-    f"chosen after a tenth of the steps. Mean ± standard deviation of three seeds; an accuracy is "
-    f"the mean of {SMOOTHED} looks, so that a lucky one does not count.",
+    f"chosen after a tenth of the steps. Mean ± standard deviation of {seeds(found)}; an accuracy "
+    f"is the mean of {SMOOTHED} looks, so that a lucky one does not count.",
     stored.table(lines, range(2, 6)),
     "Above, the accuracy on test images, in evaluation; each line is a seed. Below, what goes into "
     "one sigmoid of the last hidden layer, over the test images, from the paper's start: the "

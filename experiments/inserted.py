@@ -20,6 +20,7 @@ from experiments.experiment import (
   chosen_rate,
   curves,
   rate_grid,
+  seeds,
 )
 from experiments.inserted_runs import INSERTED, PLAIN, RESET, Plan, measure
 from experiments.training import highest, percent, spread, tried
@@ -79,8 +80,8 @@ def report(found: Found) -> list[str]:
     f"{steps} more steps of 128 images: without norms, with them, and with norms "
     "whose scale and bias are those of a new network. In training an inserted norm is by its "
     "batch, whose statistics are not those of all images: outputs differ by "
-    f"{largest(found, 'training'):.2g} of the largest there. Mean ± standard deviation of three "
-    "seeds, each of which is a VGG of its own.",
+    f"{largest(found, 'training'):.2g} of the largest there. Mean ± standard deviation of "
+    f"{seeds(found)}, each of which is a VGG of its own.",
     stored.table(lines, range(1, len(heading))),
     "On the left the accuracy on images held out over the learning rate; each dot is a seed, and "
     "what diverged is drawn at chance. On the right the test accuracy of each at its best rate.",

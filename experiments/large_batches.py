@@ -25,7 +25,9 @@ from experiments.experiment import (
   Row,
   chosen_rate,
   looks,
+  plan_of,
   rate_grid,
+  seeds,
 )
 from experiments.residual import Residual
 from experiments.training import percent
@@ -92,6 +94,7 @@ def verdict(found: Found) -> str:
 
 
 def report(found: Found) -> list[str]:
+  plan = plan_of(EXPERIMENT, found)
   sizes = batches(found)
   lines = [["batch size", *map("{:,}".format, sizes)]]
   rates = [["batch size", *map("{:,}".format, sizes)]]
@@ -99,12 +102,12 @@ def report(found: Found) -> list[str]:
     lines.append([side, *(percent(last(found, side, size)) for size in sizes)])
     chosen = [chosen_rate(found, side=side, batch=n) for n in sizes]
     rates.append([side, *map(str, chosen)])
-  (run, *_) = stored.of(found["rows"], kind="run", batch=sizes[0])
   return [
-    "A residual network of dense layers on Fashion-MNIST: four blocks of two layers, 64 wide, by "
-    f"descent with momentum 0.9, on {run['every'] * sizes[0]:,} images whatever the batch size, "
-    "so that a batch four times as large has a fourth of the steps. Test accuracy in %, mean ± "
-    "standard deviation of three seeds:",
+    f"A residual network of dense layers on Fashion-MNIST: {plan.blocks} blocks of two layers, "
+    f"{plan.width} wide, by descent with momentum {plan.momentum}, on {plan.images:,} images "
+    "whatever the batch size, so that a batch four times as large has a fourth of the steps. Test "
+    "accuracy in %, mean ± "
+    f"standard deviation of {seeds(found)}:",
     stored.table(lines, range(1, len(sizes) + 1)),
     "The rates that were chosen for it:",
     stored.table(rates, range(1, len(sizes) + 1)),
@@ -116,7 +119,7 @@ def report(found: Found) -> list[str]:
     "What is not as in the paper: its networks are convolutional, as deep as 50 and 200 layers, "
     "and trained on ImageNet for 90 epochs with a rate that is scaled with the batch size and "
     "falls; here the network is small, the rate is tuned at each batch size and constant, and "
-    "training is two epochs. The rate is chosen after the first epoch. "
+    f"training is short. The rate is chosen after {plan.tuning_images:,} images. "
     f"{at_an_end(found)}",
     *rate_grid(found),
   ]

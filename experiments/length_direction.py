@@ -28,6 +28,7 @@ from experiments.experiment import (
   chosen_rate,
   curves,
   looks,
+  seeds,
 )
 from experiments.networks import Perceptron
 from experiments.training import percent, spread
@@ -127,8 +128,8 @@ def report(found: Found) -> list[str]:
     "the norm of the weights (weight norm), or by that of the data (batch norm). Here: hidden "
     f"layers of hyperbolic tangents on Fashion-MNIST, {steps:,} steps of gradient descent on "
     "batches of 1,000. The network with weight norm starts as the plain one. Mean ± standard "
-    "deviation of three seeds; the loss is of the first 1,000 training images, normalized by their "
-    "own statistics.",
+    f"deviation of {seeds(found)}; the loss is of the first 1,000 training images, normalized by "
+    "their own statistics.",
     stored.table(trained, range(1, 5)),
     "The derivative by direction is that of the loss by w / |w|, of the weights w of each hidden "
     "unit, all taken together: what descent on the direction alone would see. If the theory held "

@@ -17,7 +17,17 @@ from benchmarks import results as stored
 from experiments import experiment
 from experiments.activations import inside
 from experiments.classification import recipe, tuned
-from experiments.experiment import REFERENCE, THIRD, WITH, WITHOUT, Experiment, Found, Row, looks
+from experiments.experiment import (
+  REFERENCE,
+  THIRD,
+  WITH,
+  WITHOUT,
+  Experiment,
+  Found,
+  Row,
+  looks,
+  seeds,
+)
 from experiments.networks import Perceptron
 from experiments.training import percent
 
@@ -106,7 +116,7 @@ def report(found: Found) -> list[str]:
   return [
     f"Three hidden layers of 100 units on Fashion-MNIST, 60 examples to a batch, {total:,} steps "
     "of plain gradient descent; kernels start as He et al. have them. Mean ± standard deviation "
-    "of three seeds.",
+    f"of {seeds(found)}.",
     stored.table(accuracies, range(1, 7)),
     "A unit is asleep on an image if the activation's slope there is below a tenth of its "
     "greatest, so that little gradient comes through: for a ReLU, where it is zero. Batch norm "

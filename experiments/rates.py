@@ -14,7 +14,7 @@ from matplotlib.ticker import MultipleLocator, PercentFormatter
 
 from benchmarks import results as stored
 from experiments import experiment
-from experiments.experiment import REFERENCE, Experiment, Found, looks, rate_grid
+from experiments.experiment import REFERENCE, Experiment, Found, looks, rate_grid, seeds
 from experiments.rates_runs import COLOURS, PLAIN, SIDES, Plan, measure
 from experiments.training import best, highest, percent, spread, tried
 
@@ -104,8 +104,8 @@ def report(found: Found) -> list[str]:
   return [
     "All networks have hidden layers of 100 units and learn from Fashion-MNIST by plain stochastic "
     "gradient descent, 60 images to a batch, a fifth of the training images held out. Mean ± "
-    "standard deviation of three seeds; accuracies are in %, on test images, in the end, of each "
-    "network at its own best rate, unless said otherwise.",
+    f"standard deviation of {seeds(found)}; accuracies are in %, on test images, in the end, of "
+    "each network at its own best rate, unless said otherwise.",
     "**Higher learning rates** (left): three layers of ReLU, 2,000 steps at each of the rates; "
     "accuracy on the images held out, each dot a seed. What diverged is drawn at chance. "
     f"{own}.",

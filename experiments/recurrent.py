@@ -21,7 +21,9 @@ from experiments.experiment import (
   Found,
   chosen_rate,
   looks,
+  plan_of,
   rate_grid,
+  seeds,
 )
 from experiments.recurrent_runs import (
   CLIP,
@@ -124,23 +126,24 @@ def lines(found: Found) -> list[list[str]]:
 
 
 def report(found: Found) -> list[str]:
+  plan = plan_of(EXPERIMENT, found)
   rows = stored.of(found["rows"], kind="run")
   steps = rows[0]["every"] * (len(rows[0]["test"]) - 1)
   tuned = stored.of(found["rows"], kind="grid")
   return [
-    f"An LSTM of {Plan().units} units reads scikit-learn's 8x8 digits {ROWS} (8 steps of 8 "
+    f"An LSTM of {plan.units} units reads scikit-learn's 8x8 digits {ROWS} (8 steps of 8 "
     f"numbers), {PIXELS} (64 steps of 1), or pixel by pixel in a random order that is the same for "
     "all, and says from its last hidden state which digit it was. Beside the plain LSTM: one with "
     "layer normalization in the same places (gain 1, Flax's), and `jaxbn.linen.LSTMCell` with a "
     "first gain of 0.1, as the paper has it, and of 1. Everything else is the same for all: "
     f"forget gates that start at 1, noise of standard deviation {NOISE} for the first hidden state "
     "(the paper's mend for pixels that are equal in all images), "
-    f"{steps} steps of Adam with batches of {Plan().batch_size} and gradients clipped at norm "
+    f"{steps} steps of Adam with batches of {plan.batch_size} and gradients clipped at norm "
     f"{CLIP:g}. For evaluation the statistics of each step are averaged over the training set with "
     "the parameters as they are then, as in the paper.",
-    "Test accuracy in %, mean ± standard deviation of three seeds; in the figure, their mean and "
-    "range. The mean over training says how soon it was learned. The paper has 784 steps of MNIST, "
-    "100 units and far longer training.",
+    f"Test accuracy in %, mean ± standard deviation of {seeds(found)}; in the figure, their mean "
+    "and range. The mean over training says how soon it was learned. The paper has 784 steps of "
+    "MNIST, 100 units and far longer training.",
     stored.table(lines(found), range(2, 6)),
     "\n".join(f"- {said}" for said in verdicts(found)),
     *(rate_grid(found) if tuned else [ungridded()]),

@@ -11,7 +11,7 @@ from matplotlib.ticker import PercentFormatter
 
 from benchmarks import results as stored
 from experiments import experiment
-from experiments.experiment import THIRD, WITH, WITHOUT, Experiment, Found, looks, rate_grid
+from experiments.experiment import THIRD, WITH, WITHOUT, Experiment, Found, looks, rate_grid, seeds
 from experiments.renorm_runs import MOMENTUM, NETWORKS, NONE, NORM, RENORM, Plan, measure
 from experiments.training import percent
 
@@ -74,8 +74,8 @@ def report(found: Found) -> list[str]:
     f"{MOMENTUM}; all see as many examples, so that small batches have more steps. Each layer is "
     f"normalized before its ReLU. {described()} r_max and d_max follow the paper's schedules, in "
     "shares of the training: 1 and 0 for 5 %, then up to 3 at 40 % and 5 at 25 %. Accuracy in % on "
-    "the test set in evaluation, by the running statistics: mean ± standard deviation of three "
-    "seeds, each a dot in the figure.",
+    "the test set in evaluation, by the running statistics: mean ± standard deviation of "
+    f"{seeds(found)}, each a dot in the figure.",
     "Each channel of the fully connected network has as many elements as a batch has examples. Of "
     "two, batch normalization makes 1 and -1, whatever they were, so that no gradient comes "
     "through to what is before it. In batch renormalization r and d give the output its size "

@@ -25,6 +25,7 @@ from experiments.experiment import (
   chosen_rate,
   looks,
   rate_grid,
+  seeds,
 )
 from experiments.landscape import LAYER, MEASURES, NORM, PLAIN, SHIFTED, Network, measured
 from experiments.training import descend, percent, spread
@@ -133,7 +134,7 @@ def report(found: Found) -> list[str]:
     "stochastic gradient descent; a fifth of the training images held out. Shifted: behind batch "
     "norm each channel gets, in every training step, another random factor (0.5 to 1.5) and shift "
     "(-0.5 to 0.5), so that what the next layer sees is less stable than without any norm. "
-    "Mean ± standard deviation of three seeds.",
+    f"Mean ± standard deviation of {seeds(found)}.",
     "**Speed**, each at its own best rate; early: the mean of the first tenth of the looks.",
     stored.table(speed, range(1, 4)),
     "**What the paper measures**, all at one learning rate, on one batch of training images, the "

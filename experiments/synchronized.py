@@ -12,7 +12,17 @@ from matplotlib.ticker import PercentFormatter
 
 from benchmarks import results as stored
 from experiments import experiment
-from experiments.experiment import THIRD, WITH, WITHOUT, Experiment, Found, looks, rate_grid
+from experiments.experiment import (
+  THIRD,
+  WITH,
+  WITHOUT,
+  Experiment,
+  Found,
+  looks,
+  plan_of,
+  rate_grid,
+  seeds,
+)
 from experiments.synchronized_runs import LOCAL, RENORM, SHARED, Plan, measure
 from experiments.training import percent
 
@@ -59,23 +69,25 @@ def verdict(found: Found) -> str:
 
 
 def report(found: Found) -> list[str]:
+  plan = plan_of(EXPERIMENT, found)
   heading = ["examples per device", LOCAL, RENORM, SHARED]
   lines = [heading]
   for size in sizes(found):
     cells = [percent(accuracies(found, side, size)) for side in (LOCAL, RENORM)]
     lines.append([str(size), *cells, percent(shared(found))])
   return [
-    "Fully connected networks of three layers of 32 ReLUs learn Fashion-MNIST by plain stochastic "
-    "gradient descent. All see the same batches of 128 images, and all gradients are of the whole "
-    "batch; what differs is whose statistics normalize: those of the 2 to 64 images that a device "
-    "has, or of all 128. The devices are simulated by `jax.vmap(axis_name=...)`, which is to the "
+    f"Fully connected networks of three layers of {plan.widths[0]} ReLUs learn Fashion-MNIST by "
+    f"plain stochastic gradient descent. All see the same batches of {plan.batch_size} images, and "
+    "all gradients are of the whole batch; what differs is whose statistics normalize: those of "
+    f"the {plan.elements[0]} to {plan.elements[-1]} images that a device has, or of all "
+    f"{plan.batch_size}. The devices are simulated by `jax.vmap(axis_name=...)`, which is to the "
     "layer what devices are. A channel has as many elements as there are images; in a "
     "convolutional network it has all positions of these, and the same happens at fewer images.",
     stored.table(lines, range(4)),
-    "Test accuracy in % in evaluation, mean ± standard deviation of three seeds; of each seed the "
-    "mean of several looks, so that luck does not count. Evaluation is by the running statistics "
-    "of all devices together. Synchronized statistics are the same for any number of devices: one "
-    "training, of 64 devices, stands for all.",
+    f"Test accuracy in % in evaluation, mean ± standard deviation of {seeds(found)}; of each seed "
+    "the mean of several looks, so that luck does not count. Evaluation is by the running "
+    "statistics of all devices together. Synchronized statistics are the same for any "
+    "number of devices: one training, of 64 devices, stands for all.",
     "Why local statistics fail: of two elements batch norm makes 1 and -1, whatever they were, so "
     "that no gradient comes through and only signs are left; and evaluation, by running "
     "statistics, is another function than the one that was trained. Batch renorm has the outputs "

@@ -62,18 +62,20 @@ def made_up(accuracies):
   for (side, elements), accuracy in accuracies.items():
     head = {"side": side, "elements": elements, "rate": 1.0}
     yield {"kind": "grid", **head, "validation": [accuracy, accuracy]}
-    for change in (-0.001, 0.001):
-      yield {"kind": "run", **head, "test": [0.1, accuracy + change, accuracy]}
+    for seed, change in enumerate((-0.001, 0.001)):
+      yield {"kind": "run", **head, "seed": seed, "test": [0.1, accuracy + change, accuracy]}
 
 
 def test_the_page_says_from_where_on_local_ones_are_enough(tmp_path):
   accuracies = {(SHARED, 2): 0.85, (LOCAL, 2): 0.4, (LOCAL, 8): 0.8, (LOCAL, 32): 0.845}
   accuracies |= {(RENORM, 2): 0.6, (RENORM, 8): 0.845, (RENORM, 32): 0.835}
   rows = json.loads(json.dumps(list(made_up(accuracies)), allow_nan=False))
-  found = stored.made("synchronized", "a command", rows)
+  found = stored.made("synchronized", "python -m experiments.synchronized --full", rows)
   assert synchronized.enough(found, LOCAL) == 32
   assert synchronized.enough(found, RENORM) is None  # not at 32 again
   experiment.show(synchronized.EXPERIMENT, found, tmp_path)
   page = (tmp_path / "synchronized.md").read_text()
   assert "local statistics from 32 on and batch renorm at none" in page
+  assert "three layers of 128 ReLUs" in page  # as `--full` has it
+  assert "standard deviation of 2 seeds" in page
   assert (tmp_path / "synchronized.png").stat().st_size > 10_000
