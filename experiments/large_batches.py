@@ -106,8 +106,7 @@ def report(found: Found) -> list[str]:
     f"A residual network of dense layers on Fashion-MNIST: {plan.blocks} blocks of two layers, "
     f"{plan.width} wide, by descent with momentum {plan.momentum}, on {plan.images:,} images "
     "whatever the batch size, so that a batch four times as large has a fourth of the steps. Test "
-    "accuracy in %, mean ± "
-    f"standard deviation of {seeds(found)}:",
+    f"accuracy in %, mean ± standard deviation of {seeds(found)}:",
     stored.table(lines, range(1, len(sizes) + 1)),
     "The rates that were chosen for it:",
     stored.table(rates, range(1, len(sizes) + 1)),
