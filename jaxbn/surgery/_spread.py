@@ -56,6 +56,8 @@ def how_far(number: int, batches: Any) -> str:
   try:
     total = len(batches)
   except TypeError:  # a function, a generator, a loader without an end
+    total = 0
+  if number > total:  # or one that counts whole batches only
     return f"batch {number}"
   return f"batch {number} of {total} [{'#' * (_BAR * number // total):{_BAR}}]"
 

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 
 import jaxbn.linen
 from jaxbn.surgery import adapt, recalibrate, replace
-from jaxbn.surgery._spread import Spread
+from jaxbn.surgery._spread import Spread, how_far
 from tests import layers
 from tests.surgery import networks
 
@@ -257,6 +257,14 @@ def test_each_domain_gets_its_own_examples(kind):
   mixed = read(adapt(*given, batches, prior=2.0))["mean"]
   expected = 1 + shares[:, None] * (expected["mean"] - 1)
   np.testing.assert_allclose(mixed, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("batches", "said"),
+  [(4 * [0], "batch 3 of 4 [##################      ]"), ([], "batch 3"), (iter([]), "batch 3")],
+)
+def test_a_length_that_is_too_small_or_none_has_no_bar(batches, said):
+  assert how_far(3, batches) == said
 
 
 def test_complex_inputs_in_a_network_just_initialized():
