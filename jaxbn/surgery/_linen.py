@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
+from jaxbn.linen._common import mended
 from jaxbn.surgery._foreign import Foreign, bound, run
 
 BATCH_NORMS = (nn.BatchNorm,)  # ours are of its class too
@@ -44,7 +45,7 @@ class Call(NamedTuple):
     layer = make(**options, parent=self.layer.scope)
     self.made.append(layer)
     try:
-      return layer(**given)
+      return mended(type(layer).__call__)(layer, **given)
     finally:
       self.made.pop()
 

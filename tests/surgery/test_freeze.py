@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import errors, nnx
 
 from jaxbn.surgery import freeze, replace
 from tests import layers
@@ -102,3 +102,10 @@ def test_nothing_to_freeze_is_an_error():
     freeze(networks.nnx_network(), where=lambda path, layer: False)
   with pytest.raises(ValueError, match="never changed"):
     freeze(networks.PreActivation(), copy=False)
+
+
+def test_a_missing_collection_is_said_with_the_layer_and_the_mend():
+  model = networks.Bare()
+  params = {"params": networks.init(model, X)["params"]}
+  with pytest.raises(errors.ScopeCollectionNotFound, match=r"Norm_0.*pass to apply all"):
+    freeze(model).apply(params, X, train=True)
