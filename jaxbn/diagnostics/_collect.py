@@ -118,18 +118,23 @@ def _in_full_precision(network: Network) -> Any:
 def _modes(network: Network, args: Any, training: Mapping[str, Any] | None) -> dict[str, Any]:
   """Of each layer by its path whether it normalizes by the batch in training, if that is known."""
   arguments, model = dict(network.arguments), network.model
+  in_linen = isinstance(model, nn.Module)
   if training is None:
     flipped = {k: not v for k, v in arguments.items() if k in _FLAGS and isinstance(v, bool)}
-    if not flipped and isinstance(model, nn.Module):
+    if not flipped and in_linen:
       return {}
     training = flipped
-  arguments |= training
-  if isinstance(model, nn.Module):
-    arguments = {"variables": network.variables, "rngs": {"dropout": jax.random.key(0)}} | arguments
+  if in_linen and not training:  # it is trained by the call that was looked at
+    layers = network.layers
   else:
-    model = nnx.clone(model)
-    model.train()
-  layers = find(model, *args, foreign=network.foreign, **arguments)
+    arguments |= training
+    if in_linen:
+      given = {"variables": network.variables, "rngs": {"dropout": jax.random.key(0)}}
+      arguments = given | arguments
+    else:
+      model = nnx.clone(model)
+      model.train()
+    layers = find(model, *args, foreign=network.foreign, **arguments)
   modes = {layer.path: layer.evaluating for layer in layers}
   return {path: None if mode is None else not mode for path, mode in modes.items()}
 
